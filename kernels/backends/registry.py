@@ -1,0 +1,45 @@
+"""The backends there are, and the choice between them. A new backend is a module and one entry in `_BACKENDS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import torch as torch_backend
+from .interface import Backend
+
+# In the order in which "auto" tries them. "torch" is last: it runs everywhere.
+_BACKENDS: dict[str, Backend] = {"torch": torch_backend}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on a device and, where it cannot, the reason ("" where it can)."""
+
+    usable: bool
+    reason: str
+
+
+def backends(device: torch.device | str | None = None) -> dict[str, BackendStatus]:
+    """Each backend and whether it can run on `device` (default: the GPU if there is one, else the CPU).
+
+    The order is that of preference: `backend="auto"` takes the first usable one.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    reasons = {name: backend.why_not(device) for name, backend in _BACKENDS.items()}
+    return {name: BackendStatus(usable=reason is None, reason=reason or "") for name, reason in reasons.items()}
+
+
+def select(name: str, device: torch.device) -> Backend:
+    """The backend called `name`, or for "auto" the preferred one of those that can run on the device.
+
+    Raises ValueError for an unknown name, and RuntimeError with the reason for a backend that cannot run on the device.
+    """
+    if name == "auto":
+        return next(backend for backend in _BACKENDS.values() if backend.why_not(device) is None)
+    if name not in _BACKENDS:
+        raise ValueError(f"backend is {name!r}: it must be one of {', '.join(['auto', *_BACKENDS])}")
+    if (reason := _BACKENDS[name].why_not(device)) is not None:
+        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+    return _BACKENDS[name]

@@ -1,0 +1,245 @@
+"""The chunked backend: plain torch, correct on any device, never holds [T, V].
+
+Vocabulary tiles are the outer loop and chunks of rows the inner one, so that each tile of the weight is cast once per
+pass, and its gradient is summed over all rows before it is rounded, once, to the weight's dtype.
+
+Forward, per row, with the running maximum m (Milakov and Gimelshein, "Online normalizer calculation for softmax"):
+    s = sum_v e^(q_v - m)      u = sum_v e^(q_v - m) (m - q_v)      log_sum = log s      entropy = log s + u / s
+Backward recomputes each tile of logits; with p_v = e^(q_v - m) / s, the entropy H and the upstream gradients g:
+    dL/dq_v = g_logprob 1[v = target] + (g_lse - g_logprob) p_v - g_entropy p_v (log p_v + H)
+
+Memory beyond inputs and outputs: a few scratch tensors of at most SCRATCH_ELEMENTS (8 MiB each in float32) and some of
+[T]; for 16-bit inputs also a copy of hidden and an accumulator of its gradient, both [T, D] in float32.
+On a GPU each pass waits once for the device, to learn how many rows are not ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .interface import Needs, RowGrads, RowStats, TokenStatsOptions
+
+ROW_CHUNK = 1024
+SCRATCH_ELEMENTS = 2**21
+
+
+def why_not(device: torch.device) -> str | None:
+    return None
+
+
+def token_stats_forward(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [T]
+    options: TokenStatsOptions,
+) -> RowStats:
+    rows = _KeptRows(targets, options.ignore_index)
+    logits = _TiledLogits(rows.gather(hidden), weight, bias, options)
+    softmax = _OnlineSoftmax(rows.gather(targets), options)
+    for tile, tile_weight in logits.tiles():
+        for chunk in logits.chunks():
+            q, _ = logits.q_values(chunk, tile, tile_weight)
+            softmax.update(chunk, tile, q)
+    logprobs, maximum, log_sum, entropy = softmax.finish()
+    return RowStats(
+        rows.scatter(logprobs),
+        rows.scatter(maximum),
+        rows.scatter(log_sum),
+        None if entropy is None else rows.scatter(entropy),
+    )
+
+
+def token_stats_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    stats: RowStats,
+    grads: RowGrads,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows = _KeptRows(targets, options.ignore_index)
+    logits = _TiledLogits(rows.gather(hidden), weight, bias, options)
+    softmax_grad = _SoftmaxGrad(rows, targets, stats, grads, logits.factor)
+
+    accumulator = torch.zeros(0, dtype=options.compute_dtype, device=hidden.device)
+    grad_hidden = accumulator.new_zeros(logits.hidden.shape) if needs.hidden else None
+    grad_weight = torch.empty_like(weight) if needs.weight else None
+    grad_bias = accumulator.new_zeros(weight.shape[0]) if needs.bias else None
+
+    for tile, tile_weight in logits.tiles():
+        tile_grad = accumulator.new_zeros(tile_weight.shape) if needs.weight else None
+        for chunk in logits.chunks():
+            q, slope = logits.q_values(chunk, tile, tile_weight, with_slope=True)
+            grad = softmax_grad.of_tile(chunk, tile, q)
+            if slope is not None:
+                grad *= slope
+            if grad_bias is not None:
+                grad_bias[tile] += grad.sum(0)
+            grad = grad.to(tile_weight.dtype)
+            if grad_hidden is not None:
+                _add_product(grad_hidden[chunk], grad, tile_weight)
+            if tile_grad is not None:
+                _add_product(tile_grad, grad.T, logits.hidden[chunk])
+        if grad_weight is not None and tile_grad is not None:
+            grad_weight[tile] = tile_grad
+
+    return (
+        None if grad_hidden is None else rows.scatter(grad_hidden.to(hidden.dtype)),
+        grad_weight,
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+class _KeptRows:
+    """The rows whose target is not ignored. The others never enter a loop, so that not even a NaN in them does harm."""
+
+    def __init__(self, targets: Tensor, ignore_index: int) -> None:
+        self.total = targets.shape[0]
+        kept = (targets != ignore_index).nonzero().squeeze(1)
+        self.index = None if kept.shape[0] == self.total else kept
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Back to all rows, with 0 in those that are ignored."""
+        if self.index is None:
+            return values
+        return values.new_zeros(self.total, *values.shape[1:]).index_copy_(0, self.index, values)
+
+
+class _TiledLogits:
+    """The Q-values, one [rows, vocabulary] tile at a time, in one scratch tensor that every tile reuses."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
+        self.options = options
+        # NVIDIA GPUs multiply 16-bit operands into float32. Elsewhere they are cast up first: the same exact products.
+        into_float32 = hidden.is_cuda and torch.version.cuda is not None
+        self.product_dtype = options.operand_dtype if into_float32 else options.compute_dtype
+        self.hidden = self._operand(hidden)
+        self.weight = weight
+        self.bias = None if bias is None else bias.to(options.compute_dtype)
+        self.factor = options.logit_scale / options.temperature  # dQ / dlogits, but for the slope of the soft-capping
+
+        n_rows, width = hidden.shape
+        self.row_chunk = min(ROW_CHUNK, max(n_rows, 1))
+        self.vocab_tile = min(weight.shape[0], max(1, SCRATCH_ELEMENTS // max(self.row_chunk, width)))
+        self.scratch = torch.empty(self.row_chunk * self.vocab_tile, dtype=options.compute_dtype, device=hidden.device)
+
+    def _operand(self, values: Tensor) -> Tensor:
+        return values.to(self.options.operand_dtype).to(self.product_dtype)
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for tile in _slices(self.weight.shape[0], self.vocab_tile):
+            yield tile, self._operand(self.weight[tile])
+
+    def chunks(self) -> Iterator[slice]:
+        return _slices(self.hidden.shape[0], self.row_chunk)
+
+    def q_values(
+        self, chunk: slice, tile: slice, tile_weight: Tensor, with_slope: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Q [rows, vocabulary], valid until the next call, and on request the slope 1 - tanh^2 of the soft-capping."""
+        shape = (chunk.stop - chunk.start, tile.stop - tile.start)
+        q = self.scratch[: shape[0] * shape[1]].view(shape)
+        if self.product_dtype == q.dtype:
+            torch.mm(self.hidden[chunk], tile_weight.T, out=q)
+        else:
+            torch.mm(self.hidden[chunk], tile_weight.T, out_dtype=q.dtype, out=q)
+        if self.bias is not None:
+            q += self.bias[tile]
+
+        cap = self.options.softcap
+        if cap is None:
+            return (q if self.factor == 1.0 else q.mul_(self.factor)), None
+        q.mul_(self.options.logit_scale / cap).tanh_()
+        slope = q.square().neg_().add_(1) if with_slope else None
+        return q.mul_(cap / self.options.temperature), slope
+
+
+class _OnlineSoftmax:
+    """The statistics of all rows, as far as the vocabulary tiles have come."""
+
+    def __init__(self, targets: Tensor, options: TokenStatsOptions) -> None:
+        self.targets = targets
+        zeros = torch.zeros(targets.shape, dtype=options.compute_dtype, device=targets.device)
+        # Not -inf, which would make NaN of a tile that a -inf bias masks as a whole.
+        self.max = torch.full_like(zeros, torch.finfo(zeros.dtype).min)
+        self.sum = zeros
+        self.weighted_sum = zeros.clone() if options.entropy else None  # u above
+        self.target_q = zeros.clone()
+
+    def update(self, chunk: slice, tile: slice, q: Tensor) -> None:
+        """Takes in one tile of Q and overwrites it."""
+        inside, column = _locate(self.targets[chunk], tile)
+        self.target_q[chunk] = torch.where(inside, q.gather(1, column).squeeze(1), self.target_q[chunk])
+
+        maximum = torch.maximum(self.max[chunk], q.amax(1))
+        # The clamp changes nothing, since e^-1e4 is 0, but keeps infinities out of the products below.
+        shift = (self.max[chunk] - maximum).clamp_(min=-1e4)
+        rescale = shift.exp()
+        q.sub_(maximum[:, None]).exp_()
+        tile_sum = q.sum(1)
+        if self.weighted_sum is not None:
+            # entr(x) = -x log x, and 0 at 0, where x (m - q) would be 0 times infinity.
+            tile_weighted_sum = torch.special.entr(q, out=q).sum(1)
+            moved = self.weighted_sum[chunk] - self.sum[chunk] * shift
+            self.weighted_sum[chunk] = moved * rescale + tile_weighted_sum
+        self.sum[chunk] = self.sum[chunk] * rescale + tile_sum
+        self.max[chunk] = maximum
+
+    def finish(self) -> RowStats:
+        log_sum = self.sum.log()
+        entropy = None if self.weighted_sum is None else log_sum + self.weighted_sum / self.sum
+        return RowStats((self.target_q - self.max) - log_sum, self.max, log_sum, entropy)
+
+
+class _SoftmaxGrad:
+    """dL/dQ times `factor`, from what the forward pass kept of each row and the upstream gradients."""
+
+    def __init__(self, rows: _KeptRows, targets: Tensor, stats: RowStats, grads: RowGrads, factor: float) -> None:
+        self.targets = rows.gather(targets)
+        self.max = rows.gather(stats.max)[:, None]
+        self.inverse_sum = rows.gather(stats.log_sum).neg().exp_()[:, None]
+        self.of_target = factor * rows.gather(grads.logprobs)
+        self.of_p = factor * rows.gather(grads.lse)[:, None] - self.of_target[:, None]
+        self.of_p_log_p = None
+        if grads.entropy is not None and stats.entropy is not None:
+            self.of_p_log_p = -factor * rows.gather(grads.entropy)[:, None]
+            self.of_p += self.of_p_log_p * rows.gather(stats.entropy)[:, None]
+
+    def of_tile(self, chunk: slice, tile: slice, q: Tensor) -> Tensor:
+        """The derivative for one tile of Q, which it overwrites."""
+        p = q.sub_(self.max[chunk]).exp_().mul_(self.inverse_sum[chunk])
+        minus_p_log_p = None if self.of_p_log_p is None else torch.special.entr(p)
+        grad = p.mul_(self.of_p[chunk])
+        if minus_p_log_p is not None and self.of_p_log_p is not None:
+            grad.addcmul_(minus_p_log_p, self.of_p_log_p[chunk], value=-1)
+        inside, column = _locate(self.targets[chunk], tile)
+        return grad.scatter_add_(1, column, torch.where(inside, self.of_target[chunk], 0)[:, None])
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def _locate(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the tile [rows], and the column of each in it [rows, 1] (some column where it does not)."""
+    column = targets - tile.start
+    width = tile.stop - tile.start
+    inside = (column >= 0) & (column < width)
+    return inside, column.clamp_(0, width - 1)[:, None]
+
+
+def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """accumulator += a @ b, summed in the accumulator's dtype whatever that of a and b."""
+    if a.dtype == accumulator.dtype:
+        accumulator.addmm_(a, b)
+    else:
+        accumulator += torch.mm(a, b, out_dtype=accumulator.dtype)

@@ -1,0 +1,149 @@
+"""`linear_token_stats`: log-probability, soft value and entropy of each token, straight from the hidden states.
+
+T tokens, V vocabulary entries, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOptions
+from .backends.registry import select
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class TokenStats(NamedTuple):
+    """Per token, [T] each, in float32 (float64 for float64 inputs); 0 where the target is ignored."""
+
+    logprobs: Tensor
+    """log pi(a|s) of the target."""
+    lse: Tensor
+    """V(s) = logsumexp of Q over the vocabulary."""
+    entropy: Tensor | None
+    """-sum p log p over the vocabulary; None unless asked for."""
+
+
+def linear_token_stats(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> TokenStats:
+    """The statistics of the target tokens under Q = logits / temperature, where
+
+        logits = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) if softcap is given
+
+    without holding [T, V] in any form (`reference.py` has the definition). Differentiable once, in hidden, weight and
+    bias, through all three outputs. A NaN in a row makes that row's outputs NaN. Rows whose target is `ignore_index`
+    are left out: their outputs are 0, and no gradient comes from them.
+
+    hidden and weight share one of the dtypes bfloat16, float16, float32 and float64; bias may have any of them.
+    Products and sums are in float32 (float64 for float64), and each gradient is rounded once, to its tensor's dtype.
+    Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do.
+
+    backend: "auto", or a name from `backends()`.
+
+    Raises ValueError or TypeError for arguments that do not fit, and RuntimeError for a backend that cannot run here.
+    On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
+    """
+    _check(hidden, weight, targets, bias)
+    options = TokenStatsOptions(
+        _operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index
+    )
+    _check_range(targets, weight.shape[0], ignore_index)
+    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, select(backend, hidden.device)))
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: TokenStatsOptions,
+        backend: Backend,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            stats = backend.token_stats_forward(hidden, weight, bias, targets, options)
+        ctx.save_for_backward(hidden, weight, bias, targets, *stats)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return stats.logprobs, stats.max + stats.log_sum, stats.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, *rows = ctx.saved_tensors
+        stats = RowStats(*rows)
+        if all(grad is None for grad in grads):
+            return (None,) * 6
+        grad_logprobs, grad_lse, grad_entropy = grads
+        row_grads = RowGrads(
+            torch.zeros_like(stats.max) if grad_logprobs is None else grad_logprobs,
+            torch.zeros_like(stats.max) if grad_lse is None else grad_lse,
+            grad_entropy,
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            head_grads = ctx.backend.token_stats_backward(
+                hidden, weight, bias, targets, ctx.options, stats, row_grads, Needs(*ctx.needs_input_grad[:3])
+            )
+        return (*head_grads, None, None, None)
+
+
+def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply the two."""
+    device_type = hidden.device.type
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one to the dtype of the other")
+    return hidden.dtype
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
+        if type(tensor).__name__ == "DTensor":  # by name, since importing the class takes a second
+            raise TypeError(f"{name} is a DTensor: pass a plain tensor, such as {name}.full_tensor()")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move them to one device")
+        if name != "targets" and tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {tensor.dtype}: it must be one of {', '.join(map(str, _FLOATS))}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets is {targets.dtype}: it must be torch.int64")
+
+    if hidden.dim() != 2 or hidden.shape[1] == 0:
+        raise ValueError(
+            f"hidden has shape {list(hidden.shape)}: it must be [T, D] with D above 0 (flatten batch and sequence)"
+        )
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V, D = {hidden.shape[1]}]")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets has shape {list(targets.shape)}: it must be [T = {hidden.shape[0]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}: it must be [V = {weight.shape[0]}]")
+
+
+def _check_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    wanted = f"targets must lie in [0, {vocab}) or be ignore_index ({ignore_index})"
+    if targets.device.type == "cuda":
+        torch._assert_async(~wrong.any(), wanted)  # reading the answer here would be a sync point
+    elif wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise ValueError(f"targets[{position}] is {int(targets[position])}: {wanted}")

@@ -1,0 +1,96 @@
+"""Residuals of packed trajectories.
+
+Packing: trajectory i owns tokens cu_seqlens[i]:cu_seqlens[i + 1] of every [T] tensor; N trajectories, T tokens.
+The tokens are the policy's actions and nothing else: leave prompt, tool and user tokens out before packing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def segment_sums(
+    values: Tensor,  # [T] float
+    cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
+) -> Tensor:
+    """The sum of `values` over each trajectory: [N], in the dtype of `values`; 0 for an empty trajectory.
+
+    Differentiable and deterministic. Summed in float64: thousands of float32 log-probs added in float32 lose enough to
+    show in the difference of two such sums.
+
+    Raises ValueError or TypeError for shapes, dtypes or bounds that do not fit. On a GPU wrong bounds are found by a
+    device-side assertion: reading them here would wait for the device.
+    """
+    _check_packing("values", values, cu_seqlens)
+    return _segment_sums(values, cu_seqlens)
+
+
+def trajectory_residual(
+    logprobs: Tensor,  # [T] float
+    lse: Tensor,  # [T] float
+    cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
+    ref_logprob_sums: Tensor,  # [N]
+    rewards: Tensor,  # [N]
+    beta: float,
+    *,
+    ref_values: Tensor | None = None,  # [N]
+) -> Tensor:
+    """The trajectory Bellman residual (arXiv 2505.15311), [N], in the dtype of `logprobs`:
+
+        V(s_1) [- V_ref(s_1)] + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - R / beta
+
+    V(s_1) is `lse` at the first token of the trajectory. With `ref_values` it is measured against the reference's, and
+    the residual is the calibrated one of ReVal ("Off-Policy Value-Based RL for LLMs"). An empty trajectory has residual
+    0 and no gradient: no action was taken, so there is nothing to correct. Where policy and reference agree, the sums
+    cancel exactly if those of the reference come from `segment_sums` too.
+
+    Differentiable in `logprobs` and `lse`. Raises as `segment_sums` does, and ValueError unless beta is above 0.
+    """
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta is {beta!r}: it must be a finite number above 0")
+    _check_packing("logprobs", logprobs, cu_seqlens)
+    n_tokens, n_trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
+    _check_like("lse", lse, logprobs, n_tokens)
+    for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
+        if tensor is not None:
+            _check_like(name, tensor, logprobs, n_trajectories)
+
+    starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
+    # The extra element gives an empty trajectory at the very end a place to point at.
+    values = torch.cat([lse, lse.new_zeros(1)]).index_select(0, starts)
+    if ref_values is not None:
+        values = values - ref_values
+    log_ratios = _segment_sums(logprobs, cu_seqlens) - ref_logprob_sums
+    return torch.where(stops > starts, values + log_ratios - rewards / beta, 0)
+
+
+def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True).to(values.dtype)
+
+
+def _check_like(name: str, tensor: Tensor, logprobs: Tensor, length: int) -> None:
+    if tensor.shape != (length,):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: it must be [{length}]")
+    if tensor.dtype != logprobs.dtype or tensor.device != logprobs.device:
+        wanted = f"{logprobs.dtype} on {logprobs.device}, as logprobs is"
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: it must be {wanted}")
+
+
+def _check_packing(name: str, values: Tensor, cu_seqlens: Tensor) -> None:
+    if values.dim() != 1 or not values.is_floating_point():
+        raise TypeError(f"{name} is {list(values.shape)} {values.dtype}: it must be [T] and floating-point")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}: wanted [N + 1], int32 or int64")
+    if cu_seqlens.device != values.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and {name} on {values.device}: move them to one device")
+
+    n_tokens = values.shape[0]
+    wanted = f"cu_seqlens must rise from 0 to T = {n_tokens}"
+    fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (cu_seqlens.diff() >= 0).all()
+    if cu_seqlens.device.type == "cuda":
+        torch._assert_async(fits, wanted)  # reading the answer here would be a sync point
+    elif not fits:
+        raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}: {wanted}")

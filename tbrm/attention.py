@@ -1,0 +1,75 @@
+"""Attention over a packed batch, given to transformers models under the name `tbrm_packed`.
+
+Each segment of the batch attends within itself, so the cost is that of the segments and no [T, T] mask exists.
+Works on any device; sliding windows (Gemma, Mistral) and score soft-capping (Gemma 2) are honoured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from tbrm.data import Segment
+
+PACKED_ATTENTION = "tbrm_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, T, head_dim]
+    key: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,  # [1, kv_heads, T, head_dim]
+    attention_mask: Tensor | None,
+    *,
+    segments: tuple[Segment, ...],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature is that of transformers' attention functions; returns ([1, T, heads, head_dim], None)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    for segment in segments:
+        q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
+        length = segment.stop - segment.start
+        allowed = segment.allowed
+        if sliding_window is not None and sliding_window < length:
+            allowed = _within_window(segment, sliding_window, query.device)
+        if softcap is None:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scaling)
+        else:
+            out = _softcapped_attention(q, k, v, allowed, scaling, softcap)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _within_window(segment: Segment, window: int, device: torch.device) -> Tensor:
+    """The segment's mask, each token's view cut to the `window` tokens of its own path that end in itself."""
+    length = segment.stop - segment.start
+    allowed = segment.allowed
+    if allowed is None:
+        allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    # The position of a token on its own path is the number of tokens it sees, less one.
+    position = allowed.sum(1)
+    return allowed & (position[:, None] - position[None, :] < window)
+
+
+def _softcapped_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float | None, softcap: float
+) -> Tensor:
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if allowed is None:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -1,0 +1,26 @@
+"""Between text and token ids: a problem becomes a prompt through the chat template, a response becomes text for grading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.tasks import Problem
+from tbrm.tasks.base import Message
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The prompt's token ids: through the chat template, or, for a model without one, the plain text."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
+    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
+    return [encode_messages(tokenizer, problem.messages) for problem in problems]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))

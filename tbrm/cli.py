@@ -1,0 +1,209 @@
+"""The commands. Each is one function; what they do lives in the modules they call."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# Everything heavy is imported inside the command that needs it: `tbrm --help` must not wait for torch.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        args.command(args)
+    except (ValueError, ModuleNotFoundError, FloatingPointError) as error:
+        # Errors of the user's making carry their own explanation; a traceback would hide it.
+        print(f"tbrm {args.name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(args: argparse.Namespace) -> None:
+    from tbrm.config import load_config
+    from tbrm.report import summary_lines
+    from tbrm.trainer import Trainer, prepare_run_dir
+
+    config = load_config(args.recipe, args.overrides)
+    prepare_run_dir(Path(config.run.dir), resume=args.resume, overwrite=args.overwrite)
+    _quiet_libraries()
+    Trainer(config, resume=args.resume).train()
+    print("\n".join(summary_lines(Path(config.run.dir))))
+
+
+def show_config(args: argparse.Namespace) -> None:
+    from tbrm.config import describe, load_config
+
+    config = load_config(args.recipe, args.overrides)
+    print(_table(describe(type(config), dict(config)), ("key", "value", "meaning")))
+
+
+def eval_model(args: argparse.Namespace) -> None:
+    from tbrm.config import load_sections
+    from tbrm.evaluate import evaluate
+    from tbrm.model import load_policy, resolve_model
+    from tbrm.rollout import EmbeddedEngine, Sampling
+
+    settings: dict[str, Any] = {"samples": args.k, "temperature": args.temperature, "prompts": args.prompts}
+    if args.k > 1 and args.temperature is None:
+        settings["temperature"] = 1.0
+    config = load_sections(
+        args.task, args.overrides, model={"name": resolve_model(args.model)}, evaluation=settings, seed=args.seed
+    )
+    task, chosen = config.task, config.evaluation
+    assert task is not None
+    problems = task.heldout(chosen.prompts)
+    _quiet_libraries()
+    policy, tokenizer = load_policy(config)
+    engine = EmbeddedEngine(policy, tokenizer, config.rollout.batch_size)
+    sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature, config.seed)
+    result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling)
+    if args.json:
+        Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
+    shown = {"model": args.model, "task": task.name, "decoding": _decoding(chosen.temperature), **result.summary()}
+    shown["accuracy"] = f"{result.accuracy:.1%} (95% interval {result.ci_low:.1%} to {result.ci_high:.1%})"
+    shown["pass_at_k"] = f"{result.pass_at_k:.1%}"
+    del shown["ci_low"], shown["ci_high"]
+    print(_table([(key, value if isinstance(value, str) else f"{value:.4g}") for key, value in shown.items()]))
+
+
+def score(args: argparse.Namespace) -> None:
+    from tbrm.config import load_sections
+    from tbrm.model import load_policy, resolve_model
+    from tbrm.score import score_file
+
+    config = load_sections(None, args.overrides, model={"name": resolve_model(args.model)})
+    _quiet_libraries()
+    policy, tokenizer = load_policy(config)
+    with open(args.out, "w") if args.out else sys.stdout as out:
+        for row in score_file(policy, tokenizer, args.data, config.trainer.batch_tokens):
+            out.write(json.dumps(row) + "\n")
+
+
+def rollout(args: argparse.Namespace) -> None:
+    from tbrm.config import load_config
+    from tbrm.rollout.record import record
+
+    config = load_config(args.recipe, args.overrides)
+    _quiet_libraries()
+    written = record(config, Path(args.out), args.steps)
+    print(f"{written} trajectories written to {args.out}; train on them with data.trajectories={args.out}")
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from tbrm.doctor import examine
+
+    print(_table(examine(), ("what", "usable", "detail")))
+
+
+def report(args: argparse.Namespace) -> None:
+    from tbrm.report import summary_lines, write_report
+
+    write_report(Path(args.run))
+    print("\n".join(summary_lines(Path(args.run))))
+
+
+def import_gguf(args: argparse.Namespace) -> None:
+    from tbrm.gguf import import_gguf as convert
+
+    convert(Path(args.file), Path(args.out))
+    print(f"{args.out} is ready: model.name={args.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tbrm", description="Trains language models by Trajectory Bellman Residual Minimization (arXiv 2505.15311)."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, summary: str, **options: Any) -> argparse.ArgumentParser:
+        formatter = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=formatter, **options)
+        sub.set_defaults(command=function, name=name)
+        return sub
+
+    def recipe_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="a YAML file, such as recipes/tiny.yaml")
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the recipe")
+
+    sub = command("train", train, "Train a model as a recipe says.", add_help=False)
+    recipe_arguments(sub)
+    fate = sub.add_mutually_exclusive_group()
+    fate.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
+    fate.add_argument("--overwrite", action="store_true", help="delete what run.dir holds and start afresh")
+    sub.add_argument("-h", "--help", nargs=0, action=_HelpWithKeys, help="show this help and every key of a recipe")
+
+    recipe_arguments(command("config", show_config, "Check a recipe and show every key with its value and meaning."))
+
+    sub = command(
+        "eval",
+        eval_model,
+        "Measure a model's accuracy on a task's held-out problems.",
+        epilog="examples:\n"
+        "  tbrm eval runs/demo --task recipes/demo.yaml\n"
+        "  tbrm eval .models/SmolLM2-135M-Instruct --task reasoning_gym --k 4 task.family=chain_sum rollout.max_new_tokens=32",
+    )
+    sub.add_argument("model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of task, rollout, evaluation and model")
+    sub.add_argument("--task", required=True, help="a recipe whose task is meant, or a task's name (with task.KEY=... after it)")
+    sub.add_argument("--k", type=int, default=1, help="responses to each problem, for avg@k and pass@k (default 1)")
+    sub.add_argument("--temperature", type=float, help="0 is greedy; the default is 0 for one response, 1 for several")
+    sub.add_argument("--prompts", type=int, default=200, help="held-out problems (default 200)")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    sub.add_argument("--json", metavar="FILE", help="also write all figures and responses there")
+
+    sub = command("score", score, "Audit recorded trajectories: sum of log-probs and V(s_1) under a model, a JSON line each.")
+    sub.add_argument("model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)")
+    sub.add_argument("data", help="JSON lines with prompt or messages, response and reward")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of model, rollout.temperature, ...")
+    sub.add_argument("--out", metavar="FILE", help="write there instead of to the terminal")
+
+    sub = command("rollout", rollout, "Record graded rollouts of a recipe's model, for offline training (data.trajectories).")
+    recipe_arguments(sub)
+    sub.add_argument("--out", required=True, metavar="FILE", help="the JSON lines file to write")
+    sub.add_argument("--steps", type=int, default=1, help="batches of rollout.prompts problems to answer (default 1)")
+
+    command("doctor", doctor, "Show what is usable on this machine, what will be chosen, and why not the rest.")
+
+    sub = command("report", report, "Write a run's report.html and plots; works on a running or killed run too.")
+    sub.add_argument("run", help="the run's folder, such as runs/demo")
+
+    sub = command("import-gguf", import_gguf, "Turn a GGUF file into a normal Hugging Face folder.")
+    sub.add_argument("file", help="a .gguf file of an architecture that transformers reads")
+    sub.add_argument("out", help="the folder to make")
+    return parser
+
+
+class _HelpWithKeys(argparse.Action):
+    """`--help` that also lists every key of a recipe; the list is made only then, as it needs torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from tbrm.config import describe
+
+        parser.print_help()
+        print("\nkeys of a recipe (every one may be overridden; `tbrm config RECIPE` adds those of its task and objective):")
+        print(_table(describe(), ("key", "default", "meaning")))
+        parser.exit()
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    lines = [*([head] if head else []), *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _decoding(temperature: float) -> str:
+    return "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
+
+
+def _quiet_libraries() -> None:
+    """Only errors of transformers: its bars and notices would break the progress bar."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,308 @@
+"""The typed config: YAML recipes with dotted overrides, checked in full before any model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from tbrm.objectives import OBJECTIVES, Objective
+from tbrm.tasks import TASKS, Task
+
+
+class ConfigError(ValueError):
+    """A recipe or an override that cannot be used; the message says which key, what it got and what it wants."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunConfig(Section):
+    dir: str = Field(description="Folder of the run: config, metrics, checkpoints, samples, report.")
+
+
+class ModelConfig(Section):
+    name: str = Field(description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot.")
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the products; weights are float32. auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto takes a GPU where there is one.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off for good reason.")
+
+    def resolve_device(self) -> torch.device:
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    def resolve_precision(self) -> torch.dtype:
+        if self.precision == "auto":
+            return torch.float32 if self.resolve_device().type == "cpu" else torch.bfloat16
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+
+class DataConfig(Section):
+    trajectories: str | None = Field(
+        None, description="JSONL of recorded trajectories (prompt or messages, response, reward) to train on; no rollouts."
+    )
+
+
+class RolloutConfig(Section):
+    engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (transformers' generate).")
+    prompts: int = Field(16, ge=1, description="Problems per step.")
+    samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
+    max_new_tokens: int = Field(256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'.")
+    temperature: float = Field(1.0, gt=0, description="Of sampling, and of Q = logits / temperature in training.")
+    batch_size: int = Field(64, ge=1, description="Responses generated at once.")
+    truncated: Literal["reward", "fixed", "drop"] = Field(
+        "reward", description="A truncated response: its verifier's reward, the fixed reward below, or dropped."
+    )
+    truncated_reward: float = Field(0.0, description="The reward of a truncated response when truncated is 'fixed'.")
+
+
+class ReplayConfig(Section):
+    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: none.")
+    samples_per_step: int = Field(0, ge=0, description="Old trajectories added to each step's fresh ones.")
+
+
+class OptimConfig(Section):
+    learning_rate: float = Field(1e-6, gt=0, description="Of AdamW, after warm-up.")
+    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate after warm-up: kept, or falling to 0 at the last step."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this global norm.")
+
+
+class TrainerConfig(Section):
+    steps: int = Field(ge=1, description="Optimiser steps in all.")
+    batch_tokens: int = Field(
+        4096, ge=1, description="Packed tokens per forward and backward; gradients accumulate over as many as needed."
+    )
+
+
+class EvaluationConfig(Section):
+    prompts: int = Field(200, ge=0, description="Held-out problems; never trained on. 0: no evaluation.")
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after training.")
+    samples: int = Field(1, ge=1, description="Responses to each problem: k of avg@k and pass@k.")
+    temperature: float = Field(0.0, ge=0, description="0: greedy.")
+
+    @model_validator(mode="after")
+    def _greedy_repeats(self) -> EvaluationConfig:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"samples is {self.samples} but temperature is 0: greedy responses are all the same; "
+                             "set samples to 1 or temperature above 0")  # fmt: skip
+        return self
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only after the last step.")
+
+
+class LoggingConfig(Section):
+    wandb: bool = Field(False, description="Also log to Weights & Biases (pip install 'tbrm[wandb]').")
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    run: RunConfig
+    seed: int = Field(0, ge=0, description="Of the problems drawn, the sampling, and the tiny model's weights.")
+    model: ModelConfig
+    task: SerializeAsAny[Task] | None = Field(None, description="What is learnt. Keys beside `name` are the task's own.")
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: SerializeAsAny[Objective] = Field(description="The loss. Keys beside `name` are the objective's own.")
+    replay: ReplayConfig = ReplayConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if self.task is None and self.data.trajectories is None:
+            raise ValueError("neither task nor data.trajectories is set: name a task to generate rollouts for, or a file")
+        if self.replay.samples_per_step and not self.replay.capacity:
+            raise ValueError("replay.samples_per_step is set but replay.capacity is 0: give the buffer a capacity")
+        if self.data.trajectories and self.replay.capacity:
+            raise ValueError("replay.capacity is set together with data.trajectories: a file is read again and again anyway")
+        if self.optim.warmup_steps > self.trainer.steps:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) is above trainer.steps ({self.trainer.steps}): lower it"
+            )
+        return self
+
+
+_PLUGGABLE = {"objective": (Objective, OBJECTIVES), "task": (Task, TASKS)}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; everybody else, and this loader, as a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe, applies `key.sub=value` overrides and checks everything. Raises ConfigError."""
+    return parse_config(_overridden(_read(recipe), overrides))
+
+
+def load_sections(
+    source: str | None, overrides: Sequence[str] = (), *, seed: int = 0, **sections: dict[str, Any]
+) -> Config:
+    """A config for the commands that use a model without training it. Raises ConfigError.
+
+    `source` is a recipe, of which the task and rollout sections are taken, or a task's name, or None. `sections` fill
+    in others (their None values are left out), and overrides come last.
+    """
+    tree: dict[str, Any] = {}
+    if source is not None:
+        is_recipe = source.endswith((".yaml", ".yml"))
+        tree = _read(source) if is_recipe else {"task": {"name": source}}
+        tree = {key: value for key, value in tree.items() if key in ("task", "rollout")}
+    for name, values in sections.items():
+        tree[name] = {key: value for key, value in values.items() if value is not None}
+    required = {"run": {"dir": "."}, "objective": {"name": "tbrm", "beta": 1.0}, "trainer": {"steps": 1}, "seed": seed}
+    if source is None:
+        required["data"] = {"trajectories": "-"}
+    return parse_config(_overridden({**required, **tree}, overrides))
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(Path(recipe).read_text(), _Loader)
+    except OSError as error:
+        raise ConfigError(f"recipe {str(recipe)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {str(recipe)!r} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {str(recipe)!r} holds {type(tree).__name__}; wants sections such as `model:` and `trainer:`")
+    return tree
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Checks a config given as nested dicts. Raises ConfigError."""
+    tree = dict(tree)
+    for section, (base, registry) in _PLUGGABLE.items():
+        if isinstance(tree.get(section), dict):
+            tree[section] = _build(section, tree[section], base, registry)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, Config, tree)) from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _build(section: str, values: dict[str, Any], base: Any, registry: Any) -> Any:
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{section}.name: got {name!r}; wants one of {', '.join(registry.builtin)}, or an import path")
+    try:
+        kind = registry(name)
+    except ValueError as error:
+        raise ConfigError(f"{section}.name: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ConfigError(f"{section}.name: {name!r} is not a subclass of tbrm.{section}s.{base.__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, kind, values, prefix=section)) from None
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with every `key.sub=value` set in it."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: wants key.sub=value, for instance optim.learning_rate=2e-5")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {parent} is not a section")
+        try:
+            node[leaf] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    return tree
+
+
+def _explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any], prefix: str = "") -> str:
+    known = [f"{prefix}.{key}" if prefix else key for key in _known_keys(model, tree)]
+    return "\n".join(_explain_one(detail, known, prefix) for detail in error.errors())
+
+
+def _explain_one(detail: ErrorDetails, known: list[str], prefix: str) -> str:
+    key = ".".join(str(part) for part in ((prefix,) if prefix else ()) + detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = difflib.get_close_matches(key, known, n=1) or [
+            leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1)
+        ]
+        hint = f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(known)}"
+        return f"{key}: unknown key (value {detail['input']!r}){hint}"
+    if detail["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"] or detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: got {detail['input']!r} ({type(detail['input']).__name__}); wants: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[BaseModel], tree: dict[str, Any]) -> list[str]:
+    return [key for key, _, _ in describe(model, tree)]
+
+
+def describe(model: type[BaseModel] = Config, values: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
+    """Every key as (dotted name, default or value, one line of meaning). The objective's and the task's own keys are
+    those of the classes that `values` holds, or of the base class."""
+    values = values or {}
+    rows: list[tuple[str, str, str]] = []
+    for name, info in model.model_fields.items():
+        value = values.get(name, info.get_default(call_default_factory=True))
+        section = type(value) if isinstance(value, BaseModel) else _section_type(info.annotation)
+        if section is not None:
+            nested = dict(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else {}
+            rows += [(f"{name}.{key}", default, text) for key, default, text in describe(section, nested)]
+        else:
+            rows.append((name, "required" if value is PydanticUndefined else _yaml_inline(value), info.description or ""))
+    return rows
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+        for inner in get_args(candidate):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                return inner
+    return None
+
+
+def _yaml_inline(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()

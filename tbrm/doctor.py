@@ -1,0 +1,63 @@
+"""What is usable on this machine, what will be chosen, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from tbrm.config import ModelConfig
+from tbrm_kernels import backends
+
+_OPTIONAL = {
+    "flash_attn": ("flash-attn", "gpu", "variable-length attention on a GPU"),
+    "liger_kernel": ("liger-kernel", "gpu", "fused RMSNorm, RoPE and SwiGLU on a GPU"),
+    "vllm": ("vllm", "vllm", "fast rollouts"),
+    "wandb": ("wandb", "wandb", "logging.wandb"),
+    "math_verify": ("math-verify", "math", "the verifier math_verify"),
+    "pyarrow": ("pyarrow", "parquet", "tasks from Parquet files"),
+    "gguf": ("gguf", "gguf", "tbrm import-gguf"),
+}
+
+
+def examine() -> list[tuple[str, str, str]]:
+    """Rows of (what, "yes" or "no", detail)."""
+    model = ModelConfig(name="any")
+    device = model.resolve_device()
+    rows = [
+        ("python", "yes", platform.python_version()),
+        ("torch", "yes", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        *_gpus(),
+        ("device", "yes", f"model.device auto takes {device}; model.precision auto takes {model.resolve_precision()}"),
+    ]
+    for name, status in backends(device).items():
+        rows.append((f"kernels: {name}", "yes" if status.usable else "no", status.reason))
+    for module, (package, extra, purpose) in _OPTIONAL.items():
+        rows.append(_package(module, package, extra, purpose))
+    for compiler in ("c++", "nvcc"):
+        path = shutil.which(compiler)
+        rows.append((compiler, "yes" if path else "no", path or "not on PATH"))
+    return rows
+
+
+def _gpus() -> list[tuple[str, str, str]]:
+    if not torch.cuda.is_available():
+        built = "torch sees no NVIDIA GPU" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        return [("cuda", "no", built)]
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        (f"cuda:{i}", "yes", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
+        for i, p in enumerate(properties)
+    ]
+
+
+def _package(module: str, package: str, extra: str, purpose: str) -> tuple[str, str, str]:
+    if importlib.util.find_spec(module) is None:
+        return package, "no", f"not installed; for {purpose}: pip install 'tbrm[{extra}]'"
+    try:
+        return package, "yes", f"{version(package)}, for {purpose}"
+    except PackageNotFoundError:
+        return package, "yes", f"for {purpose}"

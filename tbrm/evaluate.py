@@ -1,0 +1,91 @@
+"""Evaluation on held-out problems: avg@k and pass@k with a confidence interval, and the responses themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import fmean
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.chat import decode, encode_problems
+from tbrm.rollout.base import RolloutEngine, Sampling
+from tbrm.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One graded response to a held-out problem."""
+
+    prompt: str
+    response: str
+    answer: str
+    reward: float
+    correct: bool
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    accuracy: float
+    """avg@k: the share of right responses, averaged over problems."""
+    ci_low: float
+    ci_high: float
+    """95% Wilson interval over problems; for k > 1 it is wider than need be."""
+    pass_at_k: float
+    """The share of problems with at least one right response among k."""
+    k: int
+    n: int
+    reward_mean: float
+    response_length_mean: float
+    truncated_share: float
+    ungraded: int
+    samples: list[Sample]
+
+    def summary(self) -> dict[str, float]:
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+
+def evaluate(
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    k: int,
+    sampling: Sampling,
+) -> Evaluation:
+    """Answers each problem k times and grades the answers."""
+    if not problems:
+        raise ValueError("evaluation.prompts: got 0 problems; wants at least 1")
+    answers = engine.generate(encode_problems(tokenizer, problems), k, sampling)
+    flat = [(problem, response) for problem, responses in zip(problems, answers, strict=True) for response in responses]
+    texts = [decode(tokenizer, response.token_ids) for _, response in flat]
+    grades = task.grade([problem for problem, _ in flat], texts)
+    right = [sum(grade.correct for grade in grades[i : i + k]) for i in range(0, len(grades), k)]
+    accuracy = sum(right) / len(grades)
+    ci_low, ci_high = wilson_interval(accuracy, len(problems))
+    return Evaluation(
+        accuracy=accuracy,
+        ci_low=ci_low,
+        ci_high=ci_high,
+        pass_at_k=fmean(count > 0 for count in right),
+        k=k,
+        n=len(problems),
+        reward_mean=fmean(grade.reward for grade in grades),
+        response_length_mean=fmean(len(response.token_ids) for _, response in flat),
+        truncated_share=fmean(response.truncated for _, response in flat),
+        ungraded=sum(grade.failure is not None for grade in grades),
+        samples=[
+            Sample(problem.messages[-1]["content"], text, problem.answer, grade.reward, grade.correct, response.truncated)
+            for (problem, response), text, grade in zip(flat, texts, grades, strict=True)
+        ],
+    )
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval for a share observed over n trials (E. B. Wilson, 1927)."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,223 @@
+"""What a run measures: its log files, the seconds of its phases, its peak memory and its progress bar.
+
+Steps are counted so: line `step` n of metrics.jsonl is the n-th update, from 1; a checkpoint or an evaluation at step k
+stands after k updates, so that an evaluation at 0 is of the untrained model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Metric = float | int | str
+
+TIMING_PREFIXES = ("seconds/", "tokens_per_second", "peak_memory_mib")
+"""Of the metrics that differ between equal runs. All others are the same, number for number."""
+
+
+def is_timing(key: str) -> bool:
+    """Whether the metric called `key` may differ between two runs of the same recipe and seed."""
+    return key.startswith(TIMING_PREFIXES)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file that may still be being written.
+
+    A line counts once its newline is there: what follows the last newline was cut off by a kill, and is left out.
+    Raises ValueError, naming file and line, if a line before it is not JSON.
+    """
+    return [row for _, row in _lines_and_rows(path)]
+
+
+def _lines_and_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line, json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}): mend or delete that line") from error
+
+
+def _cut_after(path: Path, last_step: int) -> None:
+    """Drops the rows of steps past `last_step`, and a half-written last line: the file is replaced in one move."""
+    if path.exists():
+        kept = [line + b"\n" for line, row in _lines_and_rows(path) if row["step"] <= last_step]
+        rewritten = path.with_suffix(".jsonl.part")
+        rewritten.write_bytes(b"".join(kept))
+        rewritten.replace(path)
+
+
+class MetricsLog:
+    """Writes metrics.jsonl, eval.jsonl and TensorBoard events in `run_dir`, and to Weights & Biases if asked.
+
+    Every row is on its way to the disk when the call returns: a kill loses nothing but a row half written. NaN and
+    infinities, which JSON does not have, are written as null; TensorBoard and wandb get them as they are.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        config: dict[str, Any] | None = None,
+        wandb: bool = False,
+        resume_step: int | None = None,
+    ) -> None:
+        """`resume_step` is the step of the checkpoint that the run goes on from: rows of later steps, which will be run
+        again, are dropped. Without it the run starts afresh, and so do the files. `config` is shown by wandb."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+        self._wandb = _start_wandb(run_dir, config, resume=resume_step is not None) if wandb else None
+        run_dir.mkdir(parents=True, exist_ok=True)
+        paths = [run_dir / "metrics.jsonl", run_dir / "eval.jsonl"]
+        if resume_step is not None:
+            for path in paths:
+                _cut_after(path, resume_step)
+        mode = "w" if resume_step is None else "a"
+        self._metrics, self._evals = (path.open(mode, encoding="utf-8") for path in paths)
+        # TensorBoard hides what earlier files of the folder hold at or past the purge step.
+        purge_step = 0 if resume_step is None else resume_step + 1
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """The row of update `step`, after `step` in the order given. Text goes to metrics.jsonl alone."""
+        self._write(self._metrics, "train", step, metrics)
+
+    def log_eval(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """The row of the evaluation after `step` updates."""
+        self._write(self._evals, "eval", step, metrics)
+
+    def _write(self, file: Any, group: str, step: int, metrics: Mapping[str, Metric]) -> None:
+        row = {"step": step} | {key: _json_value(key, value) for key, value in metrics.items()}
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        numbers = {
+            key if "/" in key else f"{group}/{key}": float(value)
+            for key, value in metrics.items()
+            if not isinstance(value, str)
+        }
+        for tag, number in numbers.items():
+            self._tensorboard.add_scalar(tag, number, step)
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Closes the files. wandb shows the run as failed unless `exit_code` is 0."""
+        self._metrics.close()
+        self._evals.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.close(exit_code=0 if error_type is None else 1)
+
+
+def _json_value(key: str, value: Metric) -> Metric | None:
+    if not isinstance(value, float | int | str):
+        raise TypeError(f"metric {key!r} is {value!r} ({type(value).__name__}): give a Python number or text")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _start_wandb(run_dir: Path, config: dict[str, Any] | None, resume: bool) -> Any:
+    """A wandb run, the same one again when resuming: wandb itself ignores the steps that it has already seen."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "logging.wandb is on, but wandb is not installed: pip install 'tbrm[wandb]', or set logging.wandb=false"
+        ) from error
+    run_dir.mkdir(parents=True, exist_ok=True)
+    id_file = run_dir / "wandb_id.txt"
+    known_id = id_file.read_text() if resume and id_file.exists() else None
+    run = wandb.init(
+        project="tbrm",
+        name=run_dir.name,
+        dir=str(run_dir),
+        config=config,
+        id=known_id,
+        resume="allow" if known_id else None,
+    )
+    id_file.write_text(run.id)
+    return run
+
+
+class Phases:
+    """Seconds spent per phase of a step: ``with phases("rollout"): ...``, then ``phases.take()``. Not to be nested."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
+
+    def take(self) -> dict[str, float]:
+        """{"seconds/PHASE": seconds} of each phase since the last call, in the order in which they first ran."""
+        taken = {f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return taken
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            # A GPU works behind the program's back: unless waited for, its time would be counted to a later phase.
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory held so far, in MiB: of torch's allocator on a GPU, of the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
+class Progress:
+    """A bar over the steps of a run, on a terminal; where stderr is none, no output at all."""
+
+    _SHOWN = {
+        "reward_mean": "reward {:.2f}",
+        "residual_mean": "residual {:+.1f}",
+        "tokens_per_second": "{:.0f} tokens/s",
+    }
+
+    def __init__(self, steps: int, done: int = 0) -> None:
+        """`steps` in all, of which `done` were run before (when resuming)."""
+        bar_format = "step {n_fmt}/{total_fmt} {bar} {percentage:3.0f}% {desc}ETA {remaining}"
+        self._bar = tqdm(total=steps, initial=done, bar_format=bar_format, disable=None, dynamic_ncols=True)
+
+    def advance(self, metrics: Mapping[str, Any]) -> None:
+        """One more step is done, with these metrics."""
+        shown = [text.format(metrics[key]) for key, text in self._SHOWN.items() if key in metrics]
+        self._bar.set_description_str("  ".join([*shown, ""]), refresh=False)
+        self._bar.update()
+
+    def say(self, line: str) -> None:
+        """Prints `line` to stdout, above the bar if there is one."""
+        self._bar.write(line)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,37 @@
+"""What an objective is: a loss per trajectory over per-token statistics. Objectives never see logits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from tbrm.data import TrajectoryBatch
+from tbrm_kernels import TokenStats
+
+
+class TrajectoryLoss(NamedTuple):
+    loss: Tensor  # [N], differentiable; the trainer takes the mean over all trajectories of a step
+    residual: Tensor  # [N], what should be zero; for the metrics
+
+
+class Objective(ABC, BaseModel):
+    """Base of all objectives. The fields are the keys of the recipe's `objective` section."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str = Field(description="Which loss: tbrm, reval, brm, or package.module:Class.")
+    beta: float = Field(gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref).")
+    reset_reference_every: int = Field(
+        0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
+    )
+
+    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        """The rewards [N] that the loss is to use; groups [N] int64 says which trajectories answer the same problem."""
+        return rewards
+
+    @abstractmethod
+    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
+        """The loss of each trajectory of a packed batch whose reference scores are filled in."""

@@ -1,0 +1,36 @@
+"""ReVal ("Off-Policy Value-Based RL for LLMs"): TBRM whose value is calibrated by the reference's."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tbrm.data import TrajectoryBatch
+from tbrm.objectives.base import Objective, TrajectoryLoss
+from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
+
+
+class Reval(Objective):
+    """residual = V(s_1) - V_ref(s_1) + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - R/beta, squared.
+
+    The residual starts at -R/beta, free of the arbitrary level of the model's logits. Used with a replay buffer
+    (`replay.*`), a reference that is reset now and then, and, if wanted, rewards less their group's mean.
+    """
+
+    centre_rewards: bool = Field(False, description="Subtract from each reward the mean over its problem's responses.")
+
+    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        if not self.centre_rewards:
+            return rewards
+        _, member = torch.unique(groups, return_inverse=True)
+        counts = torch.bincount(member)
+        means = torch.zeros(len(counts), dtype=rewards.dtype).index_add_(0, member, rewards) / counts
+        return rewards - means[member]
+
+    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
+        ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
+        residual = trajectory_residual(
+            stats.logprobs, stats.lse, batch.cu_seqlens, ref_sums, batch.rewards, self.beta, ref_values=batch.ref_values
+        )
+        return TrajectoryLoss(residual.square(), residual)

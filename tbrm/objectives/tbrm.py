@@ -1,0 +1,20 @@
+"""Trajectory Bellman Residual Minimization (arXiv 2505.15311): one squared residual per trajectory."""
+
+from __future__ import annotations
+
+from tbrm.data import TrajectoryBatch
+from tbrm.objectives.base import Objective, TrajectoryLoss
+from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
+
+
+class Tbrm(Objective):
+    """residual = V(s_1) + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - R/beta, and the loss is its square.
+
+    Nothing is detached: this is the true gradient. R/beta must be large against V(s_1), which is about 34 for a small
+    chat model, or right answers are pushed down together with wrong ones.
+    """
+
+    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
+        ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
+        residual = trajectory_residual(stats.logprobs, stats.lse, batch.cu_seqlens, ref_sums, batch.rewards, self.beta)
+        return TrajectoryLoss(residual.square(), residual)

@@ -1,0 +1,117 @@
+"""Recorded trajectories: JSON lines that `tbrm rollout` or anybody else wrote, read for training and for auditing.
+
+Each line holds `prompt` (text) or `messages` (a chat), `response` (text) and `reward`; optionally `truncated`. Lines that
+also hold `prompt_ids` and `response_ids`, as those of `tbrm rollout` do, are used token for token; otherwise the text is
+encoded with the model's chat template and, unless truncated, the end-of-sequence token is appended.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.chat import encode_messages
+from tbrm.config import RolloutConfig
+from tbrm.data import Trajectory
+from tbrm.metrics import Phases
+from tbrm.rollout.base import derive_seed
+from tbrm.rollout.collect import Collected
+
+
+class FileSource:
+    """Deals a file's trajectories out in a seeded order, reshuffled each epoch. `position` is all of its state."""
+
+    def __init__(self, trajectories: list[Trajectory], config: RolloutConfig, seed: int) -> None:
+        self.trajectories = trajectories
+        self.per_step = config.prompts * config.samples
+        self.seed = seed
+        self.position = 0
+
+    def collect(self, step: int, phases: Phases) -> Collected:
+        with phases("rollout"):
+            taken = []
+            while len(taken) < self.per_step:
+                epoch, offset = divmod(self.position, len(self.trajectories))
+                order = list(range(len(self.trajectories)))
+                random.Random(derive_seed("epoch", self.seed, epoch)).shuffle(order)
+                part = order[offset : offset + self.per_step - len(taken)]
+                taken += [self.trajectories[i] for i in part]
+                self.position += len(part)
+        return Collected(taken)
+
+
+def read_trajectories(path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> list[Trajectory]:
+    """All trajectories of a JSON lines file. Raises ValueError naming the line and the field."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"trajectories file {str(path)!r} cannot be read: {error.strerror}") from error
+    groups: dict[tuple[int, ...], int] = {}
+    trajectories = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            trajectory = _trajectory(json.loads(line), tokenizer, eos_ids)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        trajectory.group = groups.setdefault(tuple(trajectory.prompt_ids), len(groups))
+        trajectories.append(trajectory)
+    if not trajectories:
+        raise ValueError(f"trajectories file {str(path)!r} holds no trajectories")
+    return trajectories
+
+
+def without_prompts(trajectories: Iterable[Trajectory], heldout: Iterable[list[int]]) -> list[Trajectory]:
+    """The trajectories whose prompt is not among the held-out ones."""
+    forbidden = {tuple(prompt) for prompt in heldout}
+    return [trajectory for trajectory in trajectories if tuple(trajectory.prompt_ids) not in forbidden]
+
+
+def _trajectory(row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> Trajectory:
+    if not isinstance(row, dict):
+        raise ValueError(f"got {type(row).__name__}; wants an object with prompt or messages, response and reward")
+    reward = row.get("reward")
+    if isinstance(reward, bool) or not isinstance(reward, int | float):
+        raise ValueError(f"reward: got {reward!r}; wants a number")
+    truncated = row.get("truncated", False)
+    if not isinstance(truncated, bool):
+        raise ValueError(f"truncated: got {truncated!r}; wants true or false")
+    if "prompt_ids" in row or "response_ids" in row:
+        return Trajectory(
+            _token_ids(row, "prompt_ids", len(tokenizer)),
+            _token_ids(row, "response_ids", len(tokenizer)),
+            float(reward),
+            truncated,
+        )
+    response = row.get("response")
+    if not isinstance(response, str):
+        raise ValueError(f"response: got {response!r}; wants text")
+    response_ids = list(tokenizer(response, add_special_tokens=False).input_ids)
+    return Trajectory(
+        encode_messages(tokenizer, _messages(row)), response_ids + ([] if truncated else eos_ids[:1]), float(reward), truncated
+    )
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    if isinstance(row.get("prompt"), str):
+        return [{"role": "user", "content": row["prompt"]}]
+    messages = row.get("messages")
+    if not (isinstance(messages, list) and messages):
+        raise ValueError("neither prompt (text) nor messages (a list of role and content) is given")
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise ValueError(f"messages: got {message!r}; wants objects with role and content")
+    return messages
+
+
+def _token_ids(row: dict[str, Any], field: str, vocabulary: int) -> list[int]:
+    ids = row.get(field)
+    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)):
+        raise ValueError(f"{field}: wants a list of token ids from 0 to {vocabulary - 1} of this model's tokenizer")
+    return ids

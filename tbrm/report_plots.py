@@ -1,0 +1,204 @@
+"""The plots of a run's report, from the rows of metrics.jsonl and eval.jsonl.
+
+A figure is drawn once. As PNG it has the colours of `LIGHT`; as SVG inside the page its colours are CSS variables of the
+same names, so that the page can show it light or dark.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+
+LIGHT = {
+    "ink": "#1f2933",
+    "muted": "#66727f",
+    "grid": "#e3e7eb",
+    # Okabe and Ito's colours, told apart with any kind of colour vision. The first is the run's own.
+    "blue": "#0072b2",
+    "orange": "#d55e00",
+    "green": "#009e73",
+    "pink": "#cc79a7",
+    "sky": "#56b4e9",
+    "yellow": "#e69f00",
+}
+_SERIES = [LIGHT[name] for name in ("blue", "orange", "green", "pink", "sky", "yellow")]
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: sharp, and in the page's font
+    "svg.hashsalt": "tbrm",  # the same run gives the same bytes
+    "font.size": 9,
+    "text.color": LIGHT["ink"],
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "ytick.left": False,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+_MOST_POINTS = 200
+"""Of a curve. Where a run has more steps, a point stands for several: it is their mean, and a band shows their range."""
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: the metric `key`, with a band of `spread` (another metric) on both sides if given."""
+
+    key: str
+    title: str
+    unit: str
+    spread: str | None = None
+    log: bool = False
+    percent: bool = False
+
+
+PANELS = [
+    Panel("reward_mean", "Reward", "mean over trajectories"),
+    Panel("loss", "Loss", "log scale", log=True),
+    Panel("residual_mean", "Bellman residual", "mean ± standard deviation", spread="residual_std"),
+    Panel("value_mean", "Value of the prompt", "mean V(s₁), nats"),
+    Panel("log_ratio_mean", "Log-ratio to the reference", "mean per trajectory, nats"),
+    Panel("entropy_mean", "Entropy", "mean per token, nats"),
+    Panel("response_length_mean", "Response length", "mean, tokens"),
+    Panel("truncated_share", "Truncated responses", "share of trajectories", percent=True),
+    Panel("grad_norm", "Gradient norm", "before clipping"),
+    Panel("tokens_per_second", "Throughput", "tokens per second"),
+    Panel("peak_memory_mib", "Peak memory", "MiB"),
+]
+
+
+def draw_all(metrics: Rows, evals: Rows) -> dict[str, Figure]:
+    """Name to figure, in the order of the page: accuracy first, then what the metrics hold. Without rows, no figure."""
+    figures = {}
+    with matplotlib.rc_context(_STYLE):
+        if evals:
+            figures["accuracy"] = _accuracy(evals)
+        for panel in PANELS:
+            if np.isfinite(series(metrics, panel.key)).any():
+                figures[panel.key] = _panel(panel, metrics)
+        if phases := list(dict.fromkeys(key for row in metrics for key in row if key.startswith("seconds/"))):
+            figures["seconds"] = _seconds(metrics, phases)
+    return figures
+
+
+def series(rows: Rows, key: str) -> np.ndarray:
+    """The metric as float64 [rows]; NaN where it is missing, null or text."""
+    values = (row.get(key) for row in rows)
+    return np.array([value if isinstance(value, int | float) else np.nan for value in values], dtype=np.float64)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(path, dpi=160, facecolor="white")
+
+
+def to_svg(figure: Figure) -> str:
+    """An <svg> element to put into a page that defines the variables --ink, --muted, and so on."""
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for name, colour in LIGHT.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def _axes(title: str, unit: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    axes = figure.add_subplot()
+    axes.set_title(title, pad=18)
+    axes.annotate(unit, (0, 1), xytext=(0, 7), xycoords="axes fraction", textcoords="offset points", color=LIGHT["muted"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return figure, axes
+
+
+def _accuracy(evals: Rows) -> Figure:
+    count = evals[-1].get("n")
+    unit = "share right, with 95% confidence interval" + (f" over {count} prompts" if count else "")
+    figure, axes = _axes("Accuracy on held-out prompts", unit, size=(7.2, 3.4))
+    steps, accuracy = series(evals, "step"), series(evals, "accuracy")
+    low, high = series(evals, "ci_low"), series(evals, "ci_high")
+    axes.fill_between(steps, low, high, color=LIGHT["blue"], alpha=0.18, linewidth=0)
+    axes.plot(steps, accuracy, color=LIGHT["blue"], linewidth=2.2, marker="o", markersize=5)
+    rising = accuracy[-1] >= accuracy[0]
+    for index in sorted({0, len(evals) - 1}):
+        above = rising == (index > 0)  # off the curve
+        axes.annotate(f"{accuracy[index]:.1%}", (steps[index], accuracy[index]),
+                      xytext=(0, 9 if above else -9), textcoords="offset points",
+                      ha="center", va="bottom" if above else "top",
+                      fontsize=12, fontweight="bold", color=LIGHT["blue"])  # fmt: skip
+    top = np.nanmax(np.concatenate([accuracy, high, [0.1]]))
+    axes.set_ylim(0, min(1.0, 1.15 * top) if top < 0.97 else 1.08)
+    axes.margins(x=0.06)
+    axes.set_xlabel("training step")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    return figure
+
+
+def _panel(panel: Panel, metrics: Rows) -> Figure:
+    figure, axes = _axes(panel.title, panel.unit, size=(3.6, 2.3))
+    values = _points(series(metrics, panel.key))
+    steps, mean = _points(series(metrics, "step")).mean(axis=1), values.mean(axis=1)
+    low, high = values.min(axis=1), values.max(axis=1)
+    if panel.spread is not None:
+        spread = _points(series(metrics, panel.spread)).mean(axis=1)
+        low, high = mean - spread, mean + spread
+    axes.fill_between(steps, low, high, color=LIGHT["blue"], alpha=0.18, linewidth=0)
+    axes.plot(steps, mean, color=LIGHT["blue"], marker="o", markersize=2.5 if len(steps) < 50 else 0)
+    if panel.log and mean.min() > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+        axes.set_ylim(bottom=0)
+    _label_steps(axes, values)
+    return figure
+
+
+def _seconds(metrics: Rows, phases: list[str]) -> Figure:
+    figure, axes = _axes("Seconds per step", "by phase", size=(3.6, 2.3))
+    steps = _points(series(metrics, "step"))
+    # A point is a block from half a step before its first step to half a step after its last one.
+    edges = np.stack([steps.min(axis=1) - 0.5, steps.max(axis=1) + 0.5], axis=1).ravel()
+    blocks = [_points(series(metrics, phase)).mean(axis=1).filled(0.0).repeat(2) for phase in phases]
+    axes.stackplot(edges, blocks, labels=[phase.removeprefix("seconds/") for phase in phases], colors=_SERIES)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, handlelength=0.8, columnspacing=1)
+    _label_steps(axes, steps)
+    return figure
+
+
+def _points(values: np.ndarray) -> np.ma.MaskedArray:
+    """[rows] to [points, steps per point], with NaN, and what the last point lacks, masked out."""
+    per_point = -(-len(values) // _MOST_POINTS)
+    padded = np.pad(values, (0, -len(values) % per_point), constant_values=np.nan)
+    return np.ma.masked_invalid(padded.reshape(-1, per_point))
+
+
+def _label_steps(axes: Axes, points: np.ma.MaskedArray) -> None:
+    per_point = points.shape[1]
+    axes.set_xlabel("step" if per_point == 1 else f"step (mean and range of {per_point})")

@@ -1,0 +1,87 @@
+"""Where a training step's trajectories come from: rollouts of the policy on the task's problems, graded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.chat import decode, encode_problems
+from tbrm.config import RolloutConfig
+from tbrm.data import Trajectory
+from tbrm.metrics import Phases
+from tbrm.rollout.base import RolloutEngine, Sampling, derive_seed
+from tbrm.tasks import Problem, ProblemStream
+
+
+@dataclass
+class Collected:
+    """One step's fresh trajectories, and what only their maker knows of them."""
+
+    trajectories: list[Trajectory]
+    problems: list[Problem] = field(default_factory=list)
+    """The problem of each trajectory, if it has one."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutSource:
+    """Draws problems, lets the engine answer them, and grades the answers."""
+
+    def __init__(
+        self,
+        stream: ProblemStream,
+        engine: RolloutEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutConfig,
+        seed: int,
+    ) -> None:
+        self.stream = stream
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.config = config
+        self.seed = seed
+
+    @property
+    def position(self) -> int:
+        return self.stream.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.stream.position = position
+
+    def collect(self, step: int, phases: Phases) -> Collected:
+        """The trajectories of one step, which updates the weights from version `step - 1`."""
+        config = self.config
+        drawn_at = self.position
+        with phases("rollout"):
+            problems = self.stream.take(config.prompts)
+            prompts = encode_problems(self.tokenizer, problems)
+            sampling = Sampling(config.max_new_tokens, config.temperature, derive_seed("rollout", self.seed, step))
+            answers = self.engine.generate(prompts, config.samples, sampling)
+        flat = [(i, response) for i, responses in enumerate(answers) for response in responses]
+        with phases("reward"):
+            texts = [decode(self.tokenizer, response.token_ids) for _, response in flat]
+            grades = self.stream.task.grade([problems[i] for i, _ in flat], texts)
+
+        collected = Collected([])
+        for (i, response), grade in zip(flat, grades, strict=True):
+            if response.truncated and config.truncated == "drop":
+                continue
+            fixed = response.truncated and config.truncated == "fixed"
+            collected.problems.append(problems[i])
+            collected.trajectories.append(
+                Trajectory(
+                    prompt_ids=prompts[i],
+                    response_ids=response.token_ids,
+                    reward=config.truncated_reward if fixed else grade.reward,
+                    truncated=response.truncated,
+                    group=drawn_at + i,
+                    weight_version=step - 1,
+                )
+            )
+        collected.metrics = {
+            "correct_share": sum(grade.correct for grade in grades) / len(grades),
+            "ungraded": sum(grade.failure is not None for grade in grades),
+            "dropped": len(grades) - len(collected.trajectories),
+        }
+        return collected

@@ -1,0 +1,37 @@
+"""Auditing recorded trajectories under a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.data import pack, split_by_tokens
+from tbrm.model import PolicyModel
+from tbrm.offline import read_trajectories
+from tbrm.rollout.embedded import end_token_ids
+from tbrm_kernels import segment_sums
+
+
+@torch.no_grad()
+def score_file(
+    policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, batch_tokens: int
+) -> Iterator[dict[str, float | int]]:
+    """One row per trajectory of the file, in its order: the sum of its actions' log-probs, V(s_1), and their number."""
+    trajectories = read_trajectories(path, tokenizer, end_token_ids(policy.lm, tokenizer))
+    rows: dict[int, dict[str, float | int]] = {}
+    bar = tqdm(total=len(trajectories), disable=None, desc="scoring", unit="trajectory")
+    for members in split_by_tokens(trajectories, batch_tokens):
+        batch = pack([trajectories[i] for i in members]).to(policy.device)
+        stats = policy(batch)
+        sums = segment_sums(stats.logprobs, batch.cu_seqlens).tolist()
+        values = stats.lse[batch.cu_seqlens[:-1].long()].tolist()
+        for i, logprob_sum, value in zip(members, sums, values, strict=True):
+            reward, actions = trajectories[i].reward, len(trajectories[i].actions)
+            rows[i] = {"index": i, "logprob_sum": logprob_sum, "value": value, "actions": actions, "reward": reward}
+        bar.update(len(members))
+    bar.close()
+    yield from (rows[i] for i in sorted(rows))

@@ -1,0 +1,68 @@
+"""The figures of one training step, summed over its micro-batches without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+
+from tbrm.data import Trajectory, TrajectoryBatch
+from tbrm.objectives.base import TrajectoryLoss
+from tbrm_kernels import TokenStats, segment_sums
+
+
+class StepMetrics:
+    """Adds up micro-batches; `means` is the step's one synchronisation with the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tokens = 0
+        self.trajectories = 0
+        self.actions = 0
+        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: TrajectoryBatch) -> None:
+        assert stats.entropy is not None and batch.ref_logprobs is not None
+        self.tokens += len(batch.input_ids)
+        self.trajectories += len(batch.rewards)
+        self.actions += len(batch.targets)
+        first = batch.cu_seqlens[:-1].long()  # every trajectory of a step has at least one action
+        log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
+        self._sums += torch.stack(
+            [
+                losses.loss.double().sum(),
+                losses.residual.double().sum(),
+                losses.residual.double().square().sum(),
+                stats.lse[first].double().sum(),
+                log_ratio.double().sum(),
+                stats.entropy.double().sum(),
+            ]
+        )
+
+    def means(self) -> dict[str, float]:
+        """Means over trajectories; entropy, in nats, over actions."""
+        n = max(1, self.trajectories)
+        loss, residual, residual_square, value, log_ratio, entropy = self._sums.tolist()
+        mean = residual / n
+        return {
+            "loss": loss / n,
+            "residual_mean": mean,
+            "residual_std": max(0.0, residual_square / n - mean * mean) ** 0.5,
+            "value_mean": value / n,
+            "log_ratio_mean": log_ratio / n,
+            "entropy_mean": entropy / max(1, self.actions),
+        }
+
+
+def trajectory_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+    """What the trajectories of update `step` say by themselves. Staleness is in updates since they were made."""
+    if not trajectories:
+        return {"trajectories": 0}
+    return {
+        "trajectories": len(trajectories),
+        "reward_mean": fmean(t.reward for t in trajectories),
+        "response_length_mean": fmean(len(t.response_ids) for t in trajectories),
+        "truncated_share": fmean(t.truncated for t in trajectories),
+        "staleness_mean": fmean(step - 1 - t.weight_version for t in trajectories),
+    }

@@ -1,0 +1,71 @@
+"""How the answer is taken out of a response. All of it is linear in the length of the text: responses are untrusted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Literal
+
+Extractor = Literal["last_number", "answer_tag", "boxed", "whole"]
+
+_NUMBER = re.compile(
+    r"""
+    (?: (?<![0-9A-Za-z_)\]}]) (?P<sign>[-+\u2212]) )?   # "5-3" and "(x)-3" end in 3, "= -3" in -3
+    [$€£¥]?
+    (?<![0-9A-Za-z_^])                                  # "cm2" and "m^2" are no numbers
+    (?P<integer> [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ | (?<!\.)(?=\.[0-9]) )
+    (?P<decimals> \.[0-9]+ )?
+    (?P<exponent> [eE][-+]?[0-9]{1,3}(?![0-9A-Za-z_]) )?
+    """,
+    re.VERBOSE,
+)
+
+
+def last_number(text: str) -> str | None:
+    r"""The last number of `text` in plain notation, or None: ``"so it costs -$01,234.50."`` gives ``"-1234.50"``.
+
+    Commas between thousands, a leading "+", leading zeros and currency signs are dropped, decimals and exponents kept; a
+    percent sign is not part of the number. A minus is a sign unless it follows a letter, a digit or a closing bracket.
+    """
+    match = None
+    for match in _NUMBER.finditer(text):  # noqa: B007  (the last one is wanted, and holding all of them is not)
+        pass
+    if match is None:
+        return None
+    sign = "-" if match["sign"] in ("-", "\u2212") else ""
+    integer = match["integer"].replace(",", "").lstrip("0") or "0"
+    return f"{sign}{integer}{match['decimals'] or ''}{match['exponent'] or ''}"
+
+
+def answer_tag(text: str) -> str | None:
+    """What the last ``<answer>...</answer>`` holds, stripped; None if there is none."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last ``\boxed{...}`` holds, stripped, braces within it balanced; None if there is none or it is cut off."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # an escaped brace does not count
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : start + brace.start()].strip()
+    return None
+
+
+def whole(text: str) -> str | None:
+    """All of the response, stripped."""
+    return text.strip()
+
+
+EXTRACTORS: dict[Extractor, Callable[[str], str | None]] = {
+    "last_number": last_number,
+    "answer_tag": answer_tag,
+    "boxed": boxed,
+    "whole": whole,
+}

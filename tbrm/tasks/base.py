@@ -1,0 +1,90 @@
+"""What a task is: an endless stream of problems to train on, a held-out set, and a grader."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt and what its grader needs to know."""
+
+    prompt: str | tuple[Message, ...]
+    """Plain text, put to the model as one user message, or a whole conversation: {"role": ..., "content": ...}."""
+    answer: str
+    """The reference answer, as text (shown in reports; most verifiers compare with it)."""
+    entry: dict[str, Any] = field(default_factory=dict)
+    """The rest of the problem's row, for verifiers that want more than the answer."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return ({"role": "user", "content": self.prompt},) if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def key(self) -> str:
+        """What makes two problems the same for the held-out check: all the text that the model is shown."""
+        return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A verifier's word on one response."""
+
+    reward: float
+    correct: bool
+    failure: str | None = None
+    """Why the response could not be graded (reward 0 then); None if it was."""
+
+
+class Task(ABC, BaseModel):
+    """Base of all tasks. The fields are the keys of the recipe's `task` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Which task: reasoning_gym, file, or package.module:Class.")
+
+    @abstractmethod
+    def problem(self, index: int, seed: int) -> Problem:
+        """The training problem at `index` >= 0 of the endless stream of `seed`: the same arguments, the same problem."""
+
+    @abstractmethod
+    def heldout(self, count: int) -> list[Problem]:
+        """`count` distinct held-out problems, the same on every call and for every training seed."""
+
+    @abstractmethod
+    def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        """One grade for each response; problems[i] is what responses[i] answers."""
+
+
+class ProblemStream:
+    """The training problems in order. `position` is all of its state: set it to resume."""
+
+    def __init__(self, task: Task, seed: int, heldout: Sequence[Problem], position: int = 0) -> None:
+        self.task = task
+        self.seed = seed
+        self.position = position
+        self._heldout = frozenset(problem.key for problem in heldout)
+
+    def take(self, count: int) -> list[Problem]:
+        """The next `count` problems, held-out ones left out."""
+        taken: list[Problem] = []
+        skipped = 0
+        while len(taken) < count:
+            problem = self.task.problem(self.position, self.seed)
+            self.position += 1
+            if problem.key not in self._heldout:
+                taken.append(problem)
+                skipped = 0
+            elif (skipped := skipped + 1) > 1000:
+                raise ValueError(
+                    f"task: 1000 training problems in a row are held out for evaluation ({len(self._heldout)} are in all): "
+                    "the task has too few distinct problems; lower evaluation.prompts or widen the task"
+                )
+        return taken

@@ -1,0 +1,120 @@
+"""Problems read from a JSON Lines or Parquet file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from tbrm.tasks.base import Grade, Message, Problem, Task
+from tbrm.tasks.rows import read_rows
+from tbrm.tasks.spelling import hint
+from tbrm.tasks.verifiers import Verifier, make_verifier
+
+
+class FileTask(Task):
+    """Prompts and answers from a file, one row each, graded by a verifier.
+
+    The file is read when the task is made. Training takes its rows in a new random order each epoch.
+    """
+
+    path: Path = Field(description="The problems: a .jsonl or .parquet file.")
+    heldout_path: Path | None = Field(None, description="A second file, for evaluation only.")
+    heldout_rows: int = Field(0, ge=0, description="Or: keep the last so many rows of `path` for evaluation.")
+    prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
+    answer_column: str = Field("answer", description="Column of the reference answers: text or a number.")
+    system: str | None = Field(None, description="System message before each prompt.")
+    verifier: str = Field(
+        description="What grades a response: exact, last_number, math_verify, or package.module:function with the "
+        "signature of TRL's reward functions."
+    )
+    verifier_options: dict[str, Any] = Field({}, description="Options of the verifier, such as {timeout_seconds: 10}.")
+
+    _training: tuple[Problem, ...] = PrivateAttr()
+    _heldout: tuple[Problem, ...] = PrivateAttr()
+    _verify: Verifier = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _read(self) -> FileTask:
+        if self.heldout_path is not None and self.heldout_rows:
+            raise ValueError("heldout_path and heldout_rows are both set: choose one")
+        self._verify = make_verifier(self.verifier, self.verifier_options)
+        problems = tuple(self._problems(self.path))
+        if self.heldout_rows >= len(problems):
+            raise ValueError(
+                f"heldout_rows is {self.heldout_rows}, which leaves nothing to train on: {self.path} has {len(problems)} rows"
+            )
+        split = len(problems) - self.heldout_rows
+        self._training = problems[:split]
+        self._heldout = problems[split:] if self.heldout_path is None else tuple(self._problems(self.heldout_path))
+        return self
+
+    def problem(self, index: int, seed: int) -> Problem:
+        epoch, place = divmod(index, len(self._training))
+        return self._training[_order(len(self._training), seed, epoch)[place]]
+
+    def heldout(self, count: int) -> list[Problem]:
+        distinct = list({problem.key: problem for problem in self._heldout}.values())
+        if count > len(distinct):
+            source = f"heldout_path {self.heldout_path}" if self.heldout_path else f"heldout_rows {self.heldout_rows}"
+            raise ValueError(
+                f"evaluation wants {count} distinct held-out prompts, and {source} gives {len(distinct)}: lower "
+                "evaluation.prompts, or set heldout_path or heldout_rows to hold out more"
+            )
+        return distinct[:count]
+
+    def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        return self._verify(problems, responses)
+
+    def _problems(self, path: Path) -> Iterator[Problem]:
+        for line, row in read_rows(path):
+            try:
+                answer = self._answer(row)
+                self._verify.check_answer(answer)
+                yield Problem(self._prompt(row), answer, row)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: {error}") from error
+
+    def _answer(self, row: dict[str, Any]) -> str:
+        answer = self._cell(row, "answer_column")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise ValueError(f"column {self.answer_column!r} holds {answer!r:.100}, and an answer is text or a number")
+        return str(answer)
+
+    def _prompt(self, row: dict[str, Any]) -> str | tuple[Message, ...]:
+        prompt = self._cell(row, "prompt_column")
+        if isinstance(prompt, str) and prompt:
+            if self.system is None:
+                return prompt
+            return ({"role": "system", "content": self.system}, {"role": "user", "content": prompt})
+        if not isinstance(prompt, list) or not prompt or not all(_is_message(each) for each in prompt):
+            raise ValueError(
+                f"column {self.prompt_column!r} holds {prompt!r:.100}, and a prompt is text or a list of messages "
+                '{"role": "user", "content": "..."}'
+            )
+        messages = tuple({"role": each["role"], "content": each["content"]} for each in prompt)
+        if self.system is None:
+            return messages
+        if messages[0]["role"] == "system":
+            raise ValueError(f"column {self.prompt_column!r} begins with a system message, and task.system is set too")
+        return ({"role": "system", "content": self.system}, *messages)
+
+    def _cell(self, row: dict[str, Any], field: str) -> Any:
+        column = getattr(self, field)
+        if column not in row:
+            raise ValueError(f"no column {column!r} ({field}): {hint(column, row)}")
+        return row[column]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of the rows in an epoch: a permutation of range(rows)."""
+    return random.Random(f"{seed} {epoch}").sample(range(rows), rows)

@@ -1,0 +1,113 @@
+"""The part of the reasoning-gym task that touches reasoning-gym. It runs in a process of its own (`tbrm.tasks.workers`)
+because that library is not safe beside a trainer: some scorers pass the answer to Python's ``eval`` or to sympy, some
+answers make a scorer run for ever, and some families print, reseed numpy, or draw from sets, whose order changes with
+the interpreter's hash seed.
+
+An item is known by its position on one line of 2^32: reasoning-gym seeds item `index` of a data set with `seed + index`,
+so blocks of consecutive positions become data sets, and one that prepares something for all of its items does so once
+a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import string
+from functools import lru_cache
+from typing import Any
+
+from reasoning_gym.dataset import ProceduralDataset
+from reasoning_gym.factory import DATASETS, create_dataset
+
+from tbrm.tasks.answers import EXTRACTORS, Extractor
+from tbrm.tasks.spelling import hint
+
+_BLOCK = 1024
+
+# Families whose scorer gives the answer to eval(): it wants a list. Without a parenthesis nothing can be called.
+_EVAL = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+# Families whose scorer gives the answer to sympy.parse_expr, which uses eval(): numbers, operators, one-letter
+# variables and these functions are let through.
+_PARSE_EXPR = {"countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "intermediate_integration"}
+_FUNCTIONS = {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "Integral"}
+
+
+def check(family: str, params: str, prompt: str, answer: Extractor) -> str | None:
+    """What is wrong with these fields of the task, or None. `params` is a JSON object, as everywhere below."""
+    if family not in DATASETS:
+        return f"family: reasoning-gym has no {family!r}: {hint(family, DATASETS)}"
+    known = {field.name for field in dataclasses.fields(DATASETS[family][1])} - {"seed", "size"}
+    for name in json.loads(params):
+        if name in ("seed", "size"):
+            return f"params.{name}: tbrm sets it; for other held-out problems change heldout_seed"
+        if name not in known:
+            return f"params.{name}: {family} has no such parameter: {hint(name, known)}"
+    try:
+        items = [_item(family, params, position) for position in range(8)]
+    except Exception as error:  # validate() uses assertions; wrong types surface as anything
+        return f"params: {family} does not accept {params}: {error or type(error).__name__}"
+    try:
+        _render(prompt, items[0])
+    except ValueError as error:
+        return str(error)
+    if answer == "last_number":
+        for position, item in enumerate(items):
+            if item["answer"] is None or score(family, params, position, answer, item["answer"]) < 1:
+                return (
+                    f"answer: last_number cannot give what {family} wants, such as {item['answer']!r}; "
+                    "use answer_tag, boxed or whole, and ask for that form in the prompt"
+                )
+    return None
+
+
+def make(family: str, params: str, prompt: str, position: int) -> tuple[str, str]:
+    """The prompt and the reference answer of the item at `position`; "" where a family has no single answer."""
+    item = _item(family, params, position)
+    return _render(prompt, item), item["answer"] or ""
+
+
+def score(family: str, params: str, position: int, answer: Extractor, response: str) -> float:
+    """What reasoning-gym's scorer gives the answer that `response` holds; 0 if it holds none."""
+    text = EXTRACTORS[answer](response)
+    if text is None or not _harmless(family, text):
+        return 0.0
+    dataset = _dataset(family, params, position - position % _BLOCK)
+    return float(dataset.score_answer(text, _item(family, params, position)))
+
+
+@lru_cache(maxsize=4)
+def _dataset(family: str, params: str, start: int) -> ProceduralDataset:
+    return create_dataset(family, **json.loads(params), seed=start, size=_BLOCK)
+
+
+@lru_cache(maxsize=4096)  # scoring comes soon after making, and some items take seconds to make
+def _item(family: str, params: str, position: int) -> dict[str, Any]:
+    item: dict[str, Any] = _dataset(family, params, position - position % _BLOCK)[position % _BLOCK]
+    return item
+
+
+def _render(prompt: str, item: dict[str, Any]) -> str:
+    values = {**item["metadata"], "question": item["question"]}
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"prompt: {prompt!r}: {error}; write {{{{ and }}}} for braces") from error
+    for name in names:
+        if name not in values:
+            raise ValueError(f"prompt: no placeholder {{{name}}}: {hint(name, values)}; write {{{{ and }}}} for braces")
+    return prompt.format_map(values)
+
+
+def _harmless(family: str, text: str) -> bool:
+    """Whether evaluating `text` can only compute. It may compute for ever: the time limit is for that."""
+    if family in _EVAL:
+        return "(" not in text
+    if family in _PARSE_EXPR:
+        names = re.findall(r"[A-Za-z]\w*", text)
+        return (
+            re.fullmatch(r"[-+*/^()., \t\r\n0-9A-Za-z]*", text) is not None
+            and re.search(r"\.\s*[A-Za-z]", text) is None
+            and all(len(name) == 1 or name in _FUNCTIONS for name in names)
+        )
+    return True

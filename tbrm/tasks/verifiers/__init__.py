@@ -1,0 +1,39 @@
+"""Verifiers: what says whether a response to a problem of a file is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tbrm.registry import Registry
+from tbrm.tasks.spelling import hint
+from tbrm.tasks.verifiers.base import Verifier
+
+VERIFIERS = Registry(
+    "verifier",
+    {
+        "exact": "tbrm.tasks.verifiers.exact:Exact",
+        "last_number": "tbrm.tasks.verifiers.last_number:LastNumber",
+        "math_verify": "tbrm.tasks.verifiers.math_verify:MathVerify",
+    },
+)
+
+
+def make_verifier(name: str, options: dict[str, Any]) -> Verifier:
+    """The verifier called `name`, or, where `name` is the import path of any other callable, that reward function.
+
+    Raises ValueError for an unknown name or option.
+    """
+    found = VERIFIERS(name)
+    if not (isinstance(found, type) and issubclass(found, Verifier)):
+        from tbrm.tasks.verifiers.reward_function import RewardFunction
+
+        if options:
+            raise ValueError(f"verifier_options: a reward function takes none, and {name} was given {options}")
+        return RewardFunction(name=name, function=found)
+    for option in options:
+        if option not in found.model_fields:
+            raise ValueError(f"verifier_options.{option}: {name} has no such option: {hint(option, found.model_fields)}")
+    return found(**options)
+
+
+__all__ = ["VERIFIERS", "Verifier", "make_verifier"]

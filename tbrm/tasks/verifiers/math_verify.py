@@ -1,0 +1,48 @@
+"""Right if math-verify (https://github.com/huggingface/Math-Verify) finds response and reference mathematically equal."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+
+from pydantic import Field, model_validator
+
+from tbrm.tasks.base import Grade, Problem
+from tbrm.tasks.verifiers.base import Verifier
+from tbrm.tasks.workers import Outcome, Workers
+
+
+class MathVerify(Verifier):
+    """Compares mathematics, LaTeX or plain, in processes that are killed when a response takes them too long.
+
+    math-verify's own time limits use signal.alarm, which works in main threads only and cannot stop a single long
+    operation; they are switched off.
+    """
+
+    timeout_seconds: float = Field(5.0, gt=0, description="A response that takes longer gets reward 0 and is counted.")
+    processes: int = Field(2, ge=1, description="How many responses are graded at once.")
+    memory_gib: float = Field(2.0, gt=0, description="Memory that each process may use.")
+
+    @model_validator(mode="after")
+    def _check(self) -> MathVerify:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError("verifier math_verify needs the package math-verify: pip install 'tbrm[math]'")
+        return self
+
+    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        pairs = [(each.answer, text) for each, text in zip(problems, responses, strict=True)]
+        workers = _workers(self.processes, int(self.memory_gib * 2**30))
+        return [_grade(outcome) for outcome in workers.map("equal", pairs, seconds=self.timeout_seconds)]
+
+
+def _grade(outcome: Outcome) -> Grade:
+    if outcome.failure is not None:
+        return Grade(0.0, correct=False, failure=f"math_verify: {outcome.failure}")
+    return Grade(float(outcome.value), correct=outcome.value)
+
+
+@cache
+def _workers(processes: int, memory_bytes: int) -> Workers:
+    """The grading processes, shared by all verifiers with the same settings."""
+    return Workers("tbrm.tasks.verifiers.math_verify_process", processes, memory_bytes)
