@@ -128,11 +128,9 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         raise TypeError(f"targets is {targets.dtype}: it must be torch.int64")
 
     if hidden.dim() != 2 or hidden.shape[1] == 0:
-        raise ValueError(
-            f"hidden has shape {list(hidden.shape)}: it must be [T, D] with D above 0 (flatten batch and sequence)"
-        )
+        raise ValueError(f"hidden has shape {list(hidden.shape)}: it must be [T, D > 0] (flatten batch and sequence)")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V, D = {hidden.shape[1]}]")
+        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V > 0, D = {hidden.shape[1]}]")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets has shape {list(targets.shape)}: it must be [T = {hidden.shape[0]}]")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -77,8 +77,8 @@ class MetricsLog:
         again, are dropped. Without it the run starts afresh, and so do the files. `config` is shown by wandb."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
-        self._wandb = _start_wandb(run_dir, config, resume=resume_step is not None) if wandb else None
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._wandb = _start_wandb(run_dir, config, resume=resume_step is not None) if wandb else None
         paths = [run_dir / "metrics.jsonl", run_dir / "eval.jsonl"]
         if resume_step is not None:
             for path in paths:
@@ -97,7 +97,7 @@ class MetricsLog:
         """The row of the evaluation after `step` updates."""
         self._write(self._evals, "eval", step, metrics)
 
-    def _write(self, file: Any, group: str, step: int, metrics: Mapping[str, Metric]) -> None:
+    def _write(self, file: TextIO, group: str, step: int, metrics: Mapping[str, Metric]) -> None:
         row = {"step": step} | {key: _json_value(key, value) for key, value in metrics.items()}
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
@@ -141,7 +141,6 @@ def _start_wandb(run_dir: Path, config: dict[str, Any] | None, resume: bool) -> 
         raise ModuleNotFoundError(
             "logging.wandb is on, but wandb is not installed: pip install 'tbrm[wandb]', or set logging.wandb=false"
         ) from error
-    run_dir.mkdir(parents=True, exist_ok=True)
     id_file = run_dir / "wandb_id.txt"
     known_id = id_file.read_text() if resume and id_file.exists() else None
     run = wandb.init(
@@ -192,14 +191,15 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
 
 
+_ON_THE_BAR = {
+    "reward_mean": "reward {:.2f}",
+    "residual_mean": "residual {:+.1f}",
+    "tokens_per_second": "{:.0f} tokens/s",
+}
+
+
 class Progress:
     """A bar over the steps of a run, on a terminal; where stderr is none, no output at all."""
-
-    _SHOWN = {
-        "reward_mean": "reward {:.2f}",
-        "residual_mean": "residual {:+.1f}",
-        "tokens_per_second": "{:.0f} tokens/s",
-    }
 
     def __init__(self, steps: int, done: int = 0) -> None:
         """`steps` in all, of which `done` were run before (when resuming)."""
@@ -208,7 +208,7 @@ class Progress:
 
     def advance(self, metrics: Mapping[str, Any]) -> None:
         """One more step is done, with these metrics."""
-        shown = [text.format(metrics[key]) for key, text in self._SHOWN.items() if key in metrics]
+        shown = [text.format(metrics[key]) for key, text in _ON_THE_BAR.items() if key in metrics]
         self._bar.set_description_str("  ".join([*shown, ""]), refresh=False)
         self._bar.update()
 

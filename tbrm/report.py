@@ -1,11 +1,10 @@
-"""The report of a run: one HTML page that needs nothing from outside itself, the same plots as PNG, and a short summary.
+"""The report of a run: one HTML page that needs nothing from outside itself, its plots as PNG too, and a short summary.
 
 A run that is still going, or was killed, has a report too: it shows what there is and says what is missing.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +64,7 @@ def write_report(run_dir: Path) -> Path:
         before=before,
         after=after,
         n_heldout=_n_heldout(run),
+        finished=bool(run.result),
         facts=facts(run),
         figures={name: Markup(to_svg(figure)) for name, figure in figures.items()},
         outcomes={outcome: len(pairs) for outcome, pairs in by_outcome.items()},
@@ -79,7 +79,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def summary_lines(run_dir: Path) -> list[str]:
-    """Five lines of plain text: what was reached, how, by which model, at what cost, and where the report is."""
+    """Five lines of plain text: what was reached, how, on what, at what cost, and where the report is."""
     run = read_run(run_dir)
     before, after = (_with_interval(accuracy) for accuracy in accuracies(run))
     known = facts(run)
@@ -89,9 +89,9 @@ def summary_lines(run_dir: Path) -> list[str]:
 
     return [
         f"accuracy  {before} -> {after} on {_n_heldout(run) or 'the'} held-out prompts",
-        f"training  {line('Objective', 'Steps', 'Seed')}",
-        f"model     {line('Model', 'Task')}",
-        f"cost      {line('Time', 'Throughput', 'Peak memory')}",
+        f"training  {line('Objective', 'Beta', 'Steps', 'Seed')}",
+        f"setting   {line('Model', 'Task')}",
+        f"cost      {line('Training time', 'Throughput', 'Peak memory')}",
         f"report    {run_dir / 'report.html'}",
     ]
 
@@ -107,14 +107,15 @@ def facts(run: Run) -> dict[str, str]:
     """What stands beside the accuracy, by its label: only what is known."""
     values = {
         "Model": run.setting("model.name") or run.result.get("model"),
-        "Task": " ".join(filter(None, (run.setting("task.name"), run.setting("task.family")))) or run.result.get("task"),
+        "Task": run.setting("task.family") or run.setting("task.name") or run.result.get("task"),
         "Objective": run.setting("objective.name") or run.result.get("objective"),
         "Beta": run.setting("objective.beta"),
         "Steps": _steps(run),
         "Seed": run.result.get("seed", run.setting("seed")),
-        "Time": _training_time(run),
+        "Training time": _training_time(run),
         "Throughput": _over_steps(run, "tokens_per_second", statistics.median, "{:,.0f} tokens/s"),
         "Peak memory": _over_steps(run, "peak_memory_mib", max, "{:,.0f} MiB"),
+        "Ungraded": _over_steps(run, "ungraded", sum, "{:,.0f} responses"),
     }
     return {label: str(value) for label, value in values.items() if value not in (None, "")}
 
@@ -128,15 +129,12 @@ def group_by_outcome(pairs: list[SamplePair]) -> dict[str, list[SamplePair]]:
 
 
 def choose(groups: dict[str, list[SamplePair]], count: int) -> dict[str, list[SamplePair]]:
-    """The first pairs of each outcome, `count` in all, in proportion to how many there are and at least one of each.
-
-    Seats are given one by one to the outcome with the most pairs per seat so far (the method of J. Q. Adams).
-    """
-    seats = dict.fromkeys(groups, 0)
-    for _ in range(min(count, sum(map(len, groups.values())))):
-        neediest = max(groups, key=lambda outcome: len(groups[outcome]) / seats[outcome] if seats[outcome] else math.inf)
-        seats[neediest] += 1
-    return {outcome: group[: seats[outcome]] for outcome, group in groups.items()}
+    """The first pairs of each outcome: at least one, and about `count` in all, in proportion to how many there are."""
+    shown = dict.fromkeys(groups, 1)
+    while sum(shown.values()) < min(count, sum(map(len, groups.values()))):
+        # One more for the outcome that is shown least for its size; it has more than are shown, so long as any has.
+        shown[max(groups, key=lambda outcome: len(groups[outcome]) / shown[outcome])] += 1
+    return {outcome: group[: shown[outcome]] for outcome, group in groups.items()}
 
 
 def _template() -> Template:

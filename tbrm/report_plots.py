@@ -1,7 +1,7 @@
 """The plots of a run's report, from the rows of metrics.jsonl and eval.jsonl.
 
-A figure is drawn once. As PNG it has the colours of `LIGHT`; as SVG inside the page its colours are CSS variables of the
-same names, so that the page can show it light or dark.
+A figure is drawn once. As PNG it has the colours of `LIGHT`; as SVG inside the page its colours are CSS variables of
+the same names, so that the page can show it light or dark.
 """
 
 from __future__ import annotations
@@ -30,16 +30,13 @@ LIGHT = {
     "yellow": "#e69f00",
 }
 _SERIES = [LIGHT[name] for name in ("blue", "orange", "green", "pink", "sky", "yellow")]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp, and in the page's font
     "svg.hashsalt": "tbrm",  # the same run gives the same bytes
     "font.size": 9,
     "text.color": LIGHT["ink"],
     "axes.edgecolor": LIGHT["muted"],
     "axes.labelcolor": LIGHT["muted"],
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -55,7 +52,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 _MOST_POINTS = 200
-"""Of a curve. Where a run has more steps, a point stands for several: it is their mean, and a band shows their range."""
+"""Of a curve. In a longer run a point stands for several steps: it is their mean, and a band shows their range."""
 
 Rows = list[dict[str, Any]]
 
@@ -74,7 +71,7 @@ class Panel:
 
 PANELS = [
     Panel("reward_mean", "Reward", "mean over trajectories"),
-    Panel("loss", "Loss", "log scale", log=True),
+    Panel("loss", "Loss", "mean over trajectories", log=True),
     Panel("residual_mean", "Bellman residual", "mean ± standard deviation", spread="residual_std"),
     Panel("value_mean", "Value of the prompt", "mean V(s₁), nats"),
     Panel("log_ratio_mean", "Log-ratio to the reference", "mean per trajectory, nats"),
@@ -125,12 +122,15 @@ def to_svg(figure: Figure) -> str:
     return svg
 
 
-def _axes(title: str, unit: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+def _axes(title: str, unit: str, width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty plot of that size in inches, with its title and unit in the upper left corner."""
+    figure = Figure(figsize=(width, height))
+    heading = 0.5
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - heading / height), w_pad=0.08, h_pad=0.06)
+    left = 0.1 / width
+    figure.text(left, 1 - 0.1 / height, title, va="top", fontsize=10, fontweight="bold")
+    figure.text(left, 1 - 0.28 / height, unit, va="top", color=LIGHT["muted"])
     axes = figure.add_subplot()
-    axes.set_title(title, pad=18)
-    axes.annotate(unit, (0, 1), xytext=(0, 7), xycoords="axes fraction", textcoords="offset points", color=LIGHT["muted"])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return figure, axes
 
@@ -138,7 +138,7 @@ def _axes(title: str, unit: str, size: tuple[float, float]) -> tuple[Figure, Axe
 def _accuracy(evals: Rows) -> Figure:
     count = evals[-1].get("n")
     unit = "share right, with 95% confidence interval" + (f" over {count} prompts" if count else "")
-    figure, axes = _axes("Accuracy on held-out prompts", unit, size=(7.2, 3.4))
+    figure, axes = _axes("Accuracy on held-out prompts", unit, width=5.4, height=3.1)
     steps, accuracy = series(evals, "step"), series(evals, "accuracy")
     low, high = series(evals, "ci_low"), series(evals, "ci_high")
     axes.fill_between(steps, low, high, color=LIGHT["blue"], alpha=0.18, linewidth=0)
@@ -152,23 +152,24 @@ def _accuracy(evals: Rows) -> Figure:
                       fontsize=12, fontweight="bold", color=LIGHT["blue"])  # fmt: skip
     top = np.nanmax(np.concatenate([accuracy, high, [0.1]]))
     axes.set_ylim(0, min(1.0, 1.15 * top) if top < 0.97 else 1.08)
-    axes.margins(x=0.06)
+    axes.margins(x=0.08)
     axes.set_xlabel("training step")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     return figure
 
 
 def _panel(panel: Panel, metrics: Rows) -> Figure:
-    figure, axes = _axes(panel.title, panel.unit, size=(3.6, 2.3))
     values = _points(series(metrics, panel.key))
     steps, mean = _points(series(metrics, "step")).mean(axis=1), values.mean(axis=1)
+    log = panel.log and values.min() > 0
+    figure, axes = _axes(panel.title, f"{panel.unit}, log scale" if log else panel.unit, width=3.6, height=2.3)
     low, high = values.min(axis=1), values.max(axis=1)
     if panel.spread is not None:
         spread = _points(series(metrics, panel.spread)).mean(axis=1)
         low, high = mean - spread, mean + spread
     axes.fill_between(steps, low, high, color=LIGHT["blue"], alpha=0.18, linewidth=0)
     axes.plot(steps, mean, color=LIGHT["blue"], marker="o", markersize=2.5 if len(steps) < 50 else 0)
-    if panel.log and mean.min() > 0:
+    if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
@@ -181,7 +182,7 @@ def _panel(panel: Panel, metrics: Rows) -> Figure:
 
 
 def _seconds(metrics: Rows, phases: list[str]) -> Figure:
-    figure, axes = _axes("Seconds per step", "by phase", size=(3.6, 2.3))
+    figure, axes = _axes("Seconds per step", "by phase", width=3.6, height=2.3)
     steps = _points(series(metrics, "step"))
     # A point is a block from half a step before its first step to half a step after its last one.
     edges = np.stack([steps.min(axis=1) - 0.5, steps.max(axis=1) + 0.5], axis=1).ravel()
@@ -201,4 +202,4 @@ def _points(values: np.ndarray) -> np.ma.MaskedArray:
 
 def _label_steps(axes: Axes, points: np.ma.MaskedArray) -> None:
     per_point = points.shape[1]
-    axes.set_xlabel("step" if per_point == 1 else f"step (mean and range of {per_point})")
+    axes.set_xlabel("step" if per_point == 1 else f"step, {per_point} per point")

@@ -58,6 +58,8 @@ def read_run(run_dir: Path) -> Run:
     metrics = read("metrics.jsonl", read_jsonl, [], "no step is finished yet")
     evals = read("eval.jsonl", read_jsonl, [], "the model has not been evaluated yet")
     files = sorted((run_dir / "samples").glob("step-*.jsonl"))
+    if not files:
+        gaps.append("samples are missing: no responses to held-out prompts have been written yet.")
     ends = files[:1] + files[1:][-1:]
     responses = [read(f"samples/{file.name}", read_jsonl, [], "no response is written yet") for file in ends]
     result = read("result.json", _read_json, {}, "the run is still going, or was stopped before its end")

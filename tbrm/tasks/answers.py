@@ -24,8 +24,8 @@ _NUMBER = re.compile(
 def last_number(text: str) -> str | None:
     r"""The last number of `text` in plain notation, or None: ``"so it costs -$01,234.50."`` gives ``"-1234.50"``.
 
-    Commas between thousands, a leading "+", leading zeros and currency signs are dropped, decimals and exponents kept; a
-    percent sign is not part of the number. A minus is a sign unless it follows a letter, a digit or a closing bracket.
+    Commas between thousands, a leading "+", leading zeros and currency signs are dropped, decimals and exponents kept.
+    A percent sign is not part of the number. A minus after a letter, a digit or a closing bracket is no sign.
     """
     match = None
     for match in _NUMBER.finditer(text):  # noqa: B007  (the last one is wanted, and holding all of them is not)
@@ -45,7 +45,7 @@ def answer_tag(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` holds, stripped, braces within it balanced; None if there is none or it is cut off."""
+    r"""What the last ``\boxed{...}`` holds, stripped, braces balanced; None if there is none or it is cut off."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

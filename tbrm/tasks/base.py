@@ -52,7 +52,7 @@ class Task(ABC, BaseModel):
 
     @abstractmethod
     def problem(self, index: int, seed: int) -> Problem:
-        """The training problem at `index` >= 0 of the endless stream of `seed`: the same arguments, the same problem."""
+        """The training problem at `index` >= 0 of the endless stream of `seed`: a pure function of the two."""
 
     @abstractmethod
     def heldout(self, count: int) -> list[Problem]:
@@ -84,7 +84,7 @@ class ProblemStream:
                 skipped = 0
             elif (skipped := skipped + 1) > 1000:
                 raise ValueError(
-                    f"task: 1000 training problems in a row are held out for evaluation ({len(self._heldout)} are in all): "
+                    f"task: 1000 training problems in a row are among the {len(self._heldout)} held out: "
                     "the task has too few distinct problems; lower evaluation.prompts or widen the task"
                 )
         return taken

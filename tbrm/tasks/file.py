@@ -22,8 +22,8 @@ class FileTask(Task):
     The file is read when the task is made. Training takes its rows in a new random order each epoch.
     """
 
-    path: Path = Field(description="The problems: a .jsonl or .parquet file.")
-    heldout_path: Path | None = Field(None, description="A second file, for evaluation only.")
+    path: str = Field(description="The problems: a .jsonl or .parquet file.")
+    heldout_path: str | None = Field(None, description="A second file, for evaluation only.")
     heldout_rows: int = Field(0, ge=0, description="Or: keep the last so many rows of `path` for evaluation.")
     prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
     answer_column: str = Field("answer", description="Column of the reference answers: text or a number.")
@@ -46,7 +46,7 @@ class FileTask(Task):
         problems = tuple(self._problems(self.path))
         if self.heldout_rows >= len(problems):
             raise ValueError(
-                f"heldout_rows is {self.heldout_rows}, which leaves nothing to train on: {self.path} has {len(problems)} rows"
+                f"heldout_rows is {self.heldout_rows} and {self.path} has {len(problems)} rows: none left to train on"
             )
         split = len(problems) - self.heldout_rows
         self._training = problems[:split]
@@ -70,8 +70,8 @@ class FileTask(Task):
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         return self._verify(problems, responses)
 
-    def _problems(self, path: Path) -> Iterator[Problem]:
-        for line, row in read_rows(path):
+    def _problems(self, path: str) -> Iterator[Problem]:
+        for line, row in read_rows(Path(path)):
             try:
                 answer = self._answer(row)
                 self._verify.check_answer(answer)

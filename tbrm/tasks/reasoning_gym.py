@@ -27,19 +27,20 @@ class ReasoningGym(Task):
     """A reasoning-gym family, graded by the family's own scorer.
 
     Training problems come from reasoning-gym's seeds below 2^31, held-out ones from those above.
+
+    The scorers' values between 0 and 1 are often artefacts of the text: where 12 is right, chain_sum's gives "-12" 0.67,
+    because "12" is in it, and several give 0.01 or 0.05 for anything. So by default a reward is 1 or 0.
     """
 
     family: str = Field("chain_sum", description="Name of the reasoning-gym family.")
     params: dict[str, Any] = Field({}, description="Parameters of the family, such as {max_terms: 2}.")
     prompt: str = Field(
-        "{question}", description="The user's message: {question}, or any key of the item's metadata, such as {expression}."
+        "{question}", description="The user's message; {question} or any key of an item's metadata is filled in."
     )
     system: str | None = Field(None, description="System message before the prompt.")
     answer: Extractor = Field("last_number", description="Which part of the response is scored.")
     partial_credit: bool = Field(
-        False,
-        description="Reward wrong answers with the scorer's value below 1. It is often an artefact: chain_sum gives "
-        "'-12' 0.67 where 12 is right, because the text holds '12'.",
+        False, description="Reward answers that are not right with the scorer's value below 1."
     )
     heldout_seed: int = Field(0, description="Which held-out problems.")
     timeout_seconds: float = Field(10.0, gt=0, description="Scoring one response may take this long.")

@@ -3,9 +3,9 @@ because that library is not safe beside a trainer: some scorers pass the answer 
 answers make a scorer run for ever, and some families print, reseed numpy, or draw from sets, whose order changes with
 the interpreter's hash seed.
 
-An item is known by its position on one line of 2^32: reasoning-gym seeds item `index` of a data set with `seed + index`,
-so blocks of consecutive positions become data sets, and one that prepares something for all of its items does so once
-a block.
+An item is known by its position on one line of 2^32. reasoning-gym seeds item `index` of a data set with the data set's
+seed plus `index`; here each block of the line is a data set whose seed is where the block starts, so an item's seed is
+its position. What some families prepare for a whole data set, they prepare once a block.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _BLOCK = 1024
 # Families whose scorer gives the answer to eval(): it wants a list. Without a parenthesis nothing can be called.
 _EVAL = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 # Families whose scorer gives the answer to sympy.parse_expr, which uses eval(): numbers, operators, one-letter
-# variables and these functions are let through.
+# variables and these names are let through.
 _PARSE_EXPR = {"countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "intermediate_integration"}
-_FUNCTIONS = {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "ln", "sqrt", "Integral"}
+_NAMES = {"sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "Integral"}
 
 
 def check(family: str, params: str, prompt: str, answer: Extractor) -> str | None:
@@ -44,20 +44,26 @@ def check(family: str, params: str, prompt: str, answer: Extractor) -> str | Non
         if name not in known:
             return f"params.{name}: {family} has no such parameter: {hint(name, known)}"
     try:
-        items = [_item(family, params, position) for position in range(8)]
+        item = _item(family, params, 0)
     except Exception as error:  # validate() uses assertions; wrong types surface as anything
         return f"params: {family} does not accept {params}: {error or type(error).__name__}"
     try:
-        _render(prompt, items[0])
+        _render(prompt, item)
     except ValueError as error:
         return str(error)
     if answer == "last_number":
-        for position, item in enumerate(items):
-            if item["answer"] is None or score(family, params, position, answer, item["answer"]) < 1:
-                return (
-                    f"answer: last_number cannot give what {family} wants, such as {item['answer']!r}; "
-                    "use answer_tag, boxed or whole, and ask for that form in the prompt"
-                )
+        return _check_last_number(family, params)
+    return None
+
+
+def _check_last_number(family: str, params: str) -> str | None:
+    for position in range(8):  # several: some families mix kinds of answers
+        wanted = _item(family, params, position)["answer"]
+        if wanted is None or score(family, params, position, "last_number", wanted) < 1:
+            return (
+                f"answer: last_number cannot give what {family} wants, such as {wanted!r}; "
+                "use answer_tag, boxed or whole, and ask for that form in the prompt"
+            )
     return None
 
 
@@ -108,6 +114,6 @@ def _harmless(family: str, text: str) -> bool:
         return (
             re.fullmatch(r"[-+*/^()., \t\r\n0-9A-Za-z]*", text) is not None
             and re.search(r"\.\s*[A-Za-z]", text) is None
-            and all(len(name) == 1 or name in _FUNCTIONS for name in names)
+            and all(len(name) == 1 or name in _NAMES for name in names)
         )
     return True

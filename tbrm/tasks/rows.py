@@ -28,16 +28,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except ValueError as error:  # also that of bytes that are no UTF-8
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a line is one JSON object, got {line.strip()!r:.100}")
+                raise ValueError(f"{path}:{number}: a line is one JSON object, got {row!r:.100}")
             yield number, row
 
 

@@ -11,4 +11,4 @@ def hint(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1)
     question = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{question}Known: {', '.join(names)}"
+    return f"{question}Known: {', '.join(names) or 'none'}"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def run(run_dir: Path, first: int, last: int, resume_step: int | None = None) ->
             if step % 2 == 0:
                 log.log_eval(step, {"accuracy": step / 100})
     # TensorBoard reads files in the order of the second in their names, and these runs are all of one second.
-    for number, file in enumerate(sorted((run_dir / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)):
+    for number, file in enumerate(
+        sorted((run_dir / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    ):
         file.rename(file.with_name(f"events.out.tfevents.{number}"))
 
 
@@ -114,7 +117,7 @@ def test_a_fresh_run_starts_its_files_afresh(tmp_path: Path) -> None:
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rows=st.lists(st.dictionaries(st.text(), st.integers() | st.text()), min_size=1, max_size=4), data=st.data())
 def test_a_file_cut_anywhere_reads_as_its_whole_lines(tmp_path_factory, rows, data) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -133,8 +136,8 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 def test_wandb_that_is_not_installed_is_named_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does to a module that must not be imported
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'tbrm\[wandb\]'"):
-        MetricsLog(tmp_path / "run", wandb=True)
-    assert not (tmp_path / "run").exists()
+        MetricsLog(tmp_path, wandb=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch) -> None:
@@ -168,11 +171,12 @@ def test_phases_add_up_and_start_again_once_taken() -> None:
     assert phases.take() == {}
 
 
-def test_peak_memory_sees_what_the_process_held() -> None:
-    before = peak_memory_mib(CPU)
-    assert before > 50  # torch alone is more
-    block = bytearray(os.urandom(1)) * int((before + 64) * 2**20)  # more than ever before, whatever ran until now
-    assert peak_memory_mib(CPU) >= len(block) / 2**20
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_lies_between_what_is_held_now_and_what_the_machine_has() -> None:
+    resident = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert resident is not None
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
+    assert 0.95 * int(resident[1]) / 2**10 <= peak_memory_mib(CPU) <= machine
 
 
 BAR_SCRIPT = """

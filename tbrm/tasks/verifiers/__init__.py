@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from tbrm.registry import Registry
 from tbrm.tasks.spelling import hint
 from tbrm.tasks.verifiers.base import Verifier
+from tbrm.tasks.verifiers.reward_function import RewardFunction
 
 VERIFIERS = Registry(
     "verifier",
@@ -25,15 +28,21 @@ def make_verifier(name: str, options: dict[str, Any]) -> Verifier:
     """
     found = VERIFIERS(name)
     if not (isinstance(found, type) and issubclass(found, Verifier)):
-        from tbrm.tasks.verifiers.reward_function import RewardFunction
-
+        if not callable(found):
+            raise ValueError(f"verifier: {name} is {found!r:.100}, and a verifier is a function or a Verifier class")
         if options:
             raise ValueError(f"verifier_options: a reward function takes none, and {name} was given {options}")
         return RewardFunction(name=name, function=found)
     for option in options:
         if option not in found.model_fields:
-            raise ValueError(f"verifier_options.{option}: {name} has no such option: {hint(option, found.model_fields)}")
-    return found(**options)
+            raise ValueError(
+                f"verifier_options.{option}: {name} has no such option: {hint(option, found.model_fields)}"
+            )
+    try:
+        return found(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(['verifier_options', *map(str, first['loc'])])}: {first['msg']}") from error
 
 
 __all__ = ["VERIFIERS", "Verifier", "make_verifier"]

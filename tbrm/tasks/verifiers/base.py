@@ -19,5 +19,5 @@ class Verifier(ABC, BaseModel):
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         """One grade for each response; problems[i] is what responses[i] answers."""
 
-    def check_answer(self, answer: str) -> None:  # noqa: B027  (most verifiers take any answer)
+    def check_answer(self, answer: str) -> None:
         """Raise ValueError if `answer` can be no reference answer; called for each row when a file is read."""

@@ -1,4 +1,4 @@
-"""Right if math-verify (https://github.com/huggingface/Math-Verify) finds response and reference mathematically equal."""
+"""Right if math-verify (https://github.com/huggingface/Math-Verify) finds the two mathematically equal."""
 
 from __future__ import annotations
 

@@ -9,13 +9,15 @@ from typing import Any
 from tbrm.tasks.base import Grade, Problem
 from tbrm.tasks.verifiers.base import Verifier
 
+_NOT_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}  # TRL keeps these back too
+
 
 class RewardFunction(Verifier):
     """Grades with ``function(prompts=..., completions=..., **columns) -> list[float | None]``.
 
     A problem that is plain text gives a str prompt and a str completion; a conversation gives a list of messages and
-    ``[{"role": "assistant", "content": response}]``. Each column of the problems' rows is passed as a list, None where
-    a row lacks it. A reward of 1 or more counts as correct. None means that the function does not apply to the
+    ``[{"role": "assistant", "content": response}]``. Each other column of the problems' rows is passed as a list, None
+    where a row lacks it. A reward of 1 or more counts as correct. None means that the function does not apply to the
     problem: reward 0, counted as a failure.
 
     Calling it raises RuntimeError if the function raises, and ValueError if it returns something else.
@@ -26,7 +28,7 @@ class RewardFunction(Verifier):
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         shown = [_as_trl(problem, response) for problem, response in zip(problems, responses, strict=True)]
-        names = {name for problem in problems for name in problem.entry} - {"prompts", "completions"}
+        names = {name for problem in problems for name in problem.entry} - _NOT_COLUMNS
         columns = {name: [problem.entry.get(name) for problem in problems] for name in sorted(names)}
         try:
             rewards = self.function(prompts=[p for p, _ in shown], completions=[c for _, c in shown], **columns)
@@ -36,7 +38,9 @@ class RewardFunction(Verifier):
                 f"{', '.join(columns)} as keywords, so it should take **kwargs"
             ) from error
         if not isinstance(rewards, list | tuple) or len(rewards) != len(responses):
-            raise ValueError(f"reward function {self.name}: wanted a list of {len(responses)} rewards, got {rewards!r:.200}")
+            raise ValueError(
+                f"reward function {self.name}: wanted a list of {len(responses)} rewards, got {rewards!r:.200}"
+            )
         return [self._grade(reward) for reward in rewards]
 
     def _grade(self, reward: Any) -> Grade:

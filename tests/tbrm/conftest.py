@@ -1,0 +1,91 @@
+"""Tiny random models of every supported kind, and the smallest real config."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tbrm.config import Config, parse_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+VOCABULARY = 97
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEAD = {"head_dim": 8, "query_pre_attn_scalar": 8}
+ARCHITECTURES: dict[str, Any] = {
+    "llama": LlamaConfig(**_SHAPE),
+    "qwen2": Qwen2Config(**_SHAPE),
+    "qwen3": Qwen3Config(**_SHAPE, head_dim=8),
+    # A window of 4 is shorter than the test's trajectories; small caps, so that they bend these small logits.
+    "gemma2": Gemma2Config(
+        **_SHAPE, **_HEAD, sliding_window=4, final_logit_softcapping=0.5, attn_logit_softcapping=0.2
+    ),
+    "gemma3": Gemma3TextConfig(**_SHAPE, **_HEAD, sliding_window=4, sliding_window_pattern=2, final_logit_softcapping=0.5),
+    "cohere": CohereConfig(**_SHAPE, logit_scale=0.25),
+}
+
+
+def make_lm(architecture: str, *, tied: bool, seed: int = 0) -> PreTrainedModel:
+    """A random model whose weights are large enough for its options (windows, caps, scales) to matter."""
+    config = copy.deepcopy(ARCHITECTURES[architecture])
+    config.tie_word_embeddings = tied
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        for parameter in lm.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return lm
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny tensors: more threads only get in each other's way."""
+    torch.set_num_threads(1)
+
+
+def tiny_tree(run_dir: Path, **overrides: Any) -> dict[str, Any]:
+    """The tiny recipe, shortened, with `section__key` overrides."""
+    tree: dict[str, Any] = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
+    tree["run"]["dir"] = str(run_dir)
+    tree["optim"]["learning_rate"] = 1e-3  # YAML 1.1 reads 1e-3 as text
+    tree["trainer"]["steps"] = 4
+    tree["rollout"].update(prompts=4, samples=2)
+    tree["evaluation"] = {"prompts": 5, "every": 2}
+    for key, value in overrides.items():
+        section, _, leaf = key.partition("__")
+        if leaf:
+            tree.setdefault(section, {})[leaf] = value
+        else:
+            tree[section] = value
+    return tree
+
+
+def tiny_config(run_dir: Path, **overrides: Any) -> Config:
+    return parse_config(tiny_tree(run_dir, **overrides))

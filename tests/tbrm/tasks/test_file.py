@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tbrm.tasks import Grade, ProblemStream
+from tbrm.tasks.file import FileTask
+
+ROWS = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1), "level": n % 3} for n in range(20)]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make(path: Path, **fields: Any) -> FileTask:
+    return FileTask(**{"name": "file", "path": str(path), "verifier": "last_number", **fields})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_become_problems_and_are_graded(tmp_path: Path, suffix: str) -> None:
+    task = make(write(tmp_path / f"data{suffix}", ROWS))
+    problems = [task.problem(index, seed=0) for index in range(20)]
+    assert {problem.entry["prompt"] for problem in problems} == {row["prompt"] for row in ROWS}
+    for problem in problems:
+        assert problem.prompt == problem.entry["prompt"]
+        assert problem.answer == problem.entry["answer"]
+    grades = task.grade(problems[:2], [f"It is {problems[0].answer}.", "I do not know."])
+    assert grades == [Grade(1.0, True), Grade(0.0, False)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_conversations(tmp_path: Path, suffix: str) -> None:
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "1+1?"},
+    ]
+    path = write(tmp_path / f"data{suffix}", [{"chat": messages, "result": 2}])
+    task = make(path, prompt_column="chat", answer_column="result", system="Be brief.")
+    problem = task.problem(0, seed=0)
+    assert problem.prompt == ({"role": "system", "content": "Be brief."}, *messages)
+    assert problem.answer == "2"
+    plain = make(path, prompt_column="chat", answer_column="result").problem(0, seed=0)
+    assert plain.prompt == tuple(messages)
+
+
+def test_a_system_message_before_text(tmp_path: Path) -> None:
+    problem = make(write(tmp_path / "data.jsonl", ROWS[:1]), system="Be brief.").problem(0, seed=0)
+    assert problem.messages == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 0 + 1?"},
+    )
+
+
+@given(seed=st.integers(), epoch=st.integers(0, 10**6))
+def test_each_epoch_is_a_permutation_that_depends_on_index_and_seed_alone(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, epoch: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "permutation.jsonl"
+    if not path.exists():
+        write(path, ROWS)
+    task = make(path)
+    indices = range(20 * epoch, 20 * epoch + 20)
+    forwards = [task.problem(index, seed).entry["prompt"] for index in indices]
+    assert set(forwards) == {row["prompt"] for row in ROWS}
+    again = make(path)
+    assert [again.problem(index, seed).entry["prompt"] for index in reversed(indices)] == forwards[::-1]
+
+
+def test_epochs_and_seeds_have_different_orders(tmp_path: Path) -> None:
+    task = make(write(tmp_path / "data.jsonl", ROWS))
+
+    def order(seed: int, epoch: int) -> tuple[str, ...]:
+        return tuple(task.problem(20 * epoch + place, seed).answer for place in range(20))
+
+    assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_the_last_rows_are_held_out(tmp_path: Path) -> None:
+    task = make(write(tmp_path / "data.jsonl", ROWS), heldout_rows=5)
+    heldout = task.heldout(5)
+    assert [problem.entry for problem in heldout] == ROWS[15:]
+    assert task.heldout(3) == heldout[:3]
+    trained = {task.problem(index, seed=0).key for index in range(60)}
+    assert len(trained) == 15
+    assert not trained & {problem.key for problem in heldout}
+
+
+def test_a_held_out_file(tmp_path: Path) -> None:
+    more = [{"prompt": "What is 50 + 1?", "answer": "51"}, ROWS[3], ROWS[3]]
+    task = make(write(tmp_path / "data.jsonl", ROWS), heldout_path=str(write(tmp_path / "more.parquet", more)))
+    heldout = task.heldout(2)
+    assert [problem.prompt for problem in heldout] == ["What is 50 + 1?", "What is 3 + 1?"]
+    stream = ProblemStream(task, seed=0, heldout=heldout)
+    trained = stream.take(19)
+    assert stream.position in (19, 20)  # the row that both files have is left out
+    assert ROWS[3]["prompt"] not in [problem.prompt for problem in trained]
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "answer": 1}\n\n  \n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:4: no column 'answer' \(answer_column\): Known: prompt"):
+        make(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "", "answer": "1"}, "column 'prompt' holds '', and a prompt is text or a list of messages"),
+        ({"prompt": None, "answer": "1"}, "column 'prompt' holds None"),
+        ({"prompt": "a", "answer": None}, "column 'answer' holds None, and an answer is text or a number"),
+        ({"prompt": "a", "answer": "one"}, "verifier last_number: the answer 'one' holds no number"),
+    ],
+)
+def test_bad_rows_are_errors(tmp_path: Path, suffix: str, row: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / f"data{suffix}", [{"prompt": "a", "answer": "1"}, row])
+    with pytest.raises(ValueError, match=rf"data\{suffix}:2: {message}"):
+        make(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_missing_columns_are_errors(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"data{suffix}", [{"promt": "a", "answer": "1"}])
+    with pytest.raises(ValueError, match=r":1: no column 'prompt' \(prompt_column\): did you mean 'promt'\?"):
+        make(path)
+    with pytest.raises(ValueError, match=r":1: no column 'result' \(answer_column\): Known: answer, promt"):
+        make(path, prompt_column="promt", answer_column="result")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "system", "message"),
+    [
+        ([], None, r"column 'prompt' holds \[\]"),
+        (["hi"], None, r"column 'prompt' holds \['hi'\]"),
+        (
+            [{"role": "user"}],
+            None,
+            r"column 'prompt' holds \[\{'role': 'user'\}\].*list of messages \{\"role\": \"user\"",
+        ),
+        ([{"role": "user", "content": 5}], None, r"column 'prompt' holds"),
+        (7, None, r"column 'prompt' holds 7"),
+        ([{"role": "system", "content": "s"}], "t", r"begins with a system message, and task\.system is set too"),
+    ],
+)
+def test_bad_prompts_are_errors(tmp_path: Path, prompt: Any, system: str | None, message: str) -> None:
+    path = write(tmp_path / "data.jsonl", [{"prompt": prompt, "answer": "1"}])
+    with pytest.raises(ValueError, match=rf"data\.jsonl:1: .*{message}"):
+        make(path, system=system)
+
+
+def test_a_boolean_is_no_answer(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", [{"prompt": "a", "answer": True}])
+    with pytest.raises(ValueError, match=r"column 'answer' holds True"):
+        make(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a", "answer": "1"}\n{"prompt": ', r"data\.jsonl:2: not JSON: "),
+        ("[1, 2]\n", r"data\.jsonl:1: a line is one JSON object, got '\[1, 2\]'"),
+        ("", r"data\.jsonl: the file has no rows"),
+        ("\n\n", r"data\.jsonl: the file has no rows"),
+    ],
+)
+def test_bad_files_are_errors(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        make(path)
+
+
+def test_a_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: not JSON: 'utf-8' codec can't decode"):
+        make(path)
+
+
+def test_files_of_other_kinds_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.csv: files of problems end in \.jsonl or \.parquet"):
+        make(tmp_path / "data.csv")
+    with pytest.raises(ValueError, match=r"data\.jsonl: no such file \(relative paths start at /"):
+        make(tmp_path / "data.jsonl")
+    (tmp_path / "data.parquet").write_text("{}")
+    with pytest.raises(ValueError, match=r"data\.parquet: not a Parquet file: "):
+        make(tmp_path / "data.parquet")
+
+
+def test_a_missing_pyarrow_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "data.parquet", ROWS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"Parquet files need the package pyarrow: pip install 'tbrm\[parquet\]'"):
+        make(path)
+
+
+def test_held_out_settings_that_cannot_be_met_are_errors(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", ROWS)
+    with pytest.raises(ValueError, match="heldout_path and heldout_rows are both set: choose one"):
+        make(path, heldout_path=str(path), heldout_rows=2)
+    with pytest.raises(ValueError, match=r"heldout_rows is 20 and .* has 20 rows: none left to train on"):
+        make(path, heldout_rows=20)
+    with pytest.raises(ValueError, match="evaluation wants 6 distinct held-out prompts, and heldout_rows 5 gives 5"):
+        make(path, heldout_rows=5).heldout(6)
+    with pytest.raises(ValueError, match="and heldout_rows 0 gives 0"):
+        make(path).heldout(1)
+    with pytest.raises(ValueError, match=r"and heldout_path .*same\.jsonl gives 1"):
+        make(path, heldout_path=str(write(tmp_path / "same.jsonl", [ROWS[0], ROWS[0]]))).heldout(2)
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        make(path, heldout_rows=-1)
+
+
+def test_the_verifier_is_checked_before_the_file_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no verifier is called 'last_numbr': did you mean 'last_number'"):
+        make(tmp_path / "no_such.jsonl", verifier="last_numbr")
+    with pytest.raises(ValueError, match=r"verifier\n.*Field required"):
+        FileTask(name="file", path="no_such.jsonl")  # type: ignore[call-arg]
+
+
+def test_verifier_options_reach_the_verifier(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", [{"prompt": "Capital of France?", "answer": "Paris"}])
+    task = make(path, verifier="exact", verifier_options={"answer": "boxed"})
+    problem = task.problem(0, seed=0)
+    assert task.grade([problem] * 2, [r"\boxed{Paris}", "Paris"]) == [Grade(1.0, True), Grade(0.0, False)]

@@ -1,0 +1,123 @@
+"""The commands, each run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.tbrm.conftest import tiny_tree
+
+
+def tbrm(*arguments: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "tbrm", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(folder / "run")))
+    done = tbrm("train", "recipe.yaml", "seed=1", cwd=folder)
+    assert "held-out accuracy" in done.stdout
+    assert "\r" not in done.stderr  # no progress bar where there is no terminal
+    assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["seed"] == 1
+    return folder
+
+
+def test_train_refuses_to_overwrite_and_resume_of_a_finished_run_is_harmless(trained: Path) -> None:
+    refused = tbrm("train", "recipe.yaml", cwd=trained, check=False)
+    assert refused.returncode == 1
+    assert "holds a run already" in refused.stderr
+    before = (trained / "run" / "metrics.jsonl").read_text()
+    tbrm("train", "recipe.yaml", "seed=1", "--resume", cwd=trained)
+    assert (trained / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_bad_recipe_stops_with_one_line(trained: Path) -> None:
+    done = tbrm("train", "recipe.yaml", "trainer.stepz=1", cwd=trained, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "tbrm train: trainer.stepz: unknown key (value 1); did you mean trainer.steps?"
+
+
+def test_help_and_config_show_every_key(trained: Path) -> None:
+    text = tbrm("train", "--help", cwd=trained).stdout
+    shown = tbrm("config", "recipe.yaml", cwd=trained).stdout
+    for key in ("run.dir", "optim.learning_rate", "objective.beta", "checkpoint.every"):
+        assert key in text
+        assert key in shown
+    assert "task.family" in shown  # the task's own keys are known once it is
+
+
+def test_eval_takes_a_runs_best_checkpoint(trained: Path) -> None:
+    out = tbrm("eval", "run", "--task", "recipe.yaml", "--prompts", "4", "--k", "3", "--json", "eval.json", cwd=trained).stdout
+    assert "95% interval" in out
+    assert "sampled at temperature 1" in out
+    result = json.loads((trained / "eval.json").read_text())
+    assert (result["n"], result["k"], len(result["samples"])) == (4, 3, 12)
+    right = [sum(s["correct"] for s in result["samples"][i : i + 3]) for i in range(0, 12, 3)]
+    assert result["accuracy"] == pytest.approx(sum(right) / 12)
+    assert result["pass_at_k"] == sum(count > 0 for count in right) / 4
+
+
+def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
+    tbrm("rollout", "recipe.yaml", "--out", "data.jsonl", "--steps", "2", cwd=trained)
+    lines = [json.loads(line) for line in (trained / "data.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * 2 * 2
+    tbrm("score", "run", "data.jsonl", "--out", "scores.jsonl", "trainer.batch_tokens=50", cwd=trained)
+    scores = [json.loads(line) for line in (trained / "scores.jsonl").read_text().splitlines()]
+    assert [score["index"] for score in scores] == list(range(16))
+
+    from transformers import AutoModelForCausalLM
+
+    from tbrm.model import resolve_model
+
+    lm = AutoModelForCausalLM.from_pretrained(resolve_model(str(trained / "run")))
+    for line, score in zip(lines, scores, strict=True):
+        tokens = torch.tensor([line["prompt_ids"] + line["response_ids"]])
+        start = len(line["prompt_ids"])
+        logits = lm(tokens).logits[0, start - 1 : -1].double()
+        logp = logits.log_softmax(-1).gather(1, tokens[0, start:, None]).sum().item()
+        assert score["logprob_sum"] == pytest.approx(logp, rel=1e-4)
+        assert score["value"] == pytest.approx(logits[0].logsumexp(-1).item(), rel=1e-4)
+
+
+def test_score_reads_text_too_and_names_a_bad_line(trained: Path) -> None:
+    (trained / "text.jsonl").write_text('{"prompt": "1 + 1", "response": "2", "reward": 1.0}\n')
+    [line] = tbrm("score", "tiny", "text.jsonl", cwd=trained).stdout.splitlines()
+    assert json.loads(line)["actions"] == 2  # the digit and the end of the response
+    assert math.isfinite(json.loads(line)["logprob_sum"])
+    (trained / "bad.jsonl").write_text('{"prompt": "1 + 1", "response": "2", "reward": 1.0}\n{"prompt": "1", "reward": 1}\n')
+    done = tbrm("score", "tiny", "bad.jsonl", cwd=trained, check=False)
+    assert done.returncode == 1
+    assert "bad.jsonl:2: response: got None; wants text" in done.stderr
+
+
+def test_doctor_names_what_is_usable(trained: Path) -> None:
+    text = tbrm("doctor", cwd=trained).stdout
+    assert "kernels: torch" in text
+    assert "model.device auto takes" in text
+    assert "vllm" in text
+
+
+def test_report_of_a_run(trained: Path) -> None:
+    text = tbrm("report", "run", cwd=trained).stdout
+    assert len(text.strip().splitlines()) == 5
+    assert (trained / "run" / "report.html").read_text().lstrip().startswith("<!")
+
+
+def test_a_missing_model_is_named(trained: Path) -> None:
+    done = tbrm("eval", "no/such-model", "--task", "recipe.yaml", cwd=trained, check=False)
+    assert done.returncode == 1
+    assert "model.name: 'no/such-model' cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tbrm.config import ConfigError, config_to_dict, describe, load_config, load_sections, parse_config
+from tests.tbrm.conftest import RECIPES, tiny_tree
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_survives_being_saved(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(config_to_dict(config)))
+    assert load_config(saved) == config
+
+
+def test_overrides_replace_keys_of_any_section() -> None:
+    overrides = ["optim.learning_rate=1e-5", "objective.beta=0.5", "task.params.max_digits=1", "seed=3", "logging.wandb=true"]
+    config = load_config(RECIPES / "tiny.yaml", overrides)
+    assert (config.optim.learning_rate, config.objective.beta, config.seed) == (1e-5, 0.5, 3)
+    assert config.task.params["max_digits"] == 1
+    assert config.logging.wandb is True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rte=1e-5", r"optim.learning_rte: unknown key \(value 1e-05\); did you mean optim.learning_rate\?"),
+        ("trainer.learning_rate=1", r"trainer.learning_rate: unknown key .* did you mean optim.learning_rate\?"),
+        ("objective.betta=1", r"objective.betta: unknown key .* did you mean objective.beta\?"),
+        ("task.famly=chain_sum", r"task.famly: unknown key .* did you mean task.family\?"),
+        ("objective.name=tbrn", r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, reval, tbrm"),
+        ("objective.name=os:getcwd", r"objective.name: 'os:getcwd' is not a subclass of tbrm.objectives.Objective"),
+        ("objective.name=nowhere:Thing", r"'nowhere:Thing' cannot be imported: No module named 'nowhere'"),
+        ("trainer.steps=many", r"trainer.steps: got 'many' \(str\); wants: input should be a valid integer"),
+        ("trainer.steps=2.5", r"trainer.steps: got 2.5 \(float\); wants: input should be a valid integer"),
+        ("trainer.steps=true", r"trainer.steps: got True \(bool\)"),
+        ("trainer.steps=0", r"trainer.steps: got 0 \(int\); wants: input should be greater than or equal to 1"),
+        ("logging.wandb=1", r"logging.wandb: got 1 \(int\); wants: input should be a valid boolean"),
+        ("rollout.truncated=maybe", r"rollout.truncated: got 'maybe' \(str\); wants: input should be 'reward', 'fixed' or 'drop'"),
+        ("task=null", r"neither task nor data.trajectories is set"),
+        ("replay.samples_per_step=5", r"replay.samples_per_step is set but replay.capacity is 0"),
+        ("evaluation.samples=4", r"evaluation: samples is 4 but temperature is 0"),
+        ("optim.warmup_steps=1000", r"optim.warmup_steps \(1000\) is above trainer.steps"),
+        ("trainer.steps", r"override 'trainer.steps': wants key.sub=value"),
+        ("seed.sub=1", r"override 'seed.sub=1': seed is not a section"),
+        ("model.name=[1", r"the value is not YAML"),
+    ],
+)
+def test_bad_keys_and_values_are_named(override: str, message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((RECIPES / "tiny.yaml").read_text() + "\nseed: 0\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe, [override])
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    tree = tiny_tree(tmp_path)
+    del tree["trainer"]["steps"]
+    with pytest.raises(ConfigError, match=r"trainer.steps: missing; it has no default"):
+        parse_config(tree)
+
+
+def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'nowhere.yaml' cannot be read: No such file"):
+        load_config("nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="holds list; wants sections"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 reads 2e-5 as text; nobody who writes a recipe expects that."""
+    config = load_config(RECIPES / "tiny.yaml", ["optim.learning_rate=2e-5", "optim.eps=1E-7", "objective.beta=5e-1"])
+    assert (config.optim.learning_rate, config.optim.eps, config.objective.beta) == (2e-5, 1e-7, 0.5)
+
+
+def test_every_key_has_a_meaning_and_a_default() -> None:
+    config = load_config(RECIPES / "demo.yaml")
+    rows = describe(type(config), dict(config))
+    keys = {key for key, _, _ in rows}
+    assert {"run.dir", "objective.beta", "task.family", "optim.learning_rate", "checkpoint.every"} <= keys
+    assert all(text.strip() for _, _, text in rows)
+    assert dict((key, value) for key, value, _ in rows)["objective.beta"] == str(config.objective.beta)
+    assert dict((key, value) for key, value, _ in describe())["trainer.steps"] == "required"
+
+
+def test_commands_take_only_the_task_and_rollouts_of_a_recipe() -> None:
+    config = load_sections(str(RECIPES / "demo.yaml"), ["task.params.max_digits=1"], model={"name": "x", "revision": None})
+    assert (config.model.name, config.task.params["max_digits"], config.rollout.max_new_tokens) == ("x", 1, 16)
+    assert load_sections("reasoning_gym", ["task.family=chain_sum"], model={"name": "x"}).task.family == "chain_sum"

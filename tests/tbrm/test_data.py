@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tbrm import data
+from tbrm.data import Trajectory, pack, split_by_tokens
+
+PROMPTS = ([5], [5, 6], [7, 8, 9])
+trajectories = st.lists(
+    st.builds(
+        lambda prompt, response, mask: Trajectory(
+            list(prompt), response, reward=1.0, action_mask=mask[: len(response)] if mask else None
+        ),
+        st.sampled_from(PROMPTS),
+        st.lists(st.integers(10, 20), max_size=6),
+        st.none() | st.lists(st.booleans(), min_size=6, max_size=6),
+    ),
+    max_size=8,
+)
+
+
+def visible(batch: data.TrajectoryBatch, row: int) -> list[int]:
+    """The token ids that a packed token sees, in order of position."""
+    segment = next(s for s in batch.segments if s.start <= row < s.stop)
+    here = row - segment.start
+    allowed = segment.allowed[here] if segment.allowed is not None else torch.arange(segment.stop - segment.start) <= here
+    rows = segment.start + allowed.nonzero()[:, 0]
+    return batch.input_ids[rows[batch.position_ids[rows].argsort()]].tolist()
+
+
+@given(trajectories)
+def test_every_action_is_predicted_from_its_own_prefix(items: list[Trajectory]) -> None:
+    batch = pack(items)
+    bounds = batch.cu_seqlens.tolist()
+    assert len(bounds) == len(items) + 1
+    for item, start, end in zip(items, bounds, bounds[1:], strict=False):
+        assert end - start == len(item.actions)
+        for action, k in zip(item.actions, range(start, end), strict=True):
+            assert batch.targets[k] == item.response_ids[action]
+            row = int(batch.action_rows[k])
+            assert visible(batch, row) == item.prompt_ids + item.response_ids[:action]
+            assert batch.position_ids[row] == len(item.prompt_ids) + action - 1
+
+
+@given(trajectories, st.integers(1, 40))
+def test_micro_batches_hold_each_trajectory_once_within_the_budget(items: list[Trajectory], budget: int) -> None:
+    batches = split_by_tokens(items, budget)
+    assert sorted(i for members in batches for i in members) == list(range(len(items)))
+    for members in batches:
+        tokens = len(pack([items[i] for i in members]).input_ids)
+        assert tokens <= budget or len(members) == 1
+
+
+def test_a_shared_prompt_is_packed_once() -> None:
+    items = [Trajectory([5, 6, 7], [10, 11, 2], 0.0), Trajectory([5, 6, 7], [12, 2], 0.0)]
+    # The last token of a response predicts nothing and is not fed.
+    assert pack(items).input_ids.tolist() == [5, 6, 7, 10, 11, 12]
+    assert len(pack([items[0], Trajectory([9], [2], 0.0), items[1]]).segments) == 3
+
+
+def test_equal_prompts_far_apart_meet_in_one_micro_batch() -> None:
+    items = [Trajectory([5], [10], 0.0), Trajectory([6], [10], 0.0), Trajectory([5], [11], 0.0)]
+    assert split_by_tokens(items, 100) == [[0, 2, 1]]
+
+
+def test_long_responses_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_SHARED_SEGMENT", 6)
+    items = [Trajectory([5, 6], [10, 11, 12], 0.0)] * 3
+    assert [s.stop - s.start for s in pack(items).segments] == [6, 4]
+
+
+def test_rewards_can_be_replaced() -> None:
+    items = [Trajectory([5], [10], 1.0), Trajectory([5], [11], 0.0)]
+    assert pack(items).rewards.tolist() == [1.0, 0.0]
+    assert pack(items, torch.tensor([0.5, -0.5])).rewards.tolist() == [0.5, -0.5]
+
+
+def test_impossible_trajectories_are_refused() -> None:
+    with pytest.raises(ValueError, match="prompt_ids is empty"):
+        Trajectory([], [1], 0.0)
+    with pytest.raises(ValueError, match="action_mask has 1 entries for 2"):
+        Trajectory([1], [1, 2], 0.0, action_mask=[True])

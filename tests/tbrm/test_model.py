@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tbrm.data import Trajectory, pack
+from tbrm.model import PolicyModel
+from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
+
+EVERY_MODEL = [(architecture, tied) for architecture in ARCHITECTURES for tied in (True, False)]
+
+
+def trajectories() -> list[Trajectory]:
+    """Shared and lone prompts, a one-token prompt, a one-token response, a masked middle turn."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+    shared = tokens(7)
+    return [
+        Trajectory(shared, tokens(5), 1.0),
+        Trajectory(shared, tokens(1), 0.0),
+        Trajectory(shared, tokens(9), 0.5),
+        Trajectory([4], tokens(6), 1.0),
+        Trajectory(tokens(3), tokens(6), 0.0, action_mask=[True, False, False, True, True, False]),
+    ]
+
+
+def own_stats(lm: PreTrainedModel, trajectory: Trajectory, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's own logits, one trajectory at a time, through plain float64 torch."""
+    tokens = torch.tensor([trajectory.prompt_ids + trajectory.response_ids])
+    lm.set_attn_implementation("eager")
+    logits = lm(input_ids=tokens, use_cache=False).logits[0].double() / temperature
+    rows = [len(trajectory.prompt_ids) + i - 1 for i in trajectory.actions]
+    logp = logits[rows].log_softmax(-1)
+    targets = torch.tensor([trajectory.response_ids[i] for i in trajectory.actions])
+    return logp.gather(1, targets[:, None])[:, 0], logits[rows].logsumexp(-1), -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize(("architecture", "tied"), EVERY_MODEL)
+@torch.no_grad()
+def test_packed_stats_are_those_of_the_model_itself(architecture: str, tied: bool) -> None:
+    lm = make_lm(architecture, tied=tied)
+    items = trajectories()
+    expected = [torch.cat(parts) for parts in zip(*(own_stats(lm, t, 0.7) for t in items), strict=True)]
+    stats = PolicyModel(lm, temperature=0.7)(pack(items), entropy=True)
+    for ours, theirs in zip(stats, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("architecture", "tied"), EVERY_MODEL)
+def test_packed_gradients_are_those_of_the_model_itself(architecture: str, tied: bool) -> None:
+    lm = make_lm(architecture, tied=tied)
+    items = trajectories()
+    for t in items:
+        logprobs, lse, _ = own_stats(lm, t, 1.0)
+        (logprobs.sum() + lse[0]).backward()
+    expected = {name: p.grad.clone() for name, p in lm.named_parameters()}
+    lm.zero_grad()
+    batch = pack(items)
+    stats = PolicyModel(lm)(batch)
+    (stats.logprobs.sum() + stats.lse[batch.cu_seqlens[:-1].long()].sum()).backward()
+    for name, p in lm.named_parameters():
+        assert (p.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_a_packed_batch_gives_the_stats_of_each_trajectory_alone(architecture: str) -> None:
+    policy = PolicyModel(make_lm(architecture, tied=True))
+    items = trajectories()
+    packed = policy(pack(items))
+    alone = [policy(pack([t])) for t in items]
+    torch.testing.assert_close(packed.logprobs, torch.cat([s.logprobs for s in alone]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed.lse, torch.cat([s.lse for s in alone]), rtol=1e-5, atol=1e-5)
+
+
+def test_prompt_positions_never_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tbrm.model
+
+    rows = []
+    real = tbrm.model.linear_token_stats
+    monkeypatch.setattr(tbrm.model, "linear_token_stats", lambda h, *a, **k: rows.append(len(h)) or real(h, *a, **k))
+    items = trajectories()
+    PolicyModel(make_lm("llama", tied=True))(pack(items))
+    assert rows == [sum(len(t.actions) for t in items)]
+
+
+@torch.no_grad()
+def test_bfloat16_stays_near_float32() -> None:
+    lm = make_lm("qwen3", tied=True)
+    batch = pack(trajectories())
+    exact = PolicyModel(lm)(batch)
+    rounded = PolicyModel(lm, precision=torch.bfloat16)(batch)
+    assert rounded.logprobs.dtype is torch.float32
+    gap = (rounded.logprobs - exact.logprobs).abs()
+    assert 0 < gap.max() < 0.02 * exact.logprobs.abs().max()
+
+
+@pytest.mark.parametrize(("architecture", "tied"), EVERY_MODEL)
+def test_supported_models_pass_the_check(architecture: str, tied: bool) -> None:
+    PolicyModel(make_lm(architecture, tied=tied)).check_architecture()
+
+
+def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
+    lm = make_lm("llama", tied=True)
+    policy = PolicyModel(lm)
+    policy.logit_scale = 2.0  # as if the model divided its logits under a name we do not know
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not supported"):
+        policy.check_architecture()
+
+
+def test_a_saved_policy_loads_as_a_plain_transformers_model(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tbrm.tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    policy = PolicyModel(tiny_model(len(tokenizer), seed=0))
+    policy.save(tmp_path, tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    for name, tensor in policy.lm.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])

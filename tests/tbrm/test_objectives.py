@@ -1,0 +1,165 @@
+"""The objectives on a problem whose optimum is known exactly, and by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tbrm.config import ConfigError, parse_config
+from tbrm.data import Trajectory, TrajectoryBatch, pack
+from tbrm.objectives import OBJECTIVES, Objective
+from tbrm_kernels import TokenStats
+from tests.tbrm.conftest import tiny_tree
+
+VOCABULARY, HORIZON, BETA = 4, 3, 0.5
+STATES = [prefix for h in range(HORIZON) for prefix in itertools.product(range(VOCABULARY), repeat=h)]
+INDEX = {prefix: i for i, prefix in enumerate(STATES)}
+
+
+class Tree:
+    """An autoregressive tree: a state is the tokens so far, and a random reward awaits at each leaf."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.rewards = {leaf: self._random().item() for leaf in itertools.product(range(VOCABULARY), repeat=HORIZON)}
+        self.reference = self._random(len(STATES), VOCABULARY)  # logits
+        self.behaviour = (self._random(len(STATES), VOCABULARY) / 2).softmax(-1)  # neither the reference nor the optimum
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def sample(self, count: int) -> list[Trajectory]:
+        """Trajectories of the behaviour policy."""
+        leaves = list(self.rewards)
+        chances = [math.prod(self.behaviour[INDEX[leaf[:h]], leaf[h]].item() for h in range(HORIZON)) for leaf in leaves]
+        drawn = torch.multinomial(torch.tensor(chances), count, replacement=True, generator=self.generator)
+        return [Trajectory([0], list(leaves[i]), self.rewards[leaves[i]]) for i in drawn]
+
+    def optimum(self) -> Tensor:
+        """The policy that maximises E[R] - BETA KL(pi || pi_ref), by backward induction; [states, vocabulary]."""
+        log_reference = self.reference.log_softmax(-1)
+        policy = torch.zeros_like(log_reference)
+        value: dict[tuple[int, ...], Tensor] = {}
+        for state in reversed(STATES):
+            children = [(*state, a) for a in range(VOCABULARY)]
+            after = torch.stack([value[c] if c in value else torch.tensor(self.rewards[c] / BETA) for c in children])
+            q = log_reference[INDEX[state]] + after
+            value[state] = q.logsumexp(0)
+            policy[INDEX[state]] = q.softmax(0)
+        return policy
+
+
+def tabular_stats(logits: Tensor, trajectories: list[Trajectory]) -> TokenStats:
+    states = torch.tensor([INDEX[tuple(t.response_ids[:h])] for t in trajectories for h in range(HORIZON)])
+    actions = torch.tensor([a for t in trajectories for a in t.response_ids])
+    lse = logits[states].logsumexp(-1)
+    return TokenStats(logits[states, actions] - lse, lse, None)
+
+
+def batch_of(tree: Tree, trajectories: list[Trajectory]) -> TrajectoryBatch:
+    reference = tabular_stats(tree.reference, trajectories)
+    rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
+    return replace(pack(trajectories, rewards), ref_logprobs=reference.logprobs, ref_values=reference.lse[::HORIZON])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", ["tbrm", "reval", "brm"])
+def test_zero_loss_is_the_optimal_policy(name: str, seed: int) -> None:
+    tree = Tree(seed)
+    trajectories = tree.sample(4096)
+    assert len({tuple(t.response_ids) for t in trajectories}) == VOCABULARY**HORIZON
+    batch = batch_of(tree, trajectories)
+    objective = OBJECTIVES(name)(name=name, beta=BETA)
+
+    logits = torch.zeros(len(STATES), VOCABULARY, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe")  # fmt: skip  # noqa: E501
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective(tabular_stats(logits, trajectories), batch).loss.mean()
+        loss.backward()
+        return loss
+
+    start = closure().item()
+    optimizer.step(closure)
+    assert start > 0.1
+    assert closure().item() < 1e-8
+    optimum = tree.optimum()
+    policy = logits.detach().softmax(-1)
+    total_variation = 0.5 * (policy - optimum).abs().sum(-1)
+    assert total_variation.max() < 1e-3
+    # The test means something only if the optimum is neither of the policies that we began with.
+    for other in (tree.behaviour, tree.reference.softmax(-1), torch.full_like(optimum, 1 / VOCABULARY)):
+        assert (0.5 * (other - optimum).abs().sum(-1)).max() > 0.1
+
+
+def residuals_by_hand(tree: Tree, logits: Tensor, trajectory: Trajectory) -> tuple[float, float, list[float]]:
+    """The residuals of tbrm and reval, and brm's per token, straight from DESIGN's equations."""
+    states = [INDEX[tuple(trajectory.response_ids[:h])] for h in range(HORIZON)]
+    logp = [logits[s].log_softmax(-1)[a].item() for s, a in zip(states, trajectory.response_ids, strict=True)]
+    ref = [tree.reference[s].log_softmax(-1)[a].item() for s, a in zip(states, trajectory.response_ids, strict=True)]
+    values = [logits[s].logsumexp(-1).item() for s in states] + [0.0]
+    tbrm = values[0] + sum(logp) - sum(ref) - trajectory.reward / BETA
+    q = [logits[s][a].item() for s, a in zip(states, trajectory.response_ids, strict=True)]
+    steps = [q[h] - ref[h] - (trajectory.reward / BETA if h == HORIZON - 1 else 0.0) - values[h + 1] for h in range(HORIZON)]
+    return tbrm, tbrm - tree.reference[INDEX[()]].logsumexp(-1).item(), steps
+
+
+def test_residuals_are_those_of_the_equations() -> None:
+    tree = Tree(7)
+    trajectories = tree.sample(5)
+    batch = batch_of(tree, trajectories)
+    logits = tree._random(len(STATES), VOCABULARY)
+    stats = tabular_stats(logits, trajectories)
+    results = {name: OBJECTIVES(name)(name=name, beta=BETA)(stats, batch) for name in ("tbrm", "reval", "brm")}
+    for i, trajectory in enumerate(trajectories):
+        tbrm, reval, steps = residuals_by_hand(tree, logits, trajectory)
+        assert results["tbrm"].residual[i].item() == pytest.approx(tbrm)
+        assert results["tbrm"].loss[i].item() == pytest.approx(tbrm**2)
+        assert results["reval"].residual[i].item() == pytest.approx(reval)
+        assert results["brm"].loss[i].item() == pytest.approx(sum(r**2 for r in steps))
+        assert results["brm"].residual[i].item() == pytest.approx(tbrm)  # the token residuals telescope
+
+
+def test_brm_with_uneven_and_empty_trajectories() -> None:
+    """The last action of one trajectory must not see the value of the first state of the next."""
+    items = [Trajectory([1], [2, 3], 1.0), Trajectory([1], [], 5.0), Trajectory([1], [2], 0.5)]
+    logprobs, lse = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([4.0, 5.0, 6.0])
+    batch = replace(pack(items), ref_logprobs=torch.zeros(3), ref_values=torch.zeros(3))
+    result = OBJECTIVES("brm")(name="brm", beta=0.5)(TokenStats(logprobs, lse, None), batch)
+    first = [(4 - 1) - 5, (5 - 2) - 1.0 / 0.5]
+    assert result.loss.tolist() == [first[0] ** 2 + first[1] ** 2, 0.0, (6 - 3 - 0.5 / 0.5) ** 2]
+
+
+def test_reval_centres_rewards_on_their_group() -> None:
+    reval = OBJECTIVES("reval")(name="reval", beta=1.0, centre_rewards=True)
+    rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([70, 3, 70, 3, 5])
+    assert reval.shape_rewards(rewards, groups).tolist() == [0.5, -0.5, -0.5, 0.5, 0.0]
+    plain = OBJECTIVES("reval")(name="reval", beta=1.0)
+    assert torch.equal(plain.shape_rewards(rewards, groups), rewards)
+
+
+class Halved(OBJECTIVES("tbrm")):  # type: ignore[misc]
+    """A user's objective: the squared residual, times a factor of its own."""
+
+    factor: float = 0.5
+
+    def __call__(self, stats: TokenStats, batch: TrajectoryBatch):
+        result = super().__call__(stats, batch)
+        return result._replace(loss=self.factor * result.loss)
+
+
+def test_a_users_objective_is_found_by_import_path(tmp_path) -> None:
+    tree = tiny_tree(tmp_path)
+    tree["objective"] = {"name": f"{__name__}:Halved", "beta": 0.1, "factor": 0.25}
+    objective = parse_config(tree).objective
+    assert isinstance(objective, Objective)
+    assert objective.factor == 0.25
+    tree["objective"]["factr"] = 1.0
+    with pytest.raises(ConfigError, match=r"objective.factr: unknown key .* did you mean objective.factor"):
+        parse_config(tree)

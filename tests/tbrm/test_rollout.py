@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tbrm.config import RolloutConfig
+from tbrm.metrics import Phases
+from tbrm.model import PolicyModel
+from tbrm.rollout import EmbeddedEngine, Sampling
+from tbrm.rollout.collect import RolloutSource
+from tbrm.tasks import Grade, Problem, ProblemStream, Task
+from tbrm.tiny import tiny_model, tiny_tokenizer
+from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
+
+PROMPTS = [[5], [5, 6, 7], [8, 9, 10, 11, 12], [5, 6]]
+
+
+def engine_of(policy: PolicyModel, batch_size: int = 64) -> EmbeddedEngine:
+    return EmbeddedEngine(policy, tiny_tokenizer(), batch_size)
+
+
+@torch.no_grad()
+def greedy_by_hand(policy: PolicyModel, prompt: list[int], eos_ids: list[int], steps: int) -> list[int]:
+    """One prompt, no batch, no padding, no cache."""
+    with policy.generation_mode() as lm:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + steps:
+            ids.append(int(lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] in eos_ids:
+                break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_responses_are_the_models_own(architecture: str) -> None:
+    """Left padding, the shared prompt's cache and its repetition must not change a single token."""
+    policy = PolicyModel(make_lm(architecture, tied=True))
+    engine = engine_of(policy)
+    answers = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=8, temperature=0))
+    for prompt, responses in zip(PROMPTS, answers, strict=True):
+        expected = greedy_by_hand(policy, prompt, engine.eos_ids, 8)
+        assert [r.token_ids for r in responses] == [expected, expected]
+        assert responses[0].truncated == (expected[-1] not in engine.eos_ids)
+
+
+def test_every_eos_id_ends_a_response() -> None:
+    lm = make_lm("llama", tied=True)
+    lm.generation_config.eos_token_id = list(range(3, 40))
+    engine = engine_of(PolicyModel(lm))
+    responses = [r for rs in engine.generate(PROMPTS, 16, Sampling(max_new_tokens=12, seed=1)) for r in rs]
+    assert len({r.token_ids[-1] for r in responses if not r.truncated}) > 3
+    for r in responses:
+        assert not any(token in engine.eos_ids for token in r.token_ids[:-1])
+        assert r.truncated == (r.token_ids[-1] not in engine.eos_ids)
+        assert len(r.token_ids) == 12 or not r.truncated
+
+
+def test_sampling_is_seeded_and_leaves_the_global_state_alone() -> None:
+    engine = engine_of(PolicyModel(make_lm("llama", tied=True)), batch_size=6)
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    first = engine.generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(999)
+    assert engine.generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5)) == first
+    assert engine.generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=6)) != first
+    assert len({tuple(r.token_ids) for r in first[0]}) > 1  # samples of one prompt differ
+
+
+def test_the_models_generation_defaults_do_not_bias_sampling() -> None:
+    """Hub models ship top_k, top_p and a repetition penalty; log-probs in training know nothing of them."""
+    lm = make_lm("llama", tied=True)
+    plain = engine_of(PolicyModel(lm)).generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5))
+    lm.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=5)
+    assert engine_of(PolicyModel(lm)).generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5)) == plain
+    assert lm.generation_config.top_k == 1  # and they are still there to be saved
+
+
+def test_samples_follow_the_policys_own_probabilities() -> None:
+    policy = PolicyModel(make_lm("llama", tied=True), temperature=2.0)
+    n = 4000
+    [responses] = engine_of(policy, batch_size=n).generate([[5, 6]], n, Sampling(max_new_tokens=1, temperature=2.0))
+    with torch.no_grad(), policy.generation_mode() as lm:
+        expected = (lm(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 2.0).softmax(-1)
+    counts = torch.bincount(torch.tensor([r.token_ids[0] for r in responses]), minlength=VOCABULARY)
+    # Pearson's chi-square over 97 outcomes, those that are too rare for it together in one.
+    frequent = expected * n >= 5
+    observed = torch.cat([counts[frequent], counts[~frequent].sum()[None]])
+    wanted = n * torch.cat([expected[frequent], expected[~frequent].sum()[None]])
+    chi_square = ((observed - wanted).square() / wanted).sum()
+    assert chi_square < len(wanted) + 5 * (2 * len(wanted)) ** 0.5
+
+
+class Echo(Task):
+    """Rewards the length of the response's text; fails to grade those that start with a space."""
+
+    name: str = "echo"
+
+    def problem(self, index: int, seed: int) -> Problem:
+        return Problem(f"{index % 7}", answer="")
+
+    def heldout(self, count: int) -> list[Problem]:
+        return [Problem(f"{i}", answer="") for i in range(count)]
+
+    def grade(self, problems, responses) -> list[Grade]:
+        return [Grade(float(len(r)), False, "space" if r.startswith(" ") else None) for r in responses]
+
+
+def collect(**config) -> tuple[RolloutSource, list]:
+    tokenizer = tiny_tokenizer()
+    policy = PolicyModel(tiny_model(len(tokenizer), seed=0))
+    task = Echo()
+    stream = ProblemStream(task, 0, task.heldout(3))
+    source = RolloutSource(
+        stream, EmbeddedEngine(policy, tokenizer, 64), tokenizer, RolloutConfig(prompts=5, samples=8, max_new_tokens=40, **config), 0
+    )  # fmt: skip
+    return source, [source.collect(step, Phases(torch.device("cpu"))) for step in (1, 2)]
+
+
+def test_collected_trajectories_carry_what_training_needs() -> None:
+    source, steps = collect()
+    first = steps[0].trajectories
+    assert len(first) == 40
+    assert {t.group for t in first}.isdisjoint({t.group for t in steps[1].trajectories})
+    assert [t.weight_version for t in first] == [0] * 40
+    assert [t.weight_version for t in steps[1].trajectories] == [1] * 40
+    assert any(t.truncated for t in first)
+    assert not all(t.truncated for t in first)
+    assert steps[0].metrics["dropped"] == 0
+    held_out = {problem.prompt for problem in source.stream.task.heldout(3)}
+    assert held_out.isdisjoint({problem.prompt for step in steps for problem in step.problems})
+
+
+def test_truncated_responses_get_what_the_recipe_says() -> None:
+    by_verifier = collect()[1][0].trajectories
+    fixed = collect(truncated="fixed", truncated_reward=-1.0)[1][0].trajectories
+    for own, replaced in zip(by_verifier, fixed, strict=True):
+        assert own.response_ids == replaced.response_ids
+        assert replaced.reward == (-1.0 if own.truncated else own.reward)
+    dropped = collect(truncated="drop")[1][0]
+    assert [t.response_ids for t in dropped.trajectories] == [t.response_ids for t in by_verifier if not t.truncated]
+    assert dropped.metrics["dropped"] == sum(t.truncated for t in by_verifier)

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tbrm.config import ConfigError, OptimConfig
+from tbrm.metrics import is_timing, read_jsonl
+from tbrm.trainer import Trainer, learning_rate_at, prepare_run_dir
+from tests.tbrm.conftest import tiny_config, tiny_tree
+
+REPLAY = {
+    "objective": {"name": "reval", "beta": 0.05, "centre_rewards": True, "reset_reference_every": 3},
+    "replay": {"capacity": 12, "samples_per_step": 4},
+}
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in read_jsonl(run_dir / "metrics.jsonl")]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / "latest" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    assert read_jsonl(one / "eval.jsonl") == read_jsonl(other / "eval.jsonl")
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_leaves_metrics_samples_checkpoints_and_a_result(tmp_path: Path) -> None:
+    result = Trainer(tiny_config(tmp_path / "run")).train()
+    run = tmp_path / "run"
+    lines = read_jsonl(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert list(lines[0])[:2] == ["step", "loss"]
+    assert lines[0]["log_ratio_mean"] == 0.0  # exactly: the reference is the policy
+    assert lines[0]["tokens_per_second"] > 0
+    assert [line["step"] for line in read_jsonl(run / "eval.jsonl")] == [0, 2, 4]
+    assert json.loads((run / "result.json").read_text()) == result
+    assert result["n_heldout"] == 5
+    assert result["accuracy_before"] is not None
+    assert yaml.safe_load((run / "config.yaml").read_text())["task"]["family"] == "chain_sum"
+    assert len((run / "samples" / "step-000004.jsonl").read_text().splitlines()) == 5
+    assert (run / "checkpoints" / "latest").resolve().name == "step-000004"
+
+
+@pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
+def test_two_runs_are_identical(tmp_path: Path, extra: dict) -> None:
+    for name in ("one", "other"):
+        Trainer(tiny_config(tmp_path / name, **extra)).train()
+    assert_same_run(tmp_path / "one", tmp_path / "other")
+    Trainer(tiny_config(tmp_path / "third", seed=1, **extra)).train()
+    assert rows(tmp_path / "third") != rows(tmp_path / "one")
+
+
+DIES = textwrap.dedent(
+    """
+    import os, signal, sys
+    from tbrm.cli import main
+    from tbrm.objectives.base import Objective
+    from tbrm.objectives.tbrm import Tbrm
+    from tbrm.objectives.reval import Reval
+    calls = 0
+    def deadly(real):
+        def call(self, stats, batch):
+            global calls
+            calls += 1
+            if calls == int(os.environ["DIE_AT_CALL"]):
+                os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a step: rollouts done, gradient half made
+            return real(self, stats, batch)
+        return call
+    for kind in (Tbrm, Reval):
+        kind.__call__ = deadly(kind.__call__)
+    sys.exit(main(sys.argv[1:]))
+    """
+)
+
+
+@pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -> None:
+    """A real SIGKILL inside step 6, after the checkpoint of step 4; the resumed run must not differ in a single bit."""
+    settings = {"trainer__steps": 8, "trainer__batch_tokens": 60, "checkpoint__every": 2, "evaluation__every": 3, **extra}
+    settings["evaluation"] = {"prompts": 5, "every": 3}
+    Trainer(tiny_config(tmp_path / "whole", **settings)).train()
+
+    # Micro-batches up to and including step 5, and one more.
+    whole_calls = _count_micro_batches(tiny_config(tmp_path / "counted", **settings), steps=5) + 1
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_tree(tmp_path / "killed", **settings)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", DIES, "train", str(recipe)], env={**environment, "DIE_AT_CALL": str(whole_calls)}, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "killed" / "checkpoints" / "latest").resolve().name == "step-000004"
+    # What a kill can leave behind, besides: half a line and half a checkpoint.
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    (tmp_path / "killed" / "checkpoints" / ".writing-step-000006").mkdir()
+
+    subprocess.run([sys.executable, "-m", "tbrm", "train", str(recipe), "--resume"], env=environment, check=True, timeout=120)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".writing-*"))
+
+
+def _count_micro_batches(config, steps: int) -> int:
+    trainer = Trainer(config)
+    forwards = []
+    trainer.policy.register_forward_hook(lambda *_: forwards.append(1))
+    for _ in range(steps):
+        trainer.train_step()
+    return len(forwards)
+
+
+def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
+    gradients = []
+    for name, budget in (("large", 4096), ("small", 40)):
+        trainer = Trainer(tiny_config(tmp_path / name, trainer__batch_tokens=budget))
+        seen: dict[str, torch.Tensor] = {}
+        trainer._update = lambda *_: seen.update({n: p.grad.clone() for n, p in trainer.policy.named_parameters()}) or 0.0  # noqa: B023
+        trainer.train_step()
+        gradients.append(seen)
+    for name, large in gradients[0].items():
+        assert (gradients[1][name] - large).norm() <= 1e-4 * large.norm() + 1e-7, name
+
+
+def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
+    """Offline: rollouts of the untrained model, graded once, are all that the training sees."""
+    from tbrm.evaluate import evaluate
+    from tbrm.rollout import Sampling
+    from tbrm.rollout.record import record
+
+    settings = {"rollout__prompts": 64, "rollout__samples": 8, "rollout__max_new_tokens": 4, "evaluation": {"prompts": 20}}
+    recorded = tmp_path / "recorded.jsonl"
+    assert record(tiny_config(tmp_path / "r", **settings), recorded, steps=4) == 64 * 8 * 4
+    config = tiny_config(
+        tmp_path / "run", data__trajectories=str(recorded), trainer__steps=60, optim__learning_rate=2e-3, **settings
+    )
+    trainer = Trainer(config)
+
+    def sampled_reward() -> float:
+        sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=1)
+        return evaluate(trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=sampling).reward_mean
+
+    before = sampled_reward()
+    trainer.train()
+    after = sampled_reward()
+    assert after > 2 * before, (before, after)
+
+
+def test_held_out_prompts_in_a_file_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    task = tiny_config(tmp_path).task
+    held_out = task.heldout(5)[0]
+    path = tmp_path / "mixed.jsonl"
+    lines = [{"prompt": held_out.prompt, "response": "1", "reward": 1}, {"prompt": "2 + 2", "response": "4", "reward": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trainer = Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
+    assert len(trainer.source.trajectories) == 1
+    assert "1 of 2 left out" in capsys.readouterr().err
+    path.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ConfigError, match="every prompt .* is held out"):
+        Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
+
+
+def test_a_step_whose_responses_are_all_dropped_changes_nothing(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rollout__max_new_tokens=1, rollout__truncated="drop", rollout__prompts=1, rollout__samples=1)
+    trainer = Trainer(config)
+    before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
+    metrics = trainer.train_step()
+    assert metrics["trajectories"] == 0
+    assert metrics["loss"] == 0.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(tmp_path))
+    with torch.no_grad():
+        trainer.policy.lm.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="step 1: the gradient norm is nan"):
+        trainer.train_step()
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match=r"holds a run already; give --resume .* --overwrite"):
+        prepare_run_dir(tmp_path, resume=False, overwrite=False)
+    prepare_run_dir(tmp_path, resume=True, overwrite=False)
+    assert (tmp_path / "metrics.jsonl").exists()
+    prepare_run_dir(tmp_path, resume=False, overwrite=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trainer__steps=1, evaluation={"prompts": 0})
+    Trainer(config).train()
+    (tmp_path / "checkpoints" / "latest" / "trainer" / "state.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 1"):
+        Trainer(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 1, 0.8536, 0.5, 0.1464])],
+)
+def test_learning_rate(schedule: str, rates: list[float]) -> None:
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule)
+    assert [learning_rate_at(step, optim, 6) for step in range(1, 7)] == pytest.approx(rates, abs=1e-4)
