@@ -78,11 +78,11 @@ class _LinearTokenStats(torch.autograd.Function):
         backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.autocast(hidden.device.type, enabled=False):
-            stats = backend.token_stats_forward(hidden, weight, bias, targets, options)
+            logprobs, stats = backend.token_stats_forward(hidden, weight, bias, targets, options)
         ctx.save_for_backward(hidden, weight, bias, targets, *stats)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return stats.logprobs, stats.max + stats.log_sum, stats.entropy
+        return logprobs, stats.max + stats.log_sum, stats.entropy
 
     @staticmethod
     @once_differentiable

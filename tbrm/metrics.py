@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
@@ -97,7 +97,7 @@ class MetricsLog:
         """The row of the evaluation after `step` updates."""
         self._write(self._evals, "eval", step, metrics)
 
-    def _write(self, file: TextIO, group: str, step: int, metrics: Mapping[str, Metric]) -> None:
+    def _write(self, file: IO[str], group: str, step: int, metrics: Mapping[str, Metric]) -> None:
         row = {"step": step} | {key: _json_value(key, value) for key, value in metrics.items()}
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()

@@ -142,18 +142,19 @@ def _accuracy(evals: Rows) -> Figure:
     steps, accuracy = series(evals, "step"), series(evals, "accuracy")
     low, high = series(evals, "ci_low"), series(evals, "ci_high")
     axes.fill_between(steps, low, high, color=LIGHT["blue"], alpha=0.18, linewidth=0)
-    axes.plot(steps, accuracy, color=LIGHT["blue"], linewidth=2.2, marker="o", markersize=5)
+    axes.plot(steps, accuracy, color=LIGHT["blue"], linewidth=2.2, marker="o", markersize=5, clip_on=False)
+    top = np.nanmax(np.concatenate([accuracy, high, [0.1]]))
     rising = accuracy[-1] >= accuracy[0]
     for index in sorted({0, len(evals) - 1}):
-        above = rising == (index > 0)  # off the curve
+        above = rising == (index > 0) or accuracy[index] < 0.15 * top  # off the curve, and off the axis
         axes.annotate(f"{accuracy[index]:.1%}", (steps[index], accuracy[index]),
                       xytext=(0, 9 if above else -9), textcoords="offset points",
                       ha="center", va="bottom" if above else "top",
                       fontsize=12, fontweight="bold", color=LIGHT["blue"])  # fmt: skip
-    top = np.nanmax(np.concatenate([accuracy, high, [0.1]]))
     axes.set_ylim(0, min(1.0, 1.15 * top) if top < 0.97 else 1.08)
     axes.margins(x=0.08)
     axes.set_xlabel("training step")
+    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     return figure
 

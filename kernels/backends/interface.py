@@ -44,13 +44,12 @@ class TokenStatsOptions:
 
 
 class RowStats(NamedTuple):
-    """The forward result, each [T] in the compute dtype and 0 where the target is ignored.
+    """What the backward pass needs of each softmax: [T] each, in the compute dtype, 0 where the target is ignored.
 
     The log-sum-exp is `max + log_sum`. It is kept in two parts because a sum rounded at logits of 1e4 would cost the
     backward pass three digits of every probability.
     """
 
-    logprobs: Tensor
     max: Tensor  # max_v Q_v
     log_sum: Tensor  # log sum_v exp(Q_v - max)
     entropy: Tensor | None
@@ -73,14 +72,16 @@ class Needs(NamedTuple):
 
 
 class Backend(Protocol):
+    """Its functions are called with autograd and autocast off."""
+
     def why_not(self, device: torch.device) -> str | None:
         """None if the backend can run on the device, else the reason why it cannot."""
         ...
 
     def token_stats_forward(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: TokenStatsOptions
-    ) -> RowStats:
-        """The statistics of checked inputs. Holds no tensor of T x V elements."""
+    ) -> tuple[Tensor, RowStats]:
+        """The log-probs of the targets [T], and the rest, of checked inputs. Holds no tensor of T x V elements."""
         ...
 
     def token_stats_backward(

@@ -36,7 +36,7 @@ def token_stats_forward(
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [T]
     options: TokenStatsOptions,
-) -> RowStats:
+) -> tuple[Tensor, RowStats]:
     rows = _KeptRows(targets, options.ignore_index)
     logits = _TiledLogits(rows.gather(hidden), weight, bias, options)
     softmax = _OnlineSoftmax(rows.gather(targets), options)
@@ -44,13 +44,9 @@ def token_stats_forward(
         for chunk in logits.chunks():
             q, _ = logits.q_values(chunk, tile, tile_weight)
             softmax.update(chunk, tile, q)
-    logprobs, maximum, log_sum, entropy = softmax.finish()
-    return RowStats(
-        rows.scatter(logprobs),
-        rows.scatter(maximum),
-        rows.scatter(log_sum),
-        None if entropy is None else rows.scatter(entropy),
-    )
+    logprobs, (maximum, log_sum, entropy) = softmax.finish()
+    entropy = None if entropy is None else rows.scatter(entropy)
+    return rows.scatter(logprobs), RowStats(rows.scatter(maximum), rows.scatter(log_sum), entropy)
 
 
 def token_stats_backward(
@@ -194,14 +190,17 @@ class _OnlineSoftmax:
         self.sum[chunk] = self.sum[chunk] * rescale + tile_sum
         self.max[chunk] = maximum
 
-    def finish(self) -> RowStats:
+    def finish(self) -> tuple[Tensor, RowStats]:
         log_sum = self.sum.log()
         entropy = None if self.weighted_sum is None else log_sum + self.weighted_sum / self.sum
-        return RowStats((self.target_q - self.max) - log_sum, self.max, log_sum, entropy)
+        return (self.target_q - self.max) - log_sum, RowStats(self.max, log_sum, entropy)
 
 
 class _SoftmaxGrad:
-    """dL/dQ times `factor`, from what the forward pass kept of each row and the upstream gradients."""
+    """dL/dQ times `factor`, from what the forward pass kept of each row and the upstream gradients.
+
+    The names: `of_target`, `of_p` and `of_entr` are the factors, per row, of 1[v = target], p_v and -p_v log p_v.
+    """
 
     def __init__(self, rows: _KeptRows, targets: Tensor, stats: RowStats, grads: RowGrads, factor: float) -> None:
         self.targets = rows.gather(targets)
@@ -209,18 +208,18 @@ class _SoftmaxGrad:
         self.inverse_sum = rows.gather(stats.log_sum).neg().exp_()[:, None]
         self.of_target = factor * rows.gather(grads.logprobs)
         self.of_p = factor * rows.gather(grads.lse)[:, None] - self.of_target[:, None]
-        self.of_p_log_p = None
+        self.of_entr = None  # entr(p) = -p log p
         if grads.entropy is not None and stats.entropy is not None:
-            self.of_p_log_p = -factor * rows.gather(grads.entropy)[:, None]
-            self.of_p += self.of_p_log_p * rows.gather(stats.entropy)[:, None]
+            self.of_entr = factor * rows.gather(grads.entropy)[:, None]
+            self.of_p -= self.of_entr * rows.gather(stats.entropy)[:, None]
 
     def of_tile(self, chunk: slice, tile: slice, q: Tensor) -> Tensor:
         """The derivative for one tile of Q, which it overwrites."""
         p = q.sub_(self.max[chunk]).exp_().mul_(self.inverse_sum[chunk])
-        minus_p_log_p = None if self.of_p_log_p is None else torch.special.entr(p)
-        grad = p.mul_(self.of_p[chunk])
-        if minus_p_log_p is not None and self.of_p_log_p is not None:
-            grad.addcmul_(minus_p_log_p, self.of_p_log_p[chunk], value=-1)
+        if self.of_entr is None:
+            grad = p.mul_(self.of_p[chunk])
+        else:
+            grad = torch.special.entr(p).mul_(self.of_entr[chunk]).addcmul_(p, self.of_p[chunk])
         inside, column = _locate(self.targets[chunk], tile)
         return grad.scatter_add_(1, column, torch.where(inside, self.of_target[chunk], 0)[:, None])
 

@@ -28,8 +28,8 @@ class ReasoningGym(Task):
 
     Training problems come from reasoning-gym's seeds below 2^31, held-out ones from those above.
 
-    The scorers' values between 0 and 1 are often artefacts of the text: where 12 is right, chain_sum's gives "-12" 0.67,
-    because "12" is in it, and several give 0.01 or 0.05 for anything. So by default a reward is 1 or 0.
+    The scorers' values between 0 and 1 are often artefacts of the text. Where 12 is right, chain_sum's gives "-12"
+    0.67, as "12" is in it, and several give 0.01 or 0.05 for anything. So by default a reward is 1 or 0.
     """
 
     family: str = Field("chain_sum", description="Name of the reasoning-gym family.")

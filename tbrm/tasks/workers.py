@@ -87,15 +87,16 @@ class _Worker:
         if self.process is None or self.process.poll() is not None:
             self.start()
         assert self.process is not None and self.connection is not None
+        process, connection = self.process, self.connection
         try:
-            self.connection.send_bytes(json.dumps([seconds, function, arguments]).encode())
-            if self.connection.poll(seconds):
-                return Outcome(**json.loads(self.connection.recv_bytes()))
+            connection.send_bytes(json.dumps([seconds, function, arguments]).encode())
+            if connection.poll(seconds):
+                return Outcome(**json.loads(connection.recv_bytes()))
             self.stop()
             return Outcome(failure=f"took longer than {seconds:g} seconds")
         except (EOFError, OSError):  # the socket closed: the process is dead or dying
-            code = self.process.wait()
             self.stop()
+            code = process.returncode
             return Outcome(failure=f"took its process down ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
         except BaseException:  # an interrupt: the reply still to come must not be read as that of a later call
             self.stop()
@@ -114,7 +115,7 @@ class _Worker:
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                    "PYTHONHASHSEED": "0",  # some reasoning-gym families draw from sets: the same everywhere, please
+                    "PYTHONHASHSEED": "0",  # some reasoning-gym families draw from sets: make the draws repeatable
                     "OMP_NUM_THREADS": "1",
                     "OPENBLAS_NUM_THREADS": "1",
                 },
@@ -125,7 +126,7 @@ class _Worker:
                 return
             problem = f"was not ready after {_START_SECONDS:g} seconds"
         except (EOFError, OSError):
-            problem = f"ended with exit code {self.process.wait()}; its error is above"
+            problem = "ended before it was ready; its error is above"
         self.stop()
         raise RuntimeError(f"the worker process for {self.module} {problem}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tbrm_kernels import TokenStats, linear_token_stats
+from tbrm_kernels.backends import torch as torch_backend
 from tbrm_kernels.reference import token_stats_reference
 from torch import Tensor
 
@@ -93,6 +94,14 @@ def test_second_derivatives_are_refused_and_not_silently_wrong() -> None:
         grad.sum().backward()
 
 
+def test_log_probs_may_be_changed_in_place() -> None:
+    """The backward pass reads what it saved and never its outputs, save for the entropy."""
+    expected, inputs = leaves(), leaves()
+    (3 * linear_token_stats(targets=targets(), **expected).logprobs).sum().backward()
+    linear_token_stats(targets=targets(), **inputs).logprobs.mul_(3).sum().backward()
+    torch.testing.assert_close(inputs["weight"].grad, expected["weight"].grad)
+
+
 def test_a_weight_changed_in_place_before_backward_is_an_error() -> None:
     inputs = leaves()
     loss = loss_of(linear_token_stats(targets=targets(), entropy=True, **inputs))
@@ -147,6 +156,24 @@ def test_autocast_rounds_hidden_and_weight_and_nothing_else(hidden_dtype: torch.
         assert tensor.grad.dtype == tensor.dtype
         tolerance: dict[str, Any] = {"rtol": 2**-8} if tensor.dtype == torch.bfloat16 else {"rtol": 1e-5}
         torch.testing.assert_close(tensor.grad.float(), expected[name].grad, atol=1e-5, **tolerance)
+
+
+def test_a_backend_runs_with_autocast_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward pass too, where autocast may be on in the thread that runs it."""
+    seen = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            seen.append((function.__name__, torch.is_autocast_enabled("cpu")))
+            return function(*args)
+
+        return wrapper
+
+    for name in ("token_stats_forward", "token_stats_backward"):
+        monkeypatch.setattr(torch_backend, name, watched(getattr(torch_backend, name)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_of(linear_token_stats(targets=targets(), entropy=True, **leaves())).backward()
+    assert seen == [("token_stats_forward", False), ("token_stats_backward", False)]
 
 
 def test_autocast_leaves_float64_alone() -> None:

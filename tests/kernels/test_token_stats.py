@@ -74,7 +74,7 @@ def values_and_gradients(
 
 
 def assert_as_good_as_plain_torch(head: Head, slack: float = 8, **options: Any) -> None:
-    """Our error against float64 is at most twice plain torch's, plus `slack` roundings of the largest value.
+    """Our error against float64 is at most twice plain torch's, plus a few roundings of the largest value.
 
     Float64 inputs have no truth above them: there the two sides differ by their own roundings only.
     """
@@ -88,7 +88,10 @@ def assert_as_good_as_plain_torch(head: Head, slack: float = 8, **options: Any) 
         if true.numel() == 0:
             continue
         roundings = 1e-12 if head.hidden.dtype == torch.float64 else slack * torch.finfo(torch.float32).eps
-        allowed = 2 * (plain[name] - true).abs().max() + roundings * true.abs().max()
+        scale = true.abs().max()
+        if name in OUTPUTS:
+            scale = scale.clamp(min=1)  # logarithms: their errors are absolute, in nats
+        allowed = 2 * (plain[name] - true).abs().max() + roundings * scale
         error = (ours[name] - true).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
@@ -179,6 +182,7 @@ def test_any_problem(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_backend, "ROW_CHUNK", row_chunk)
         patch.setattr(torch_backend, "SCRATCH_ELEMENTS", scratch_elements)
+        # More slack, since tiles of one row or column multiply in an order whose luck differs from the whole product's.
         assert_as_good_as_plain_torch(head, slack=64, entropy=True, **options)
 
 

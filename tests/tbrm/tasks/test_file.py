@@ -173,7 +173,7 @@ def test_a_boolean_is_no_answer(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"prompt": "a", "answer": "1"}\n{"prompt": ', r"data\.jsonl:2: not JSON: "),
-        ("[1, 2]\n", r"data\.jsonl:1: a line is one JSON object, got '\[1, 2\]'"),
+        ("[1, 2]\n", r"data\.jsonl:1: a line is one JSON object, got \[1, 2\]"),
         ("", r"data\.jsonl: the file has no rows"),
         ("\n\n", r"data\.jsonl: the file has no rows"),
     ],

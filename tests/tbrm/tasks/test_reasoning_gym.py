@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 from reasoning_gym.factory import DATASETS, create_dataset
+from sympy.parsing.sympy_parser import parse_expr
 
 from tbrm.tasks import Problem, ProblemStream
 from tbrm.tasks import reasoning_gym_process as inner
@@ -164,31 +166,29 @@ def test_an_answer_that_makes_the_scorer_raise_is_a_failure() -> None:
     assert grade.failure.startswith("prime_factorization's scorer: ValueError")
 
 
-@pytest.mark.parametrize(
-    ("family", "text"),
-    [
-        ("countdown", "__import__('os').mkdir({path!r})"),
-        ("countdown", "eval(chr(49))"),
-        ("countdown", "exit()"),
-        ("countdown", "pi.__class__"),
-        ("countdown", "x.evalf()"),
-        ("puzzle24", "open(1)"),
-        ("polynomial_multiplication", "lambda x: x"),
-        ("simple_integration", "print(x)"),
-        ("intermediate_integration", "[x]"),
-        ("spiral_matrix", "[__import__('os').mkdir({path!r})]"),
-        ("binary_matrix", "exit()"),
-        ("n_queens", "[input()]"),
-        ("string_insertion", "print(1)"),
-    ],
-)
-def test_answers_are_never_run_as_code(family: str, text: str, tmp_path: Any) -> None:
-    path = str(tmp_path / "made")
-    text = text.replace("{path!r}", repr(path))
+def opens(path: Path) -> str:
+    """A Python expression that makes the file at `path`, without the quotes and underscores that look like code."""
+    return f"open({'+'.join(f'chr({ord(letter)})' for letter in str(path))}, chr(119))"
+
+
+@pytest.mark.parametrize("family", sorted(inner._EVAL | inner._PARSE_EXPR))
+@pytest.mark.parametrize("form", ["{}", "[{}]", "1 + {}"])
+def test_answers_are_never_run_as_code(family: str, form: str, tmp_path: Path) -> None:
+    path = tmp_path / "made"
     task = make(family=family, answer="whole")
-    (grade,) = task.grade([task.problem(0, seed=0)], [text])
+    (grade,) = task.grade([task.problem(0, seed=0)], [form.format(opens(path))])
     assert (grade.reward, grade.correct, grade.failure) == (0.0, False, None)
-    assert not os.path.exists(path)
+    assert not path.exists()
+
+
+def test_the_code_of_the_test_above_does_run_where_nothing_prevents_it(tmp_path: Path) -> None:
+    parse_expr(opens(tmp_path / "made"))
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("text", ["pi.free", "x.y", "1 .real", "x[0]", "lambda x: x", "'x'", "a_b", "Symbol(x)", "é"])
+def test_formulas_hold_nothing_but_numbers_operators_and_known_names(text: str) -> None:
+    assert not inner._harmless("countdown", text)
 
 
 def test_every_family_that_may_evaluate_answers_is_known() -> None:

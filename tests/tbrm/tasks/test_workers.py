@@ -156,6 +156,12 @@ def test_an_interrupted_call_leaves_no_stale_reply(workers: Workers) -> None:
     assert workers.call("add", 1, 2, seconds=60) == Outcome(3)
 
 
+def test_an_interrupt_from_the_terminal_leaves_the_processes_alone(workers: Workers) -> None:
+    process = workers.call("pid", seconds=60).value
+    os.kill(process, signal.SIGINT)  # the terminal sends it to the whole process group
+    assert workers.call("pid", seconds=60) == Outcome(process)
+
+
 def test_calls_from_other_threads_run_in_the_main_thread_of_the_process(workers: Workers) -> None:
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.append(workers.call("main_thread", seconds=60)))
@@ -178,7 +184,7 @@ def test_closing_ends_the_processes(functions: str) -> None:
 
 def test_a_module_that_cannot_be_imported_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     workers = Workers("tbrm.tasks.no_such_module", count=1, memory_bytes=GIB)
-    with pytest.raises(RuntimeError, match=r"worker process for tbrm\.tasks\.no_such_module ended with exit code 1"):
+    with pytest.raises(RuntimeError, match=r"worker process for tbrm\.tasks\.no_such_module ended before it was ready"):
         workers.call("anything", seconds=60)
     assert "No module named 'tbrm.tasks.no_such_module'" in capfd.readouterr().err
 
