@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except (ValueError, ModuleNotFoundError, FloatingPointError) as error:
-        # Errors of the user's making carry their own explanation; a traceback would hide it.
+        # What our own code raises explains itself, and a traceback would hide it. Anything else is a bug to be seen.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+            raise
         print(f"tbrm {args.name}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -26,14 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> None:
     from tbrm.config import load_config
-    from tbrm.report import summary_lines
     from tbrm.trainer import Trainer, prepare_run_dir
 
     config = load_config(args.recipe, args.overrides)
     prepare_run_dir(Path(config.run.dir), resume=args.resume, overwrite=args.overwrite)
     _quiet_libraries()
     Trainer(config, resume=args.resume).train()
-    print("\n".join(summary_lines(Path(config.run.dir))))
+    print(f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -56,7 +59,7 @@ def eval_model(args: argparse.Namespace) -> None:
         args.task, args.overrides, model={"name": resolve_model(args.model)}, evaluation=settings, seed=args.seed
     )
     task, chosen = config.task, config.evaluation
-    assert task is not None
+    assert task is not None  # --task is required
     problems = task.heldout(chosen.prompts)
     _quiet_libraries()
     policy, tokenizer = load_policy(config)

@@ -8,6 +8,7 @@ encoded with the model's chat template and, unless truncated, the end-of-sequenc
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,6 +61,8 @@ def read_trajectories(path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_
             trajectory = _trajectory(json.loads(line), tokenizer, eos_ids)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
+        if not trajectory.response_ids:
+            raise ValueError(f"{path}:{number}: response: empty; there is no action to learn from")
         trajectory.group = groups.setdefault(tuple(trajectory.prompt_ids), len(groups))
         trajectories.append(trajectory)
     if not trajectories:
@@ -79,6 +82,8 @@ def _trajectory(row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]
     reward = row.get("reward")
     if isinstance(reward, bool) or not isinstance(reward, int | float):
         raise ValueError(f"reward: got {reward!r}; wants a number")
+    if not math.isfinite(reward):
+        raise ValueError(f"reward: got {reward!r}; wants a finite number")
     truncated = row.get("truncated", False)
     if not isinstance(truncated, bool):
         raise ValueError(f"truncated: got {truncated!r}; wants true or false")
@@ -92,10 +97,9 @@ def _trajectory(row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]
     response = row.get("response")
     if not isinstance(response, str):
         raise ValueError(f"response: got {response!r}; wants text")
-    response_ids = list(tokenizer(response, add_special_tokens=False).input_ids)
-    return Trajectory(
-        encode_messages(tokenizer, _messages(row)), response_ids + ([] if truncated else eos_ids[:1]), float(reward), truncated
-    )
+    prompt_ids = encode_messages(tokenizer, _messages(row))
+    response_ids = list(tokenizer(response, add_special_tokens=False).input_ids) + ([] if truncated else eos_ids[:1])
+    return Trajectory(prompt_ids, response_ids, float(reward), truncated)
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:

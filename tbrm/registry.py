@@ -6,13 +6,14 @@ A name is looked up among the built-in ones, then among the entry points that in
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
+
+from tbrm.spelling import hint
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,9 @@ class Registry:
             return plugins[name].load()
         if ":" in name:
             return import_path(name)
-        known = sorted([*self.builtin, *plugins])
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
         raise ValueError(
-            f"no {self.kind} is called {name!r}: {hint}Known: {', '.join(known)}. "
-            f"Your own is named by its import path, 'package.module:attribute'."
+            f"no {self.kind} is called {name!r}: {hint(name, [*self.builtin, *plugins])}. "
+            "Your own is named by its import path, 'package.module:attribute'."
         )
 
 

@@ -65,11 +65,12 @@ class Trainer:
         self.state = load_state(checkpoint) if checkpoint else TrainerState()
         self.resumed_at = self.state.step if checkpoint else None
 
+        # Before the model is loaded, which may take long: a task too small for its evaluation is found here.
+        self.heldout = config.task.heldout(config.evaluation.prompts) if config.task else []
         self.policy, self.tokenizer = load_policy(config)
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         self.engine = EmbeddedEngine(self.policy, self.tokenizer, config.rollout.batch_size)
-        self.heldout = config.task.heldout(config.evaluation.prompts) if config.task else []
         self.source = self._source()
         self.replay = ReplayBuffer(config.replay.capacity)
         self.optimizer = torch.optim.AdamW(

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from tbrm.tasks.base import Grade, Message, Problem, Task
 from tbrm.tasks.rows import read_rows
-from tbrm.tasks.spelling import hint
+from tbrm.spelling import hint
 from tbrm.tasks.verifiers import Verifier, make_verifier
 
 

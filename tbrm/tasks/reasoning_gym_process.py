@@ -21,7 +21,7 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS, create_dataset
 
 from tbrm.tasks.answers import EXTRACTORS, Extractor
-from tbrm.tasks.spelling import hint
+from tbrm.spelling import hint
 
 _BLOCK = 1024
 

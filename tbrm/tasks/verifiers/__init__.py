@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tbrm.registry import Registry
-from tbrm.tasks.spelling import hint
+from tbrm.spelling import hint
 from tbrm.tasks.verifiers.base import Verifier
 from tbrm.tasks.verifiers.reward_function import RewardFunction
 
