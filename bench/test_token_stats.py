@@ -29,7 +29,9 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(V, (T,), generator=generator)
 
 
-def loss_through(stats_of: Callable[..., tuple[Tensor, ...]], hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def loss_through(
+    stats_of: Callable[..., tuple[Tensor, ...]], hidden: Tensor, weight: Tensor, targets: Tensor
+) -> Tensor:
     logprobs, lse = stats_of(hidden, weight, targets)[:2]
     cu_seqlens = torch.arange(0, T + 1, T // N, dtype=torch.int32)
     ref_sums = segment_sums(logprobs.detach(), cu_seqlens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +15,8 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messa
     """The prompt's token ids: through the chat template, or, for a model without one, the plain text."""
     if tokenizer.chat_template is None:
         return list(tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
-    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return list(ids)
 
 
 def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:

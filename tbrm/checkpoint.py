@@ -72,7 +72,9 @@ class Checkpoints:
             reference.model.save(writing / "trainer" / "reference", tokenizer)
         with (writing / "trainer" / "replay.jsonl").open("w") as file:
             file.writelines(json.dumps(_to_row(trajectory)) + "\n" for trajectory in replay)
-        (writing / "trainer" / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
+        (writing / "trainer" / "state.json").write_text(
+            json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n"
+        )
 
         final = self.folder / name
         if final.exists():  # the same step, saved before a resume

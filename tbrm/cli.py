@@ -120,7 +120,8 @@ def import_gguf(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="tbrm", description="Trains language models by Trajectory Bellman Residual Minimization (arXiv 2505.15311)."
+        prog="tbrm",
+        description="Trains language models by Trajectory Bellman Residual Minimization (arXiv 2505.15311).",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -151,22 +152,34 @@ def _parser() -> argparse.ArgumentParser:
         "  tbrm eval runs/demo --task recipes/demo.yaml\n"
         "  tbrm eval .models/SmolLM2-135M-Instruct --task reasoning_gym --k 4 task.family=chain_sum rollout.max_new_tokens=32",
     )
-    sub.add_argument("model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)")
-    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of task, rollout, evaluation and model")
-    sub.add_argument("--task", required=True, help="a recipe whose task is meant, or a task's name (with task.KEY=... after it)")
+    sub.add_argument(
+        "model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)"
+    )
+    sub.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="keys of task, rollout, evaluation and model"
+    )
+    sub.add_argument(
+        "--task", required=True, help="a recipe whose task is meant, or a task's name (with task.KEY=... after it)"
+    )
     sub.add_argument("--k", type=int, default=1, help="responses to each problem, for avg@k and pass@k (default 1)")
     sub.add_argument("--temperature", type=float, help="0 is greedy; the default is 0 for one response, 1 for several")
     sub.add_argument("--prompts", type=int, default=200, help="held-out problems (default 200)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     sub.add_argument("--json", metavar="FILE", help="also write all figures and responses there")
 
-    sub = command("score", score, "Audit recorded trajectories: sum of log-probs and V(s_1) under a model, a JSON line each.")
-    sub.add_argument("model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)")
+    sub = command(
+        "score", score, "Audit recorded trajectories: sum of log-probs and V(s_1) under a model, a JSON line each."
+    )
+    sub.add_argument(
+        "model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)"
+    )
     sub.add_argument("data", help="JSON lines with prompt or messages, response and reward")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of model, rollout.temperature, ...")
     sub.add_argument("--out", metavar="FILE", help="write there instead of to the terminal")
 
-    sub = command("rollout", rollout, "Record graded rollouts of a recipe's model, for offline training (data.trajectories).")
+    sub = command(
+        "rollout", rollout, "Record graded rollouts of a recipe's model, for offline training (data.trajectories)."
+    )
     recipe_arguments(sub)
     sub.add_argument("--out", required=True, metavar="FILE", help="the JSON lines file to write")
     sub.add_argument("--steps", type=int, default=1, help="batches of rollout.prompts problems to answer (default 1)")
@@ -189,7 +202,9 @@ class _HelpWithKeys(argparse.Action):
         from tbrm.config import describe
 
         parser.print_help()
-        print("\nkeys of a recipe (every one may be overridden; `tbrm config RECIPE` adds those of its task and objective):")
+        print(
+            "\nkeys of a recipe (every one may be overridden; `tbrm config RECIPE` adds those of its task and objective):"
+        )
         print(_table(describe(), ("key", "default", "meaning")))
         parser.exit()
 
@@ -197,7 +212,9 @@ class _HelpWithKeys(argparse.Action):
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     lines = [*([head] if head else []), *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _decoding(temperature: float) -> str:

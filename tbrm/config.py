@@ -36,7 +36,9 @@ class ModelConfig(Section):
         "auto", description="Of the products; weights are float32. auto: bfloat16 on a GPU, float32 on a CPU."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto takes a GPU where there is one.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off for good reason.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off for good reason."
+    )
 
     def resolve_device(self) -> torch.device:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
@@ -49,7 +51,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     trajectories: str | None = Field(
-        None, description="JSONL of recorded trajectories (prompt or messages, response, reward) to train on; no rollouts."
+        None,
+        description="JSONL of recorded trajectories (prompt or messages, response, reward) to train on; no rollouts.",
     )
 
 
@@ -57,7 +60,9 @@ class RolloutConfig(Section):
     engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (transformers' generate).")
     prompts: int = Field(16, ge=1, description="Problems per step.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
-    max_new_tokens: int = Field(256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'.")
+    max_new_tokens: int = Field(
+        256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'."
+    )
     temperature: float = Field(1.0, gt=0, description="Of sampling, and of Q = logits / temperature in training.")
     batch_size: int = Field(64, ge=1, description="Responses generated at once.")
     truncated: Literal["reward", "fixed", "drop"] = Field(
@@ -118,7 +123,9 @@ class Config(Section):
     run: RunConfig
     seed: int = Field(0, ge=0, description="Of the problems drawn, the sampling, and the tiny model's weights.")
     model: ModelConfig
-    task: SerializeAsAny[Task] | None = Field(None, description="What is learnt. Keys beside `name` are the task's own.")
+    task: SerializeAsAny[Task] | None = Field(
+        None, description="What is learnt. Keys beside `name` are the task's own."
+    )
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: SerializeAsAny[Objective] = Field(description="The loss. Keys beside `name` are the objective's own.")
@@ -132,11 +139,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         if self.task is None and self.data.trajectories is None:
-            raise ValueError("neither task nor data.trajectories is set: name a task to generate rollouts for, or a file")
+            raise ValueError(
+                "neither task nor data.trajectories is set: name a task to generate rollouts for, or a file"
+            )
         if self.replay.samples_per_step and not self.replay.capacity:
             raise ValueError("replay.samples_per_step is set but replay.capacity is 0: give the buffer a capacity")
         if self.data.trajectories and self.replay.capacity:
-            raise ValueError("replay.capacity is set together with data.trajectories: a file is read again and again anyway")
+            raise ValueError(
+                "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+            )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) is above trainer.steps ({self.trainer.steps}): lower it"
@@ -193,7 +204,9 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {str(recipe)!r} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {str(recipe)!r} holds {type(tree).__name__}; wants sections such as `model:` and `trainer:`")
+        raise ConfigError(
+            f"recipe {str(recipe)!r} holds {type(tree).__name__}; wants sections such as `model:` and `trainer:`"
+        )
     return tree
 
 
@@ -216,7 +229,10 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def _build(section: str, values: dict[str, Any], base: Any, registry: Any) -> Any:
     name = values.get("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{section}.name: got {name!r}; wants one of {', '.join(registry.builtin)}, or an import path")
+        raise ConfigError(
+            f"{section}.name: got {name!r}; wants one of {', '.join(registry.builtin)}, or an import path"
+        )
+    kind: Any
     try:
         kind = registry(name)
     except ValueError as error:
@@ -269,7 +285,9 @@ def _explain_one(detail: ErrorDetails, known: list[str], prefix: str) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"] or detail["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: got {detail['input']!r} ({type(detail['input']).__name__}); wants: {message[0].lower()}{message[1:]}"
+    return (
+        f"{key}: got {detail['input']!r} ({type(detail['input']).__name__}); wants: {message[0].lower()}{message[1:]}"
+    )
 
 
 def _known_keys(model: type[BaseModel], tree: dict[str, Any]) -> list[str]:
@@ -288,7 +306,9 @@ def describe(model: type[BaseModel] = Config, values: dict[str, Any] | None = No
             nested = dict(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else {}
             rows += [(f"{name}.{key}", default, text) for key, default, text in describe(section, nested)]
         else:
-            rows.append((name, "required" if value is PydanticUndefined else _yaml_inline(value), info.description or ""))
+            rows.append(
+                (name, "required" if value is PydanticUndefined else _yaml_inline(value), info.description or "")
+            )
     return rows
 
 

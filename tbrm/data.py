@@ -55,7 +55,9 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError("Trajectory.prompt_ids is empty: the first state s_1 needs at least one token (a BOS will do)")
+            raise ValueError(
+                "Trajectory.prompt_ids is empty: the first state s_1 needs at least one token (a BOS will do)"
+            )
         if self.action_mask is not None and len(self.action_mask) != len(self.response_ids):
             raise ValueError(
                 f"Trajectory.action_mask has {len(self.action_mask)} entries for {len(self.response_ids)} response tokens"
@@ -81,7 +83,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """Packed trajectories, ready for the model and the objective. Move it with `to`."""
+    """Packed trajectories, ready for the model. Move it with `to`."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
@@ -90,8 +92,6 @@ class TrajectoryBatch:
     targets: Tensor  # [A] int64: the action
     cu_seqlens: Tensor  # [N+1] int32: trajectory i owns actions cu_seqlens[i]:cu_seqlens[i+1]
     rewards: Tensor  # [N] float32
-    ref_logprobs: Tensor | None = None  # [A] float32
-    ref_values: Tensor | None = None  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
 
     def to(self, device: torch.device | str) -> TrajectoryBatch:
         def move(value: object) -> object:
@@ -99,6 +99,14 @@ class TrajectoryBatch:
 
         segments = tuple(Segment(s.start, s.stop, move(s.allowed)) for s in self.segments)  # type: ignore[arg-type]
         return TrajectoryBatch(**{**{k: move(v) for k, v in vars(self).items()}, "segments": segments})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ScoredBatch(TrajectoryBatch):
+    """A packed batch with what the reference model says of it."""
+
+    ref_logprobs: Tensor  # [A] float32
+    ref_values: Tensor  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
 
 
 def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:

@@ -29,7 +29,11 @@ def examine() -> list[tuple[str, str, str]]:
     device = model.resolve_device()
     rows = [
         ("python", "yes", platform.python_version()),
-        ("torch", "yes", f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "torch",
+            "yes",
+            f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        ),
         *_gpus(),
         ("device", "yes", f"model.device auto takes {device}; model.precision auto takes {model.resolve_precision()}"),
     ]

@@ -78,7 +78,9 @@ def evaluate(
         truncated_share=fmean(response.truncated for _, response in flat),
         ungraded=sum(grade.failure is not None for grade in grades),
         samples=[
-            Sample(problem.messages[-1]["content"], text, problem.answer, grade.reward, grade.correct, response.truncated)
+            Sample(
+                problem.messages[-1]["content"], text, problem.answer, grade.reward, grade.correct, response.truncated
+            )
             for (problem, response), text, grade in zip(flat, texts, grades, strict=True)
         ],
     )

@@ -15,8 +15,9 @@ def import_gguf(file: Path, out: Path) -> None:
     Any architecture whose GGUF files transformers reads. Raises ValueError if the file is missing or not such a file,
     or if `out` is there already.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError("reading GGUF files needs the package gguf: pip install 'tbrm[gguf]'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"reading GGUF files needs the package {package}: pip install 'tbrm[gguf]'")
     if not file.is_file():
         raise ValueError(f"{file} is no file; give the path of a .gguf file")
     if out.exists():

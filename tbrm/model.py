@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,9 @@ class PolicyModel(nn.Module):
     `temperature`: Q(s, a) of the paper. Only positions that predict an action reach the head.
     """
 
-    def __init__(self, lm: PreTrainedModel, *, temperature: float = 1.0, precision: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, *, temperature: float = 1.0, precision: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         text_config = lm.config.get_text_config()
         self.lm = lm.eval()  # dropout would make Q, and with it the residual, noise
@@ -119,8 +122,10 @@ class PolicyModel(nn.Module):
 def load_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model."""
     if config.name == "tiny":
-        tokenizer = tiny_tokenizer()
-        return tiny_model(len(tokenizer), seed), tokenizer
+        characters = tiny_tokenizer()
+        return tiny_model(len(characters), seed), characters
+    lm: Any  # transformers' types do not cover what its Auto classes return
+    tokenizer: Any
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
@@ -137,10 +142,10 @@ def load_policy(config: Config) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
     """The config's model on its device, checked, and its tokenizer."""
     lm, tokenizer = load_model(config.model, config.seed)
     policy = PolicyModel(
-        lm.to(config.model.resolve_device()),
+        lm,
         temperature=config.rollout.temperature,
         precision=config.model.resolve_precision(),
-    )
+    ).to(config.model.resolve_device())
     policy.check_architecture()
     return policy, tokenizer
 
@@ -159,4 +164,3 @@ def _logit_scale(config: object) -> float:
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return (1.0 if scale is None else float(scale)) / (1.0 if divisor is None else float(divisor))
-

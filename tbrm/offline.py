@@ -35,7 +35,7 @@ class FileSource:
 
     def collect(self, step: int, phases: Phases) -> Collected:
         with phases("rollout"):
-            taken = []
+            taken: list[Trajectory] = []
             while len(taken) < self.per_step:
                 epoch, offset = divmod(self.position, len(self.trajectories))
                 order = list(range(len(self.trajectories)))
@@ -109,7 +109,11 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
     if not (isinstance(messages, list) and messages):
         raise ValueError("neither prompt (text) nor messages (a list of role and content) is given")
     for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
             raise ValueError(f"messages: got {message!r}; wants objects with role and content")
     return messages
 

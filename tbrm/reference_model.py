@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from tbrm.data import ReferenceScore, Trajectory, TrajectoryBatch
+from tbrm.data import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch
 from tbrm.model import PolicyModel
 
 
@@ -38,13 +37,13 @@ class ReferenceModel:
         return trajectory.reference is not None and trajectory.reference.version == self.version
 
     @torch.no_grad()
-    def fill_in(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
+    def fill_in(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> ScoredBatch:
         """The batch with its ref_logprobs and ref_values; scores those of its trajectories that are not yet."""
         if not all(map(self.has_scored, trajectories)):
             self._score(batch, trajectories)
         scores = [trajectory.reference for trajectory in trajectories]
-        return replace(
-            batch,
+        return ScoredBatch(
+            **vars(batch),
             ref_logprobs=torch.cat([score.logprobs for score in scores if score]).to(batch.input_ids.device),
             ref_values=torch.stack([score.value for score in scores if score]).to(batch.input_ids.device),
         )

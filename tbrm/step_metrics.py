@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from tbrm.data import Trajectory, TrajectoryBatch
+from tbrm.data import Trajectory, ScoredBatch
 from tbrm.objectives.base import TrajectoryLoss
 from tbrm_kernels import TokenStats, segment_sums
 
@@ -22,8 +22,8 @@ class StepMetrics:
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: TrajectoryBatch) -> None:
-        assert stats.entropy is not None and batch.ref_logprobs is not None
+    def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: ScoredBatch) -> None:
+        assert stats.entropy is not None
         self.tokens += len(batch.input_ids)
         self.trajectories += len(batch.rewards)
         self.actions += len(batch.targets)

@@ -1,10 +1,10 @@
 """The training loop: Trajectory Bellman Residual Minimization (arXiv 2505.15311), step by step.
 
-    repeat:
-        let the policy answer problems, and grade the answers             (or take recorded trajectories)
-        score them under the frozen reference                             sum log pi_ref, V_ref(s_1)
-        residual = V(s_1) + sum log pi - sum log pi_ref - R / beta        (another objective: its own)
-        take one gradient step on the mean of residual^2
+repeat:
+    let the policy answer problems, and grade the answers             (or take recorded trajectories)
+    score them under the frozen reference                             sum log pi_ref, V_ref(s_1)
+    residual = V(s_1) + sum log pi - sum log pi_ref - R / beta        (another objective: its own)
+    take one gradient step on the mean of residual^2
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from tbrm.rollout.base import derive_seed
 from tbrm.rollout.collect import RolloutSource
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.tasks import ProblemStream
-
 
 RUN_FILES = (
     "config.yaml",
@@ -118,7 +117,9 @@ class Trainer:
         config, objective = self.config, self.config.objective
         self.state.step += 1
         collected = self.source.collect(self.state.step, self.phases)
-        replayed = self.replay.sample(config.replay.samples_per_step, derive_seed("replay", config.seed, self.state.step))
+        replayed = self.replay.sample(
+            config.replay.samples_per_step, derive_seed("replay", config.seed, self.state.step)
+        )
         self.replay.add(collected.trajectories)
         trajectories = [t for t in collected.trajectories + replayed if t.actions]
         rewards = objective.shape_rewards(
@@ -186,10 +187,15 @@ class Trainer:
         recorded = read_trajectories(config.data.trajectories, self.tokenizer, self.engine.eos_ids)
         usable = without_prompts(recorded, encode_problems(self.tokenizer, self.heldout))
         if not usable:
-            raise ConfigError(f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation")
+            raise ConfigError(
+                f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation"
+            )
         if len(usable) < len(recorded):
             left_out = len(recorded) - len(usable)
-            print(f"data.trajectories: {left_out} of {len(recorded)} left out: their prompts are held out", file=sys.stderr)
+            print(
+                f"data.trajectories: {left_out} of {len(recorded)} left out: their prompts are held out",
+                file=sys.stderr,
+            )
         return FileSource(usable, config.rollout, config.seed)
 
     def _evaluate(self, log: MetricsLog, progress: Progress) -> float:
@@ -199,7 +205,9 @@ class Trainer:
         sampling = Sampling(
             self.config.rollout.max_new_tokens, settings.temperature, derive_seed("evaluation", self.config.seed, step)
         )
-        result = evaluate(self.engine, self.tokenizer, self.config.task, self.heldout, k=settings.samples, sampling=sampling)
+        result = evaluate(
+            self.engine, self.tokenizer, self.config.task, self.heldout, k=settings.samples, sampling=sampling
+        )
         log.log_eval(step, result.summary())
         path = self.run_dir / "samples" / f"step-{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)

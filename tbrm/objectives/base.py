@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from tbrm.data import TrajectoryBatch
+from tbrm.data import ScoredBatch
 from tbrm_kernels import TokenStats
 
 
@@ -23,7 +23,9 @@ class Objective(ABC, BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str = Field(description="Which loss: tbrm, reval, brm, or package.module:Class.")
-    beta: float = Field(gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref).")
+    beta: float = Field(
+        gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."
+    )
     reset_reference_every: int = Field(
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
     )
@@ -33,5 +35,5 @@ class Objective(ABC, BaseModel):
         return rewards
 
     @abstractmethod
-    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
-        """The loss of each trajectory of a packed batch whose reference scores are filled in."""
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        """The loss of each trajectory of a packed batch."""

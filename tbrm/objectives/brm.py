@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tbrm.data import TrajectoryBatch
+from tbrm.data import ScoredBatch
 from tbrm.objectives.base import Objective, TrajectoryLoss
 from tbrm_kernels import TokenStats, segment_sums
 
@@ -16,7 +16,7 @@ class Brm(Objective):
     metrics show.
     """
 
-    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         starts, ends = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
         acted = ends > starts
         last = ends[acted] - 1

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tbrm.data import TrajectoryBatch
+from tbrm.data import ScoredBatch
 from tbrm.objectives.base import Objective, TrajectoryLoss
 from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
 
@@ -28,7 +28,7 @@ class Reval(Objective):
         means = torch.zeros(len(counts), dtype=rewards.dtype).index_add_(0, member, rewards) / counts
         return rewards - means[member]
 
-    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
         residual = trajectory_residual(
             stats.logprobs, stats.lse, batch.cu_seqlens, ref_sums, batch.rewards, self.beta, ref_values=batch.ref_values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tbrm.data import TrajectoryBatch
+from tbrm.data import ScoredBatch
 from tbrm.objectives.base import Objective, TrajectoryLoss
 from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
 
@@ -14,7 +14,7 @@ class Tbrm(Objective):
     chat model, or right answers are pushed down together with wrong ones.
     """
 
-    def __call__(self, stats: TokenStats, batch: TrajectoryBatch) -> TrajectoryLoss:
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
         residual = trajectory_residual(stats.logprobs, stats.lse, batch.cu_seqlens, ref_sums, batch.rewards, self.beta)
         return TrajectoryLoss(residual.square(), residual)

@@ -49,13 +49,16 @@ class EmbeddedEngine:
         if samples > 1 and width > 1:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             lm.base_model(
-                input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions[:, :-1],
+                past_key_values=cache,
             )
             cache.batch_repeat_interleave(samples)
         ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            output = lm.generate(ids, attention_mask=mask, past_key_values=cache)
+            output: Tensor = lm.generate(ids, attention_mask=mask, past_key_values=cache)  # type: ignore[operator]
         return output[:, width:]
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
@@ -95,5 +98,7 @@ def end_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     if ids is None:
         ids = tokenizer.eos_token_id
     if ids is None:
-        raise ValueError("model.name: the model names no end-of-sequence token, in generation_config or tokenizer; set one")
+        raise ValueError(
+            "model.name: the model names no end-of-sequence token, in generation_config or tokenizer; set one"
+        )
     return [ids] if isinstance(ids, int) else list(ids)

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from tbrm.spelling import hint
 from tbrm.tasks.base import Grade, Message, Problem, Task
 from tbrm.tasks.rows import read_rows
-from tbrm.spelling import hint
 from tbrm.tasks.verifiers import Verifier, make_verifier
 
 

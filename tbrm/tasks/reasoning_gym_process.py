@@ -20,8 +20,8 @@ from typing import Any
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from tbrm.tasks.answers import EXTRACTORS, Extractor
 from tbrm.spelling import hint
+from tbrm.tasks.answers import EXTRACTORS, Extractor
 
 _BLOCK = 1024
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
 from tbrm_kernels.backends import torch as torch_backend
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tbrm_kernels import linear_token_stats
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+
+from tbrm_kernels import linear_token_stats
 
 
 def arguments(**changed: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from tbrm_kernels import TokenStats, linear_token_stats
 from tbrm_kernels.backends import torch as torch_backend
 from tbrm_kernels.reference import token_stats_reference
-from torch import Tensor
 
 T, V, D = 20, 50, 6
 SetTiles = Callable[[int, int], None]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from tbrm_kernels import backends, linear_token_stats
 from tbrm_kernels.backends import registry
 from tbrm_kernels.backends import torch as torch_backend

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tbrm_kernels import linear_token_stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tbrm_kernels import linear_token_stats
 
 
 class Watch(TorchDispatchMode):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tbrm_kernels import linear_token_stats
 from tbrm_kernels.backends import torch as torch_backend
 from tbrm_kernels.reference import token_stats_reference
-from torch import Tensor
 
 OUTPUTS = ("logprobs", "lse", "entropy")
 SetTiles = Callable[[int, int], None]

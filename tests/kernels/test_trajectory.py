@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from tbrm_kernels import linear_token_stats, segment_sums, trajectory_residual
 from tbrm_kernels.reference import trajectory_residual_reference
-from torch import Tensor
 
 
 def packed(lengths: list[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:

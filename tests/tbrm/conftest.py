@@ -46,7 +46,9 @@ ARCHITECTURES: dict[str, Any] = {
     "gemma2": Gemma2Config(
         **_SHAPE, **_HEAD, sliding_window=4, final_logit_softcapping=0.5, attn_logit_softcapping=0.2
     ),
-    "gemma3": Gemma3TextConfig(**_SHAPE, **_HEAD, sliding_window=4, sliding_window_pattern=2, final_logit_softcapping=0.5),
+    "gemma3": Gemma3TextConfig(
+        **_SHAPE, **_HEAD, sliding_window=4, sliding_window_pattern=2, final_logit_softcapping=0.5
+    ),
     "cohere": CohereConfig(**_SHAPE, logit_scale=0.25),
 }
 

@@ -60,7 +60,9 @@ def test_help_and_config_show_every_key(trained: Path) -> None:
 
 
 def test_eval_takes_a_runs_best_checkpoint(trained: Path) -> None:
-    out = tbrm("eval", "run", "--task", "recipe.yaml", "--prompts", "4", "--k", "3", "--json", "eval.json", cwd=trained).stdout
+    out = tbrm(
+        "eval", "run", "--task", "recipe.yaml", "--prompts", "4", "--k", "3", "--json", "eval.json", cwd=trained
+    ).stdout
     assert "95% interval" in out
     assert "sampled at temperature 1" in out
     result = json.loads((trained / "eval.json").read_text())
@@ -97,7 +99,9 @@ def test_score_reads_text_too_and_names_a_bad_line(trained: Path) -> None:
     [line] = tbrm("score", "tiny", "text.jsonl", cwd=trained).stdout.splitlines()
     assert json.loads(line)["actions"] == 2  # the digit and the end of the response
     assert math.isfinite(json.loads(line)["logprob_sum"])
-    (trained / "bad.jsonl").write_text('{"prompt": "1 + 1", "response": "2", "reward": 1.0}\n{"prompt": "1", "reward": 1}\n')
+    (trained / "bad.jsonl").write_text(
+        '{"prompt": "1 + 1", "response": "2", "reward": 1.0}\n{"prompt": "1", "reward": 1}\n'
+    )
     done = tbrm("score", "tiny", "bad.jsonl", cwd=trained, check=False)
     assert done.returncode == 1
     assert "bad.jsonl:2: response: got None; wants text" in done.stderr

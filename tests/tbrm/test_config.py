@@ -18,7 +18,13 @@ def test_every_recipe_is_valid_and_survives_being_saved(recipe: Path, tmp_path: 
 
 
 def test_overrides_replace_keys_of_any_section() -> None:
-    overrides = ["optim.learning_rate=1e-5", "objective.beta=0.5", "task.params.max_digits=1", "seed=3", "logging.wandb=true"]
+    overrides = [
+        "optim.learning_rate=1e-5",
+        "objective.beta=0.5",
+        "task.params.max_digits=1",
+        "seed=3",
+        "logging.wandb=true",
+    ]
     config = load_config(RECIPES / "tiny.yaml", overrides)
     assert (config.optim.learning_rate, config.objective.beta, config.seed) == (1e-5, 0.5, 3)
     assert config.task.params["max_digits"] == 1
@@ -28,11 +34,17 @@ def test_overrides_replace_keys_of_any_section() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rte=1e-5", r"optim.learning_rte: unknown key \(value 1e-05\); did you mean optim.learning_rate\?"),
+        (
+            "optim.learning_rte=1e-5",
+            r"optim.learning_rte: unknown key \(value 1e-05\); did you mean optim.learning_rate\?",
+        ),
         ("trainer.learning_rate=1", r"trainer.learning_rate: unknown key .* did you mean optim.learning_rate\?"),
         ("objective.betta=1", r"objective.betta: unknown key .* did you mean objective.beta\?"),
         ("task.famly=chain_sum", r"task.famly: unknown key .* did you mean task.family\?"),
-        ("objective.name=tbrn", r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, reval, tbrm"),
+        (
+            "objective.name=tbrn",
+            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, reval, tbrm",
+        ),
         ("objective.name=os:getcwd", r"objective.name: 'os:getcwd' is not a subclass of tbrm.objectives.Objective"),
         ("objective.name=nowhere:Thing", r"'nowhere:Thing' cannot be imported: No module named 'nowhere'"),
         ("trainer.steps=many", r"trainer.steps: got 'many' \(str\); wants: input should be a valid integer"),
@@ -40,7 +52,10 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("trainer.steps=true", r"trainer.steps: got True \(bool\)"),
         ("trainer.steps=0", r"trainer.steps: got 0 \(int\); wants: input should be greater than or equal to 1"),
         ("logging.wandb=1", r"logging.wandb: got 1 \(int\); wants: input should be a valid boolean"),
-        ("rollout.truncated=maybe", r"rollout.truncated: got 'maybe' \(str\); wants: input should be 'reward', 'fixed' or 'drop'"),
+        (
+            "rollout.truncated=maybe",
+            r"rollout.truncated: got 'maybe' \(str\); wants: input should be 'reward', 'fixed' or 'drop'",
+        ),
         ("task=null", r"neither task nor data.trajectories is set"),
         ("replay.samples_per_step=5", r"replay.samples_per_step is set but replay.capacity is 0"),
         ("evaluation.samples=4", r"evaluation: samples is 4 but temperature is 0"),
@@ -65,7 +80,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'nowhere.yaml' cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"'nowhere.yaml' cannot be read: No such file"):
         load_config("nowhere.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="holds list; wants sections"):
@@ -92,6 +107,8 @@ def test_every_key_has_a_meaning_and_a_default() -> None:
 
 
 def test_commands_take_only_the_task_and_rollouts_of_a_recipe() -> None:
-    config = load_sections(str(RECIPES / "demo.yaml"), ["task.params.max_digits=1"], model={"name": "x", "revision": None})
+    config = load_sections(
+        str(RECIPES / "demo.yaml"), ["task.params.max_digits=1"], model={"name": "x", "revision": None}
+    )
     assert (config.model.name, config.task.params["max_digits"], config.rollout.max_new_tokens) == ("x", 1, 16)
     assert load_sections("reasoning_gym", ["task.family=chain_sum"], model={"name": "x"}).task.family == "chain_sum"

@@ -26,7 +26,9 @@ def visible(batch: data.TrajectoryBatch, row: int) -> list[int]:
     """The token ids that a packed token sees, in order of position."""
     segment = next(s for s in batch.segments if s.start <= row < s.stop)
     here = row - segment.start
-    allowed = segment.allowed[here] if segment.allowed is not None else torch.arange(segment.stop - segment.start) <= here
+    allowed = (
+        segment.allowed[here] if segment.allowed is not None else torch.arange(segment.stop - segment.start) <= here
+    )
     rows = segment.start + allowed.nonzero()[:, 0]
     return batch.input_ids[rows[batch.position_ids[rows].argsort()]].tolist()
 

@@ -85,7 +85,7 @@ def test_an_imported_model_is_a_plain_folder_with_the_same_weights(tmp_path: Pat
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no file; give the path of a .gguf file"):
+    with pytest.raises(ValueError, match=r"is no file; give the path of a .gguf file"):
         import_gguf(tmp_path / "none.gguf", tmp_path / "out")
     (tmp_path / "junk.gguf").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="cannot be read as GGUF"):

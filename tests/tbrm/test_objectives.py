@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tbrm.config import ConfigError, parse_config
-from tbrm.data import Trajectory, TrajectoryBatch, pack
+from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.objectives import OBJECTIVES, Objective
 from tbrm_kernels import TokenStats
 from tests.tbrm.conftest import tiny_tree
@@ -28,7 +27,9 @@ class Tree:
         self.generator = torch.Generator().manual_seed(seed)
         self.rewards = {leaf: self._random().item() for leaf in itertools.product(range(VOCABULARY), repeat=HORIZON)}
         self.reference = self._random(len(STATES), VOCABULARY)  # logits
-        self.behaviour = (self._random(len(STATES), VOCABULARY) / 2).softmax(-1)  # neither the reference nor the optimum
+        self.behaviour = (self._random(len(STATES), VOCABULARY) / 2).softmax(
+            -1
+        )  # neither the reference nor the optimum
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -36,7 +37,9 @@ class Tree:
     def sample(self, count: int) -> list[Trajectory]:
         """Trajectories of the behaviour policy."""
         leaves = list(self.rewards)
-        chances = [math.prod(self.behaviour[INDEX[leaf[:h]], leaf[h]].item() for h in range(HORIZON)) for leaf in leaves]
+        chances = [
+            math.prod(self.behaviour[INDEX[leaf[:h]], leaf[h]].item() for h in range(HORIZON)) for leaf in leaves
+        ]
         drawn = torch.multinomial(torch.tensor(chances), count, replacement=True, generator=self.generator)
         return [Trajectory([0], list(leaves[i]), self.rewards[leaves[i]]) for i in drawn]
 
@@ -61,10 +64,11 @@ def tabular_stats(logits: Tensor, trajectories: list[Trajectory]) -> TokenStats:
     return TokenStats(logits[states, actions] - lse, lse, None)
 
 
-def batch_of(tree: Tree, trajectories: list[Trajectory]) -> TrajectoryBatch:
+def batch_of(tree: Tree, trajectories: list[Trajectory]) -> ScoredBatch:
     reference = tabular_stats(tree.reference, trajectories)
     rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
-    return replace(pack(trajectories, rewards), ref_logprobs=reference.logprobs, ref_values=reference.lse[::HORIZON])
+    packed = vars(pack(trajectories, rewards))
+    return ScoredBatch(**packed, ref_logprobs=reference.logprobs, ref_values=reference.lse[::HORIZON])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -106,7 +110,9 @@ def residuals_by_hand(tree: Tree, logits: Tensor, trajectory: Trajectory) -> tup
     values = [logits[s].logsumexp(-1).item() for s in states] + [0.0]
     tbrm = values[0] + sum(logp) - sum(ref) - trajectory.reward / BETA
     q = [logits[s][a].item() for s, a in zip(states, trajectory.response_ids, strict=True)]
-    steps = [q[h] - ref[h] - (trajectory.reward / BETA if h == HORIZON - 1 else 0.0) - values[h + 1] for h in range(HORIZON)]
+    steps = [
+        q[h] - ref[h] - (trajectory.reward / BETA if h == HORIZON - 1 else 0.0) - values[h + 1] for h in range(HORIZON)
+    ]
     return tbrm, tbrm - tree.reference[INDEX[()]].logsumexp(-1).item(), steps
 
 
@@ -130,7 +136,7 @@ def test_brm_with_uneven_and_empty_trajectories() -> None:
     """The last action of one trajectory must not see the value of the first state of the next."""
     items = [Trajectory([1], [2, 3], 1.0), Trajectory([1], [], 5.0), Trajectory([1], [2], 0.5)]
     logprobs, lse = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([4.0, 5.0, 6.0])
-    batch = replace(pack(items), ref_logprobs=torch.zeros(3), ref_values=torch.zeros(3))
+    batch = ScoredBatch(**vars(pack(items)), ref_logprobs=torch.zeros(3), ref_values=torch.zeros(3))
     result = OBJECTIVES("brm")(name="brm", beta=0.5)(TokenStats(logprobs, lse, None), batch)
     first = [(4 - 1) - 5, (5 - 2) - 1.0 / 0.5]
     assert result.loss.tolist() == [first[0] ** 2 + first[1] ** 2, 0.0, (6 - 3 - 0.5 / 0.5) ** 2]
@@ -149,7 +155,7 @@ class Halved(OBJECTIVES("tbrm")):  # type: ignore[misc]
 
     factor: float = 0.5
 
-    def __call__(self, stats: TokenStats, batch: TrajectoryBatch):
+    def __call__(self, stats: TokenStats, batch: ScoredBatch):
         result = super().__call__(stats, batch)
         return result._replace(loss=self.factor * result.loss)
 

@@ -51,8 +51,14 @@ def test_text_is_encoded_and_ended_and_token_ids_are_taken_as_they_are(tmp_path:
         ({"prompt": "1", "response": 2, "reward": 1}, r":2: response: got 2; wants text"),
         ({"response": "2", "reward": 1}, r":2: neither prompt \(text\) nor messages"),
         ({"messages": [{"role": "user"}], "response": "2", "reward": 1}, r":2: messages: got \{'role': 'user'\}"),
-        ({"prompt": "1", "response": "2", "reward": 1, "truncated": "no"}, r":2: truncated: got 'no'; wants true or false"),
-        ({"prompt_ids": [1], "response_ids": [10**6], "reward": 1}, r":2: response_ids: wants a list of token ids from 0"),
+        (
+            {"prompt": "1", "response": "2", "reward": 1, "truncated": "no"},
+            r":2: truncated: got 'no'; wants true or false",
+        ),
+        (
+            {"prompt_ids": [1], "response_ids": [10**6], "reward": 1},
+            r":2: response_ids: wants a list of token ids from 0",
+        ),
         ({"prompt_ids": [], "response_ids": [1], "reward": 1}, r":2: Trajectory.prompt_ids is empty"),
         ({"prompt": "1", "response": "", "reward": 1, "truncated": True}, r":2: response: empty"),
     ],

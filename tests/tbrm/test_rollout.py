@@ -111,9 +111,8 @@ def collect(**config) -> tuple[RolloutSource, list]:
     policy = PolicyModel(tiny_model(len(tokenizer), seed=0))
     task = Echo()
     stream = ProblemStream(task, 0, task.heldout(3))
-    source = RolloutSource(
-        stream, EmbeddedEngine(policy, tokenizer, 64), tokenizer, RolloutConfig(prompts=5, samples=8, max_new_tokens=40, **config), 0
-    )  # fmt: skip
+    rollout = RolloutConfig(prompts=5, samples=8, max_new_tokens=40, **config)
+    source = RolloutSource(stream, EmbeddedEngine(policy, tokenizer, 64), tokenizer, rollout, seed=0)
     return source, [source.collect(step, Phases(torch.device("cpu"))) for step in (1, 2)]
 
 

@@ -92,7 +92,13 @@ DIES = textwrap.dedent(
 @pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -> None:
     """A real SIGKILL inside step 6, after the checkpoint of step 4; the resumed run must not differ in a single bit."""
-    settings = {"trainer__steps": 8, "trainer__batch_tokens": 60, "checkpoint__every": 2, "evaluation__every": 3, **extra}
+    settings = {
+        "trainer__steps": 8,
+        "trainer__batch_tokens": 60,
+        "checkpoint__every": 2,
+        "evaluation__every": 3,
+        **extra,
+    }
     settings["evaluation"] = {"prompts": 5, "every": 3}
     Trainer(tiny_config(tmp_path / "whole", **settings)).train()
 
@@ -102,7 +108,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -
     recipe.write_text(yaml.safe_dump(tiny_tree(tmp_path / "killed", **settings)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
-        [sys.executable, "-c", DIES, "train", str(recipe)], env={**environment, "DIE_AT_CALL": str(whole_calls)}, timeout=120
+        [sys.executable, "-c", DIES, "train", str(recipe)],
+        env={**environment, "DIE_AT_CALL": str(whole_calls)},
+        timeout=120,
     )
     assert killed.returncode == -signal.SIGKILL
     assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5]
@@ -112,7 +120,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -
         file.write('{"step": 6, "lo')
     (tmp_path / "killed" / "checkpoints" / ".writing-step-000006").mkdir()
 
-    subprocess.run([sys.executable, "-m", "tbrm", "train", str(recipe), "--resume"], env=environment, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "tbrm", "train", str(recipe), "--resume"], env=environment, check=True, timeout=120
+    )
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed" / "checkpoints").glob(".writing-*"))
 
@@ -126,16 +136,24 @@ def _count_micro_batches(config, steps: int) -> int:
     return len(forwards)
 
 
+def gradients_of_one_step(trainer: Trainer) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_learning_rate: float) -> float:
+        seen.update({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
+        return 0.0
+
+    trainer._update = keep
+    trainer.train_step()
+    return seen
+
+
 def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
-    gradients = []
-    for name, budget in (("large", 4096), ("small", 40)):
-        trainer = Trainer(tiny_config(tmp_path / name, trainer__batch_tokens=budget))
-        seen: dict[str, torch.Tensor] = {}
-        trainer._update = lambda *_: seen.update({n: p.grad.clone() for n, p in trainer.policy.named_parameters()}) or 0.0  # noqa: B023
-        trainer.train_step()
-        gradients.append(seen)
-    for name, large in gradients[0].items():
-        assert (gradients[1][name] - large).norm() <= 1e-4 * large.norm() + 1e-7, name
+    large, small = (
+        gradients_of_one_step(Trainer(tiny_config(tmp_path, trainer__batch_tokens=tokens))) for tokens in (4096, 40)
+    )
+    for name, gradient in large.items():
+        assert (small[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
 def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
@@ -144,7 +162,12 @@ def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
     from tbrm.rollout import Sampling
     from tbrm.rollout.record import record
 
-    settings = {"rollout__prompts": 64, "rollout__samples": 8, "rollout__max_new_tokens": 4, "evaluation": {"prompts": 20}}
+    settings = {
+        "rollout__prompts": 64,
+        "rollout__samples": 8,
+        "rollout__max_new_tokens": 4,
+        "evaluation": {"prompts": 20},
+    }
     recorded = tmp_path / "recorded.jsonl"
     assert record(tiny_config(tmp_path / "r", **settings), recorded, steps=4) == 64 * 8 * 4
     config = tiny_config(
@@ -154,7 +177,9 @@ def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
 
     def sampled_reward() -> float:
         sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=1)
-        return evaluate(trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=sampling).reward_mean
+        return evaluate(
+            trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=sampling
+        ).reward_mean
 
     before = sampled_reward()
     trainer.train()
@@ -166,18 +191,23 @@ def test_held_out_prompts_in_a_file_are_not_trained_on(tmp_path: Path, capsys: p
     task = tiny_config(tmp_path).task
     held_out = task.heldout(5)[0]
     path = tmp_path / "mixed.jsonl"
-    lines = [{"prompt": held_out.prompt, "response": "1", "reward": 1}, {"prompt": "2 + 2", "response": "4", "reward": 1}]
+    lines = [
+        {"prompt": held_out.prompt, "response": "1", "reward": 1},
+        {"prompt": "2 + 2", "response": "4", "reward": 1},
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     trainer = Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
     assert len(trainer.source.trajectories) == 1
     assert "1 of 2 left out" in capsys.readouterr().err
     path.write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(ConfigError, match="every prompt .* is held out"):
+    with pytest.raises(ConfigError, match=r"every prompt .* is held out"):
         Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
 
 
 def test_a_step_whose_responses_are_all_dropped_changes_nothing(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, rollout__max_new_tokens=1, rollout__truncated="drop", rollout__prompts=1, rollout__samples=1)
+    config = tiny_config(
+        tmp_path, rollout__max_new_tokens=1, rollout__truncated="drop", rollout__prompts=1, rollout__samples=1
+    )
     trainer = Trainer(config)
     before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
     metrics = trainer.train_step()
@@ -190,7 +220,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path))
     with torch.no_grad():
         trainer.policy.lm.model.norm.weight.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="step 1: the gradient norm is nan"):
+    with pytest.raises(FloatingPointError, match=r"step 1: the gradient norm is nan"):
         trainer.train_step()
 
 
@@ -216,7 +246,11 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
-    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 1, 0.8536, 0.5, 0.1464])],
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.8536, 0.5, 0.1464]),
+    ],
 )
 def test_learning_rate(schedule: str, rates: list[float]) -> None:
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule)
