@@ -15,7 +15,13 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of positionals at the first option; overrides after one are still overrides.
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         args.command(args)
     except (ValueError, ModuleNotFoundError, FloatingPointError) as error:

@@ -239,10 +239,11 @@ def _build(section: str, values: dict[str, Any], base: Any, registry: Any) -> An
         raise ConfigError(f"{section}.name: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(f"{section}.name: {name!r} is not a subclass of tbrm.{section}s.{base.__name__}")
+    model: type[BaseModel] = kind
     try:
-        return kind.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, kind, values, prefix=section)) from None
+        raise ConfigError(_explain(error, model, values, prefix=section)) from None
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from tbrm.data import Trajectory, ScoredBatch
+from tbrm.data import ScoredBatch, Trajectory
 from tbrm.objectives.base import TrajectoryLoss
 from tbrm_kernels import TokenStats, segment_sums
 

@@ -88,6 +88,7 @@ class Trainer:
         """Runs to the last step; returns what it also writes to result.json."""
         config, state = self.config, self.state
         resolved = config_to_dict(config)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         with (
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=self.resumed_at) as log,

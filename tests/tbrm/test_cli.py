@@ -40,7 +40,7 @@ def test_train_refuses_to_overwrite_and_resume_of_a_finished_run_is_harmless(tra
     assert refused.returncode == 1
     assert "holds a run already" in refused.stderr
     before = (trained / "run" / "metrics.jsonl").read_text()
-    tbrm("train", "recipe.yaml", "seed=1", "--resume", cwd=trained)
+    tbrm("train", "recipe.yaml", "--resume", "seed=1", cwd=trained)  # overrides may follow options
     assert (trained / "run" / "metrics.jsonl").read_text() == before
 
 
