@@ -58,9 +58,8 @@ def eval_model(args: argparse.Namespace) -> None:
     from tbrm.model import load_policy, resolve_model
     from tbrm.rollout import EmbeddedEngine, Sampling
 
-    settings: dict[str, Any] = {"samples": args.k, "temperature": args.temperature, "prompts": args.prompts}
-    if args.k > 1 and args.temperature is None:
-        settings["temperature"] = 1.0
+    temperature = args.temperature if args.temperature is not None else float(args.k > 1)
+    settings: dict[str, Any] = {"samples": args.k, "temperature": temperature, "prompts": args.prompts}
     config = load_sections(
         args.task, args.overrides, model={"name": resolve_model(args.model)}, evaluation=settings, seed=args.seed
     )
@@ -169,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--k", type=int, default=1, help="responses to each problem, for avg@k and pass@k (default 1)")
     sub.add_argument("--temperature", type=float, help="0 is greedy; the default is 0 for one response, 1 for several")
-    sub.add_argument("--prompts", type=int, default=200, help="held-out problems (default 200)")
+    sub.add_argument("--prompts", type=int, help="held-out problems (default: the recipe's number, else 200)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
     sub.add_argument("--json", metavar="FILE", help="also write all figures and responses there")
 

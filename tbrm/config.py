@@ -180,16 +180,16 @@ def load_sections(
 ) -> Config:
     """A config for the commands that use a model without training it. Raises ConfigError.
 
-    `source` is a recipe, of which the task and rollout sections are taken, or a task's name, or None. `sections` fill
-    in others (their None values are left out), and overrides come last.
+    `source` is a recipe, of which the task, rollout and evaluation sections are taken, or a task's name, or None.
+    `sections` replace keys of these and others (None values are left out), and overrides come last.
     """
     tree: dict[str, Any] = {}
     if source is not None:
         is_recipe = source.endswith((".yaml", ".yml"))
         tree = _read(source) if is_recipe else {"task": {"name": source}}
-        tree = {key: value for key, value in tree.items() if key in ("task", "rollout")}
+        tree = {key: value for key, value in tree.items() if key in ("task", "rollout", "evaluation")}
     for name, values in sections.items():
-        tree[name] = {key: value for key, value in values.items() if value is not None}
+        tree[name] = tree.get(name, {}) | {key: value for key, value in values.items() if value is not None}
     required = {"run": {"dir": "."}, "objective": {"name": "tbrm", "beta": 1.0}, "trainer": {"steps": 1}, "seed": seed}
     if source is None:
         required["data"] = {"trajectories": "-"}

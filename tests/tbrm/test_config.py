@@ -111,4 +111,5 @@ def test_commands_take_only_the_task_and_rollouts_of_a_recipe() -> None:
         str(RECIPES / "demo.yaml"), ["task.params.max_digits=1"], model={"name": "x", "revision": None}
     )
     assert (config.model.name, config.task.params["max_digits"], config.rollout.max_new_tokens) == ("x", 1, 16)
+    assert config.trainer.steps == 1
     assert load_sections("reasoning_gym", ["task.family=chain_sum"], model={"name": "x"}).task.family == "chain_sum"

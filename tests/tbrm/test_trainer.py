@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import string
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from tbrm.config import ConfigError, OptimConfig
+from tbrm.evaluate import evaluate
 from tbrm.metrics import is_timing, read_jsonl
+from tbrm.rollout import Sampling
+from tbrm.rollout.record import record
 from tbrm.trainer import Trainer, learning_rate_at, prepare_run_dir
 from tests.tbrm.conftest import tiny_config, tiny_tree
 
@@ -157,34 +161,33 @@ def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
 
 
 def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
-    """Offline: rollouts of the untrained model, graded once, are all that the training sees."""
-    from tbrm.evaluate import evaluate
-    from tbrm.rollout import Sampling
-    from tbrm.rollout.record import record
+    """Offline: rollouts of the untrained model, graded once, are all that the training sees.
 
+    The answer is always 7, which a model that types at random gets right now and then."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": c, "answer": "7"}) + "\n" for c in string.ascii_letters))
     settings = {
-        "rollout__prompts": 64,
-        "rollout__samples": 8,
-        "rollout__max_new_tokens": 4,
-        "evaluation": {"prompts": 20},
+        "task": {"name": "file", "path": str(problems), "heldout_rows": 12, "verifier": "last_number"},
+        "rollout": {"prompts": 32, "samples": 16, "max_new_tokens": 4},
+        "evaluation": {"prompts": 12},
+        "objective": {"name": "tbrm", "beta": 0.005},
     }
     recorded = tmp_path / "recorded.jsonl"
-    assert record(tiny_config(tmp_path / "r", **settings), recorded, steps=4) == 64 * 8 * 4
-    config = tiny_config(
-        tmp_path / "run", data__trajectories=str(recorded), trainer__steps=60, optim__learning_rate=2e-3, **settings
-    )
+    assert record(tiny_config(tmp_path / "rollouts", **settings), recorded, steps=4) == 32 * 16 * 4
+    config = tiny_config(tmp_path / "run", data__trajectories=str(recorded), trainer__steps=40, **settings)
     trainer = Trainer(config)
 
-    def sampled_reward() -> float:
+    def sampled_accuracy() -> float:
         sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=1)
         return evaluate(
             trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=sampling
-        ).reward_mean
+        ).accuracy
 
-    before = sampled_reward()
+    before = sampled_accuracy()
     trainer.train()
-    after = sampled_reward()
-    assert after > 2 * before, (before, after)
+    after = sampled_accuracy()
+    assert before > 0
+    assert after > 3 * before, (before, after)
 
 
 def test_held_out_prompts_in_a_file_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -216,12 +219,14 @@ def test_a_step_whose_responses_are_all_dropped_changes_nothing(tmp_path: Path) 
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path))
-    with torch.no_grad():
-        trainer.policy.lm.model.norm.weight.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match=r"step 1: the gradient norm is nan"):
-        trainer.train_step()
+    before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
+    for parameter in trainer.policy.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0: the gradient norm is nan; lower optim.learning_rate"):
+        trainer._update(1e-3)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.state_dict().items())
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
