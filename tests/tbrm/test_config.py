@@ -58,7 +58,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ),
         ("task=null", r"neither task nor data.trajectories is set"),
         ("replay.samples_per_step=5", r"replay.samples_per_step is set but replay.capacity is 0"),
-        ("evaluation.samples=4", r"evaluation: samples is 4 but temperature is 0"),
+        ("evaluation.temperature=0", r"evaluation: samples is 16 but temperature is 0"),
         ("optim.warmup_steps=1000", r"optim.warmup_steps \(1000\) is above trainer.steps"),
         ("trainer.steps", r"override 'trainer.steps': wants key.sub=value"),
         ("seed.sub=1", r"override 'seed.sub=1': seed is not a section"),
