@@ -37,7 +37,7 @@ lint: $(VENV)/installed
 	MYPYPATH=build/types $(BIN)/mypy -p tbrm_kernels -p tbrm
 
 bench: $(VENV)/installed
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest -v bench --benchmark-only  # -v undoes pyproject's -q, which hides the machine's name
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,8 @@ Letters: N trajectories, T packed tokens, A actions (response tokens that the po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -93,12 +94,15 @@ class TrajectoryBatch:
     cu_seqlens: Tensor  # [N+1] int32: trajectory i owns actions cu_seqlens[i]:cu_seqlens[i+1]
     rewards: Tensor  # [N] float32
 
-    def to(self, device: torch.device | str) -> TrajectoryBatch:
-        def move(value: object) -> object:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        segments = tuple(Segment(s.start, s.stop, move(s.allowed)) for s in self.segments)  # type: ignore[arg-type]
-        return TrajectoryBatch(**{**{k: move(v) for k, v in vars(self).items()}, "segments": segments})  # type: ignore[arg-type]
+    def to(self, device: torch.device | str) -> Self:
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        moved["segments"] = tuple(
+            replace(s, allowed=None if s.allowed is None else s.allowed.to(device, non_blocking=True))
+            for s in self.segments
+        )
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,11 @@ class PolicyModel(nn.Module):
 
 def load_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model."""
-    if config.name == "tiny":
-        characters = tiny_tokenizer()
-        return tiny_model(len(characters), seed), characters
     lm: Any  # transformers' types do not cover what its Auto classes return
     tokenizer: Any
+    if config.name == "tiny":
+        tokenizer = tiny_tokenizer()
+        return tiny_model(len(tokenizer), seed), tokenizer
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **where)

@@ -88,12 +88,11 @@ class Trainer:
         """Runs to the last step; returns what it also writes to result.json."""
         config, state = self.config, self.state
         resolved = config_to_dict(config)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
         with (
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=self.resumed_at) as log,
             Progress(config.trainer.steps, done=state.step) as progress,
         ):
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
             if state.step == 0 and self.heldout:
                 state.accuracy_before = state.best_accuracy = self._evaluate(log, progress)
             while state.step < config.trainer.steps:
