@@ -38,9 +38,10 @@ def packed_attention(
     outputs = []
     for segment in segments:
         q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
-        length = segment.stop - segment.start
+        if segment.prefix:
+            k, v = (torch.cat([x[:, :, : segment.prefix], own], dim=2) for x, own in ((key, k), (value, v)))
         allowed = segment.allowed
-        if sliding_window is not None and sliding_window < length:
+        if sliding_window is not None and sliding_window < k.shape[2]:
             allowed = _within_window(segment, sliding_window, query.device)
         if softcap is None:
             out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scaling)
@@ -56,9 +57,10 @@ def _within_window(segment: Segment, window: int, device: torch.device) -> Tenso
     allowed = segment.allowed
     if allowed is None:
         allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    # The position of a token on its own path is the number of tokens it sees, less one.
-    position = allowed.sum(1)
-    return allowed & (position[:, None] - position[None, :] < window)
+    # The position of a token on its own path is the number of tokens it sees, less one; the prefix has the first ones.
+    position = allowed.sum(1) - 1
+    key_position = torch.cat([torch.arange(segment.prefix, device=device), position])
+    return allowed & (position[:, None] - key_position[None, :] < window)
 
 
 def _softcapped_attention(

@@ -1,4 +1,4 @@
-"""Trajectories and how they are packed: no padding, and a prompt that several responses share is computed once.
+"""Trajectories and how they are packed: no padding, and what several of them begin with is computed once.
 
 A packed batch is one row of tokens, cut into segments. A segment is a prompt followed by one or more responses to it::
 
@@ -8,12 +8,15 @@ A packed batch is one row of tokens, cut into segments. A segment is a prompt fo
 The hidden state that predicts a response's first token is that of the last prompt token, so all responses of a segment
 share the state s_1, and the last token of a response (which predicts nothing) is not fed at all.
 
-Letters: N trajectories, T packed tokens, A actions (response tokens that the policy chose).
+What all prompts begin with (a system prompt, examples) is a segment of its own at the start of the row, the prefix. The
+other segments see it and hold the rest.
+
+Letters: N trajectories, T packed tokens, A actions (response tokens that the policy chose), P tokens of the prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -21,8 +24,8 @@ import torch
 from torch import Tensor
 
 MAX_SHARED_SEGMENT = 1024
-"""Tokens of a segment with several responses, at most. Its attention is one masked square that also computes the
-(masked) pairs across responses, so past this size a second copy of the prompt is cheaper."""
+"""Tokens of a segment that shares anything, prefix included, at most. Its attention is one masked rectangle that also
+computes the (masked) pairs across responses, so past this size a second copy of the prompt is cheaper."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,13 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens [start, stop) of a packed batch that may attend to each other, and how."""
+    """L tokens [start, stop) of a packed batch, which attend to each other and to the prefix, tokens [0, prefix)."""
 
     start: int
     stop: int
+    prefix: int
     allowed: Tensor | None
-    """[L, L] bool, whether query i may see key j; None where that is simply j <= i."""
+    """[L, prefix + L] bool, whether query i may see key j; None where prefix is 0 and it is simply j <= i."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +128,13 @@ def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list
         first_seen.setdefault(tuple(trajectory.prompt_ids), index)
     order = sorted(range(len(trajectories)), key=lambda i: (first_seen[tuple(trajectories[i].prompt_ids)], i))
 
+    prefix = _common_prefix({tuple(t.prompt_ids) for t in trajectories if _may_share(t)})
     batches: list[list[int]] = []
-    packer = _Packer()
+    packer = _Packer(prefix)
     for index in order:
         if not batches or packer.tokens + packer.cost(trajectories[index]) > max_tokens:
             batches.append([])
-            packer = _Packer()
+            packer = _Packer(prefix)
         packer.add(trajectories[index])
         batches[-1].append(index)
     return batches
@@ -137,11 +142,7 @@ def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list
 
 def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> TrajectoryBatch:
     """Packs trajectories in the order given. `rewards` [N] replaces their own (an objective may centre or scale them)."""
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    segments: list[Segment] = []
-    rows: list[list[int]] = [[] for _ in trajectories]
-    packer = _Packer()
+    packer = _Packer(prefix=0)
     members_of: list[list[int]] = []
     for index, trajectory in enumerate(trajectories):
         if not trajectory.actions:
@@ -150,22 +151,32 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
             members_of[-1].append(index)
         else:
             members_of.append([index])
+
+    leaders = [trajectories[members[0]] for members in members_of if _may_share(trajectories[members[0]])]
+    prefix = _common_prefix([t.prompt_ids for t in leaders]) if len(leaders) > 1 else 0
+    input_ids = leaders[0].prompt_ids[:prefix] if prefix else []
+    position_ids = list(range(prefix))
+    segments = [Segment(0, prefix, 0, None)] if prefix else []
+    rows: list[list[int]] = [[] for _ in trajectories]
     for members in members_of:
         start = len(input_ids)
+        seen = prefix if _may_share(trajectories[members[0]]) else 0
         prompt = trajectories[members[0]].prompt_ids
-        branch = [0] * len(prompt)
-        input_ids += prompt
-        position_ids += range(len(prompt))
+        branch = [0] * (len(prompt) - seen)
+        input_ids += prompt[seen:]
+        position_ids += range(seen, len(prompt))
+        last = len(input_ids) - 1
         for number, member in enumerate(members, start=1):
             trajectory = trajectories[member]
             fed = _fed_tokens(trajectory)
             first = len(input_ids)
-            rows[member] = [start + len(prompt) - 1 if i == 0 else first + i - 1 for i in trajectory.actions]
+            rows[member] = [last if i == 0 else first + i - 1 for i in trajectory.actions]
             input_ids += trajectory.response_ids[:fed]
             position_ids += range(len(prompt), len(prompt) + fed)
             branch += [number] * fed
-        allowed = None if len(members) == 1 else _tree_mask(branch, position_ids[start:])
-        segments.append(Segment(start, len(input_ids), allowed))
+        alone = len(members) == 1 and seen == 0
+        allowed = None if alone else _tree_mask(branch, position_ids[start:], seen)
+        segments.append(Segment(start, len(input_ids), seen, allowed))
 
     targets = [t.response_ids[i] for t in trajectories for i in t.actions]
     lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int32)
@@ -186,11 +197,27 @@ def _fed_tokens(trajectory: Trajectory) -> int:
     return actions[-1] if actions else 0
 
 
-class _Packer:
-    """Counts packed tokens and decides which trajectories share a segment."""
+def _may_share(trajectory: Trajectory) -> bool:
+    """Whether the trajectory's segment may have a prefix or several responses. False if it has no actions: no segment."""
+    return bool(trajectory.actions) and len(trajectory.prompt_ids) + _fed_tokens(trajectory) <= MAX_SHARED_SEGMENT
 
-    def __init__(self) -> None:
-        self.tokens = 0
+
+def _common_prefix(prompts: Collection[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, of which each keeps its last token to itself; 0 if there are no prompts."""
+    if not prompts:
+        return 0
+    # What the first and the last in sorted order share, all share.
+    low, high = min(prompts), max(prompts)
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if low[i] != high[i]), longest)
+
+
+class _Packer:
+    """Counts packed tokens and decides which trajectories share a segment, given a prefix of so many tokens."""
+
+    def __init__(self, prefix: int) -> None:
+        self.tokens = prefix
+        self._prefix = prefix
         self._prompt: list[int] | None = None
         self._segment_tokens = 0
 
@@ -202,20 +229,26 @@ class _Packer:
         """Packed tokens that adding the trajectory takes."""
         if not trajectory.actions:
             return 0
-        return _fed_tokens(trajectory) + (0 if self._shares(trajectory) else len(trajectory.prompt_ids))
+        if self._shares(trajectory):
+            return _fed_tokens(trajectory)
+        seen = self._prefix if _may_share(trajectory) else 0
+        return len(trajectory.prompt_ids) - seen + _fed_tokens(trajectory)
 
     def add(self, trajectory: Trajectory) -> bool:
         """Adds the trajectory; True if it joined the segment of the one before it."""
         shares, cost = self._shares(trajectory), self.cost(trajectory)
         self.tokens += cost
         if cost:
+            full = _fed_tokens(trajectory) + (0 if shares else len(trajectory.prompt_ids))
             self._prompt = trajectory.prompt_ids
-            self._segment_tokens = self._segment_tokens + cost if shares else cost
+            self._segment_tokens = self._segment_tokens + full if shares else full
         return shares
 
 
-def _tree_mask(branch: list[int], position: list[int]) -> Tensor:
-    """[L, L] bool: token i sees token j if j is not later and is in the prompt (branch 0) or in the same response."""
+def _tree_mask(branch: list[int], position: list[int], prefix: int) -> Tensor:
+    """[L, prefix + L] bool: token i sees the prefix, and token j if that is not later and is in the prompt (branch 0) or in
+    the same response."""
     b = torch.tensor(branch)
     p = torch.tensor(position)
-    return ((b[None, :] == 0) | (b[None, :] == b[:, None])) & (p[None, :] <= p[:, None])
+    own = ((b[None, :] == 0) | (b[None, :] == b[:, None])) & (p[None, :] <= p[:, None])
+    return torch.cat([torch.ones(len(branch), prefix, dtype=torch.bool), own], dim=1)

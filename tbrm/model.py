@@ -89,12 +89,13 @@ class PolicyModel(nn.Module):
         """
         vocabulary = self.lm.get_output_embeddings().weight.shape[0]
         ids = torch.arange(3, 15).mul(7919).remainder(vocabulary).tolist()
-        prompt, responses = ids[:4], (ids[4:9], ids[9:])
-        trajectories = [Trajectory(prompt, response, reward=0.0) for response in responses]
+        # The first two share a prompt, and all three what it begins with.
+        pairs = [(ids[:4], ids[4:9]), (ids[:4], ids[9:]), (ids[:2] + ids[6:8], ids[1:5])]
+        trajectories = [Trajectory(prompt, response, reward=0.0) for prompt, response in pairs]
         packed = self(pack(trajectories).to(self.device)).logprobs.float()
         own = []
         with self.generation_mode() as lm:
-            for response in responses:
+            for prompt, response in pairs:
                 tokens = torch.tensor([[*prompt, *response]], device=self.device)
                 logits = lm(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
                 targets = tokens[0, len(prompt) :, None]

@@ -9,31 +9,30 @@ from tbrm import data
 from tbrm.data import Trajectory, pack, split_by_tokens
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
-trajectories = st.lists(
-    st.builds(
-        lambda prompt, response, mask: Trajectory(
-            list(prompt), response, reward=1.0, action_mask=mask[: len(response)] if mask else None
-        ),
-        st.sampled_from(PROMPTS),
-        st.lists(st.integers(10, 20), max_size=6),
-        st.none() | st.lists(st.booleans(), min_size=6, max_size=6),
-    ),
-    max_size=8,
-)
+
+
+@st.composite
+def trajectories(draw: st.DrawFn) -> list[Trajectory]:
+    """Some begin with the same system prompt, and some of these have the same prompt."""
+    system = draw(st.sampled_from([[], [3, 4]]))
+    prompt = st.sampled_from(PROMPTS)
+    response = st.lists(st.integers(10, 20), max_size=6)
+    mask = st.none() | st.lists(st.booleans(), min_size=6, max_size=6)
+    return [
+        Trajectory([*system, *p], r, reward=1.0, action_mask=m[: len(r)] if m else None)
+        for p, r, m in draw(st.lists(st.tuples(prompt, response, mask), max_size=8))
+    ]
 
 
 def visible(batch: data.TrajectoryBatch, row: int) -> list[int]:
     """The token ids that a packed token sees, in order of position."""
     segment = next(s for s in batch.segments if s.start <= row < s.stop)
-    here = row - segment.start
-    allowed = (
-        segment.allowed[here] if segment.allowed is not None else torch.arange(segment.stop - segment.start) <= here
-    )
-    rows = segment.start + allowed.nonzero()[:, 0]
+    keys = torch.cat([torch.arange(segment.prefix), torch.arange(segment.start, segment.stop)])
+    rows = keys[keys <= row if segment.allowed is None else segment.allowed[row - segment.start]]
     return batch.input_ids[rows[batch.position_ids[rows].argsort()]].tolist()
 
 
-@given(trajectories)
+@given(trajectories())
 def test_every_action_is_predicted_from_its_own_prefix(items: list[Trajectory]) -> None:
     batch = pack(items)
     bounds = batch.cu_seqlens.tolist()
@@ -47,7 +46,7 @@ def test_every_action_is_predicted_from_its_own_prefix(items: list[Trajectory]) 
             assert batch.position_ids[row] == len(item.prompt_ids) + action - 1
 
 
-@given(trajectories, st.integers(1, 40))
+@given(trajectories(), st.integers(1, 40))
 def test_micro_batches_hold_each_trajectory_once_within_the_budget(items: list[Trajectory], budget: int) -> None:
     batches = split_by_tokens(items, budget)
     assert sorted(i for members in batches for i in members) == list(range(len(items)))
@@ -63,6 +62,19 @@ def test_a_shared_prompt_is_packed_once() -> None:
     assert len(pack([items[0], Trajectory([9], [2], 0.0), items[1]]).segments) == 3
 
 
+def test_a_shared_beginning_is_packed_once_and_counted_once() -> None:
+    items = [Trajectory([5, 6, 7], [10, 11, 2], 0.0), Trajectory([5, 6, 8, 9], [12, 2], 0.0)]
+    assert pack(items).input_ids.tolist() == [5, 6, 7, 10, 11, 8, 9, 12]
+    assert split_by_tokens(items, 8) == [[0, 1]]
+    assert split_by_tokens(items, 7) == [[0], [1]]
+
+
+def test_a_prompt_that_is_the_beginning_of_another_keeps_its_last_token() -> None:
+    """Its hidden state predicts the first action."""
+    batch = pack([Trajectory([5, 6], [10], 0.0), Trajectory([5, 6, 7], [12], 0.0)])
+    assert batch.input_ids.tolist() == [5, 6, 6, 7]
+
+
 def test_equal_prompts_far_apart_meet_in_one_micro_batch() -> None:
     items = [Trajectory([5], [10], 0.0), Trajectory([6], [10], 0.0), Trajectory([5], [11], 0.0)]
     assert split_by_tokens(items, 100) == [[0, 2, 1]]
@@ -71,7 +83,10 @@ def test_equal_prompts_far_apart_meet_in_one_micro_batch() -> None:
 def test_long_responses_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MAX_SHARED_SEGMENT", 6)
     items = [Trajectory([5, 6], [10, 11, 12], 0.0)] * 3
-    assert [s.stop - s.start for s in pack(items).segments] == [6, 4]
+    segments = pack(items).segments
+    assert [(s.stop - s.start, s.prefix) for s in segments] == [(1, 0), (5, 1), (3, 1)]
+    items[2] = Trajectory([5, 6], [10] * 6, 0.0)  # too long to share even the beginning
+    assert [(s.stop - s.start, s.prefix) for s in pack(items).segments] == [(6, 0), (7, 0)]
 
 
 def test_rewards_can_be_replaced() -> None:

@@ -10,22 +10,26 @@ from tbrm.model import PolicyModel
 from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
 
 EVERY_MODEL = [(architecture, tied) for architecture in ARCHITECTURES for tied in (True, False)]
+# 6 is more than the sliding windows of the models that have one.
+with_and_without_system_prompt = pytest.mark.parametrize("system", [0, 6], ids=["", "system prompt"])
 
 
-def trajectories() -> list[Trajectory]:
-    """Shared and lone prompts, a one-token prompt, a one-token response, a masked middle turn."""
+def trajectories(system: int = 0) -> list[Trajectory]:
+    """Shared and lone prompts, a one-token prompt, a one-token response, a masked middle turn; and so many tokens that all
+    prompts begin with."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
 
-    shared = tokens(7)
+    prefix = tokens(system)
+    shared = prefix + tokens(7)
     return [
         Trajectory(shared, tokens(5), 1.0),
         Trajectory(shared, tokens(1), 0.0),
         Trajectory(shared, tokens(9), 0.5),
-        Trajectory([4], tokens(6), 1.0),
-        Trajectory(tokens(3), tokens(6), 0.0, action_mask=[True, False, False, True, True, False]),
+        Trajectory([*prefix, 4], tokens(6), 1.0),
+        Trajectory(prefix + tokens(3), tokens(6), 0.0, action_mask=[True, False, False, True, True, False]),
     ]
 
 
@@ -40,21 +44,23 @@ def own_stats(lm: PreTrainedModel, trajectory: Trajectory, temperature: float) -
     return logp.gather(1, targets[:, None])[:, 0], logits[rows].logsumexp(-1), -(logp.exp() * logp).sum(-1)
 
 
+@with_and_without_system_prompt
 @pytest.mark.parametrize(("architecture", "tied"), EVERY_MODEL)
 @torch.no_grad()
-def test_packed_stats_are_those_of_the_model_itself(architecture: str, tied: bool) -> None:
+def test_packed_stats_are_those_of_the_model_itself(architecture: str, tied: bool, system: int) -> None:
     lm = make_lm(architecture, tied=tied)
-    items = trajectories()
+    items = trajectories(system)
     expected = [torch.cat(parts) for parts in zip(*(own_stats(lm, t, 0.7) for t in items), strict=True)]
     stats = PolicyModel(lm, temperature=0.7)(pack(items), entropy=True)
     for ours, theirs in zip(stats, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-5)
 
 
+@with_and_without_system_prompt
 @pytest.mark.parametrize(("architecture", "tied"), EVERY_MODEL)
-def test_packed_gradients_are_those_of_the_model_itself(architecture: str, tied: bool) -> None:
+def test_packed_gradients_are_those_of_the_model_itself(architecture: str, tied: bool, system: int) -> None:
     lm = make_lm(architecture, tied=tied)
-    items = trajectories()
+    items = trajectories(system)
     for t in items:
         logprobs, lse, _ = own_stats(lm, t, 1.0)
         (logprobs.sum() + lse[0]).backward()
@@ -67,11 +73,12 @@ def test_packed_gradients_are_those_of_the_model_itself(architecture: str, tied:
         assert (p.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
 
 
+@with_and_without_system_prompt
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_a_packed_batch_gives_the_stats_of_each_trajectory_alone(architecture: str) -> None:
+def test_a_packed_batch_gives_the_stats_of_each_trajectory_alone(architecture: str, system: int) -> None:
     policy = PolicyModel(make_lm(architecture, tied=True))
-    items = trajectories()
+    items = trajectories(system)
     packed = policy(pack(items))
     alone = [policy(pack([t])) for t in items]
     torch.testing.assert_close(packed.logprobs, torch.cat([s.logprobs for s in alone]), rtol=1e-5, atol=1e-5)
