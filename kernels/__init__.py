@@ -8,7 +8,17 @@ from the last hidden states and the head's weight, differentiably, without ever 
 from __future__ import annotations
 
 from .backends.registry import backends
+from .single_pass import TbrmOutput, fused_linear_tbrm_loss, fused_linear_trajectory_loss
 from .token_stats import TokenStats, linear_token_stats
 from .trajectory import segment_sums, trajectory_residual
 
-__all__ = ["TokenStats", "backends", "linear_token_stats", "segment_sums", "trajectory_residual"]
+__all__ = [
+    "TbrmOutput",
+    "TokenStats",
+    "backends",
+    "fused_linear_tbrm_loss",
+    "fused_linear_trajectory_loss",
+    "linear_token_stats",
+    "segment_sums",
+    "trajectory_residual",
+]

@@ -58,12 +58,13 @@ def linear_token_stats(
     Raises ValueError or TypeError for arguments that do not fit, and RuntimeError for a backend that cannot run here.
     On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
     """
-    _check(hidden, weight, targets, bias)
+    check_head(hidden, weight, targets, bias)
     options = TokenStatsOptions(
-        _operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index
+        operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index
     )
-    _check_range(targets, weight.shape[0], ignore_index)
-    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, select(backend, hidden.device)))
+    check_targets(targets, weight.shape[0], ignore_index)
+    chosen = select(backend, hidden.device, options.operand_dtype)
+    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
 
 
 class _LinearTokenStats(torch.autograd.Function):
@@ -104,7 +105,7 @@ class _LinearTokenStats(torch.autograd.Function):
         return (*head_grads, None, None, None)
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would multiply the two."""
     device_type = hidden.device.type
     # Autocast leaves float64 alone.
@@ -115,7 +116,7 @@ def _operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
     for name, tensor in tensors.items():
         if type(tensor).__name__ == "DTensor":  # by name, since importing the class takes a second
@@ -137,7 +138,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
         raise ValueError(f"bias has shape {list(bias.shape)}: it must be [V = {weight.shape[0]}]")
 
 
-def _check_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
+def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
     wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
     wanted = f"targets must lie in [0, {vocab}) or be ignore_index ({ignore_index})"
     if targets.device.type == "cuda":

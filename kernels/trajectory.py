@@ -24,7 +24,8 @@ def segment_sums(
     Raises ValueError or TypeError for shapes, dtypes or bounds that do not fit. On a GPU wrong bounds are found by a
     device-side assertion: reading them here would wait for the device.
     """
-    _check_packing("values", values, cu_seqlens)
+    _check_vector("values", values)
+    check_packing("values", values, cu_seqlens)
     return _segment_sums(values, cu_seqlens)
 
 
@@ -51,7 +52,8 @@ def trajectory_residual(
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: it must be a finite number above 0")
-    _check_packing("logprobs", logprobs, cu_seqlens)
+    _check_vector("logprobs", logprobs)
+    check_packing("logprobs", logprobs, cu_seqlens)
     n_tokens, n_trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
     _check_like("lse", lse, logprobs, n_tokens)
     for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
@@ -79,9 +81,13 @@ def _check_like(name: str, tensor: Tensor, logprobs: Tensor, length: int) -> Non
         raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: it must be {wanted}")
 
 
-def _check_packing(name: str, values: Tensor, cu_seqlens: Tensor) -> None:
+def _check_vector(name: str, values: Tensor) -> None:
     if values.dim() != 1 or not values.is_floating_point():
         raise TypeError(f"{name} is {list(values.shape)} {values.dtype}: it must be [T] and floating-point")
+
+
+def check_packing(name: str, values: Tensor, cu_seqlens: Tensor) -> None:
+    """That `cu_seqlens` divides the [T] tensor called `name`. Raises as `segment_sums` says."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}: wanted [N + 1], int32 or int64")
     if cu_seqlens.device != values.device:

@@ -1,6 +1,8 @@
-"""What passes between `linear_token_stats` and a backend.
+"""What passes between the public functions and a backend.
 
-T tokens, V vocabulary entries, D hidden width. A backend is a module that satisfies `Backend`.
+T tokens, V vocabulary entries, D hidden width. A backend is a module that satisfies `Backend`: two functions for
+`linear_token_stats`, which recomputes the logits in its backward pass, and a `Head` for the single pass, which keeps those
+of one chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -71,17 +73,77 @@ class Needs(NamedTuple):
     bias: bool
 
 
-class Backend(Protocol):
-    """Its functions are called with autograd and autocast off."""
+class HeadGrads:
+    """The gradients that the single pass sums over chunks; None for those that nobody needs."""
 
-    def why_not(self, device: torch.device) -> str | None:
-        """None if the backend can run on the device, else the reason why it cannot."""
+    def __init__(self, hidden: Tensor, weight: Tensor, options: TokenStatsOptions, needs: Needs) -> None:
+        self._dtype = options.compute_dtype
+        self.hidden = torch.empty_like(hidden) if needs.hidden else None
+        """[T, D], in the dtype of hidden: each chunk writes its own tokens."""
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
+        """[V, D], in the dtype of weight: what is handed out in the end."""
+        self.bias = weight.new_zeros(weight.shape[0], dtype=self._dtype) if needs.bias else None
+        """[V], in the compute dtype."""
+        self.fresh = True
+        """Nothing was added to the weight's gradient yet: the first chunk writes instead of adding."""
+        self.rounded = False
+        """The last chunk has written `weight` itself, from the accumulator and its own part."""
+        self._accumulator: Tensor | None = None
+
+    @property
+    def accumulator(self) -> Tensor | None:
+        """[V, D] in the compute dtype, uninitialised while `fresh`; made when first asked for. None if nobody needs it."""
+        if self.weight is None or self.weight.dtype == self._dtype:
+            return self.weight
+        if self._accumulator is None:
+            self._accumulator = torch.empty_like(self.weight, dtype=self._dtype)
+        return self._accumulator
+
+    def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden, weight and bias, each in its tensor's dtype."""
+        if self.weight is not None and self.fresh:
+            self.weight.zero_()
+        elif self.weight is not None and self._accumulator is not None and not self.rounded:
+            self.weight.copy_(self._accumulator)
+        return self.hidden, self.weight, None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+
+
+class Chunk(Protocol):
+    """Some tokens and their logits, in memory until the head is asked for the next chunk."""
+
+    logprobs: Tensor  # [tokens]
+    stats: RowStats
+
+    def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
+        """Adds the chunk's part to `into`; hidden's gradient goes to its rows `tokens`. May be called once.
+
+        After the `last` chunk nothing more is added, so that it may round the weight's gradient on the way.
+        """
+        ...
+
+
+class Head(Protocol):
+    """A head that is ready to multiply."""
+
+    bytes_per_logit: int
+    """Of a chunk's scratch memory, per token and vocabulary entry."""
+
+    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
+        """The statistics of at least one token, and what the backward pass needs in order to recompute nothing."""
+        ...
+
+
+class Backend(Protocol):
+    """Its functions are called with autograd and autocast off, and with inputs that are checked."""
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if the backend can multiply operands of the dtype on the device, else the reason why it cannot."""
         ...
 
     def token_stats_forward(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: TokenStatsOptions
     ) -> tuple[Tensor, RowStats]:
-        """The log-probs of the targets [T], and the rest, of checked inputs. Holds no tensor of T x V elements."""
+        """The log-probs of the targets [T], and the rest. Holds no tensor of T x V elements."""
         ...
 
     def token_stats_backward(
@@ -97,3 +159,5 @@ class Backend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias, each rounded once, to its tensor's dtype; None if not needed."""
         ...
+
+    def Head(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> Head: ...

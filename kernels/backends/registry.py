@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import torch as torch_backend
+from . import cpu, torch as torch_backend
 from .interface import Backend
 
 # In the order in which "auto" tries them. "torch" is last: it runs everywhere.
-_BACKENDS: dict[str, Backend] = {"torch": torch_backend}
+_BACKENDS: dict[str, Backend] = {"cpu": cpu, "torch": torch_backend}
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,27 @@ class BackendStatus:
     reason: str
 
 
-def backends(device: torch.device | str | None = None) -> dict[str, BackendStatus]:
-    """Each backend and whether it can run on `device` (default: the GPU if there is one, else the CPU).
+def backends(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, BackendStatus]:
+    """Each backend and whether it can run on `device` (default: the GPU if there is one, else the CPU) for that dtype.
 
     The order is that of preference: `backend="auto"` takes the first usable one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reasons = {name: backend.why_not(device) for name, backend in _BACKENDS.items()}
+    reasons = {name: backend.why_not(device, dtype) for name, backend in _BACKENDS.items()}
     return {name: BackendStatus(usable=reason is None, reason=reason or "") for name, reason in reasons.items()}
 
 
-def select(name: str, device: torch.device) -> Backend:
-    """The backend called `name`, or for "auto" the preferred one of those that can run on the device.
+def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend called `name`, or for "auto" the preferred one of those that can multiply the dtype on the device.
 
-    Raises ValueError for an unknown name, and RuntimeError with the reason for a backend that cannot run on the device.
+    Raises ValueError for an unknown name, and RuntimeError with the reason for a backend that cannot run here.
     """
     if name == "auto":
-        return next(backend for backend in _BACKENDS.values() if backend.why_not(device) is None)
+        return next(backend for backend in _BACKENDS.values() if backend.why_not(device, dtype) is None)
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}: it must be one of {', '.join(['auto', *_BACKENDS])}")
-    if (reason := _BACKENDS[name].why_not(device)) is not None:
-        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+    if (reason := _BACKENDS[name].why_not(device, dtype)) is not None:
+        raise RuntimeError(f"backend {name!r} cannot run on {device} in {dtype}: {reason}")
     return _BACKENDS[name]

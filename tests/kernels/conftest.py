@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tbrm_kernels.backends import torch as torch_backend
+from tbrm_kernels.backends import torch_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Makes the torch backend work on small tiles, so that small problems have several of them."""
 
     def set_(row_chunk: int, scratch_elements: int) -> None:
-        monkeypatch.setattr(torch_backend, "ROW_CHUNK", row_chunk)
-        monkeypatch.setattr(torch_backend, "SCRATCH_ELEMENTS", scratch_elements)
+        monkeypatch.setattr(torch_tiles, "ROW_CHUNK", row_chunk)
+        monkeypatch.setattr(torch_tiles, "SCRATCH_ELEMENTS", scratch_elements)
 
     return set_

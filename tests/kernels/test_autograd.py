@@ -171,7 +171,7 @@ def test_a_backend_runs_with_autocast_off(monkeypatch: pytest.MonkeyPatch) -> No
         return wrapper
 
     for name in ("token_stats_forward", "token_stats_backward"):
-        monkeypatch.setattr(torch_backend, name, watched(getattr(torch_backend, name)))
+        monkeypatch.setattr(torch_tiles, name, watched(getattr(torch_backend, name)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss_of(linear_token_stats(targets=targets(), entropy=True, **leaves())).backward()
     assert seen == [("token_stats_forward", False), ("token_stats_backward", False)]

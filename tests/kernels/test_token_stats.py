@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tbrm_kernels import linear_token_stats
-from tbrm_kernels.backends import torch as torch_backend
+from tbrm_kernels.backends import torch_tiles
 from tbrm_kernels.reference import token_stats_reference
 
 OUTPUTS = ("logprobs", "lse", "entropy")
@@ -181,8 +181,8 @@ def test_any_problem(
 ) -> None:
     head = random_head(tokens, vocab, width, dtype, bias=bias, ignored=ignored, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_backend, "ROW_CHUNK", row_chunk)
-        patch.setattr(torch_backend, "SCRATCH_ELEMENTS", scratch_elements)
+        patch.setattr(torch_tiles, "ROW_CHUNK", row_chunk)
+        patch.setattr(torch_tiles, "SCRATCH_ELEMENTS", scratch_elements)
         # More slack, since tiles of one row or column multiply in an order whose luck differs from the whole product's.
         assert_as_good_as_plain_torch(head, slack=64, entropy=True, **options)
 

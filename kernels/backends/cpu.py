@@ -1,0 +1,215 @@
+"""The CPU backend: the C++ kernels of csrc/head.cpp, for float32, bfloat16 and float16.
+
+Exponentials instead of logits: the kernels keep e^(Q - m) of each tile, with m the tile's own maximum per token. Rounded to
+bfloat16 that costs 2^-9 of a probability, where a rounded logit of 20 would cost 6%; and it leaves nothing but a
+multiplication for the backward pass.
+
+Operands are multiplied as bfloat16 only if they are and the processor can; else as float32, exactly. All sums are float32.
+
+Memory beyond inputs and outputs: a chunk's exponentials, [V, tokens] in the type of the products, and 1/64 of that; for
+`linear_token_stats` CHUNK_TOKENS at a time, and in its backward pass a float32 accumulator of the weight's shape.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
+from .rows import KeptRows
+
+CHUNK_TOKENS = 512
+STRIP = 32  # lanes of the scratch come in multiples of this: kStrip in csrc/softmax_tile.h
+HIDDEN_TILE = 4096  # vocabulary entries that are cast up at once where 16-bit operands are multiplied as float32
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "it runs on the CPU"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels do not take {dtype}"
+    return _load()
+
+
+@cache
+def _load() -> str | None:
+    """Loads the library for this processor; what is wrong if it cannot."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    spec = importlib.util.find_spec(f"tbrm_kernels._cpu_{capability.lower()}")
+    if spec is None or spec.origin is None:
+        return (
+            f"its kernels are not built for {capability}: with torch and a C++ compiler there, install tbrm again "
+            "(pip install --force-reinstall --no-deps --no-build-isolation)"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"its kernels do not fit this torch {torch.__version__}, install tbrm again: {error}"
+    return None
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16; without them float32 is several times faster."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def token_stats_forward(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [T]
+    options: TokenStatsOptions,
+) -> tuple[Tensor, RowStats]:
+    head = Head(weight, bias, options)
+    parts = [Chunk(head, hidden[s], targets[s], keep=False) for s in _slices(len(targets), CHUNK_TOKENS)]
+    if len(parts) == 1:
+        return parts[0].logprobs, parts[0].stats
+    logprobs = torch.cat([part.logprobs for part in parts])
+    return logprobs, RowStats(*(None if x[0] is None else torch.cat(x) for x in zip(*(p.stats for p in parts))))
+
+
+def token_stats_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    stats: RowStats,
+    grads: RowGrads,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    head = Head(weight, bias, options)
+    into = HeadGrads(hidden, weight, options, needs)
+    for tokens in _slices(len(targets), CHUNK_TOKENS):
+        part = RowGrads(*(None if grad is None else grad[tokens] for grad in grads))
+        head.chunk(hidden[tokens], targets[tokens]).backward(part, into, tokens, last=tokens.stop == len(targets))
+    return into.finish(bias)
+
+
+class Head:
+    """A head whose weight has the dtype of the products (but for float16, which is cast up block by block)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
+        weight = weight.to(options.operand_dtype)
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self.options = options
+        self.bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
+        self.scratch_dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        self.bytes_per_logit = self.scratch_dtype.itemsize
+        self._scratch = torch.empty(0, dtype=self.scratch_dtype)
+        # logit_scale, temperature and softcap (0: none), as the kernels take them
+        self.scaling = (options.logit_scale, options.temperature, options.softcap or 0.0)
+
+    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
+        """Valid until the next call: chunks share their scratch memory, since new pages cost as much as filling them."""
+        return Chunk(self, hidden, targets, keep=True)
+
+    def scratch(self, lanes: int) -> Tensor:
+        """[V, lanes], uninitialised."""
+        size = len(self.weight) * lanes
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=self.scratch_dtype)
+            _ops().use_huge_pages(self._scratch)
+        return self._scratch[:size].view(-1, lanes)
+
+
+class Chunk:
+    """Some tokens, with their exponentials if `keep`."""
+
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, *, keep: bool) -> None:
+        self._head = head
+        self._rows = KeptRows(targets, head.options.ignore_index)
+        hidden = self._rows.gather(hidden).to(head.options.operand_dtype)
+        self._hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        self._targets = self._rows.gather(targets).contiguous()
+        n_rows = len(self._hidden)
+        lanes = -(-n_rows // STRIP) * STRIP
+        self._exps = head.scratch(lanes) if keep else None
+        if n_rows == 0:
+            self._raw = [torch.zeros(0)] * 4  # target Q, max, log sum e^(Q - max), entropy
+        else:
+            *self._raw, self._block_max = _ops().head_forward(
+                self._hidden,
+                head.weight,
+                head.bias,
+                self._targets,
+                *head.scaling,
+                head.options.entropy,
+                head.bfloat16,
+                self._exps,
+            )
+        target_q, maximum, log_sum, entropy = self._raw
+        scatter = self._rows.scatter
+        self.logprobs = scatter((target_q - maximum) - log_sum)
+        kept_entropy = scatter(entropy) if head.options.entropy else None
+        self.stats = RowStats(scatter(maximum), scatter(log_sum), kept_entropy)
+
+    def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
+        head, options = self._head, self._head.options
+        if len(self._hidden) == 0:
+            if into.hidden is not None:
+                into.hidden[tokens] = 0
+            return
+        assert self._exps is not None
+        target_q, maximum, log_sum, entropy = self._raw
+        factor = options.logit_scale / options.temperature
+        of_target = factor * self._rows.gather(grads.logprobs)
+        of_p = factor * self._rows.gather(grads.lse) - of_target
+        of_entropy = None
+        if grads.entropy is not None:
+            of_entropy = factor * self._rows.gather(grads.entropy)
+            of_p -= of_entropy * entropy
+        if options.softcap is not None:
+            of_target *= 1 - (target_q * (options.temperature / options.softcap)).square_()
+        rounded = into.weight if last and into.weight is not None and into.weight.dtype != torch.float32 else None
+        accumulator = None if rounded is not None and into.fresh else into.accumulator
+        if into.fresh and accumulator is not None:
+            _ops().use_huge_pages(accumulator)
+        if rounded is not None:
+            _ops().use_huge_pages(rounded)
+        _ops().head_backward(
+            self._exps,
+            self._block_max,
+            self._targets,
+            maximum,
+            log_sum,
+            of_p,
+            of_entropy,
+            of_target,
+            *head.scaling,
+            self._hidden,
+            accumulator,
+            not into.fresh,
+            rounded,
+            into.bias,
+        )
+        into.fresh, into.rounded = False, rounded is not None
+        if into.hidden is not None:
+            into.hidden[tokens] = self._rows.scatter(self._hidden_gradient())
+
+    def _hidden_gradient(self) -> Tensor:
+        """[rows, D], from the exponentials, which are the logits' derivatives by now."""
+        assert self._exps is not None
+        derivatives = self._exps[:, : len(self._hidden)].T
+        weight = self._head.weight
+        if derivatives.dtype == weight.dtype:
+            return derivatives @ weight
+        gradient = torch.zeros(self._hidden.shape)
+        for tile in _slices(len(weight), HIDDEN_TILE):
+            gradient.addmm_(derivatives[:, tile], weight[tile].float())
+        return gradient
+
+
+def _ops() -> Any:
+    return torch.ops.tbrm_kernels_cpu
+
+
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, total)) for start in range(0, max(total, 1), step)]

@@ -1,0 +1,262 @@
+"""The single pass: a loss over trajectories and all of its gradients in three matrix products, one chunk at a time.
+
+A loss like TBRM's needs a whole trajectory before it has a gradient, so the usual way is to compute the logits again in
+the backward pass: four products of T x V x D. Chunks that hold whole trajectories need three. Per chunk:
+
+    logits = hidden @ weight.T                         kept, in at most `max_chunk_bytes`
+    logprobs, lse, entropy                             one pass over them
+    dL/dlogprobs, dL/dlse, dL/dentropy                 autograd through `loss_fn`, on vectors of the chunk's tokens
+    logits become dL/dlogits                           in place
+    grad_hidden = dlogits @ weight, grad_weight += dlogits.T @ hidden
+
+T tokens, V vocabulary entries, D hidden width, N trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
+from .backends.registry import select
+from .token_stats import TokenStats, check_head, check_targets, operand_dtype
+from .trajectory import check_packing, segment_sums, trajectory_residual
+
+CHUNK_BYTES_PER_VOCABULARY_ENTRY = 1024
+"""The default of `max_chunk_bytes`, times V: 32 MiB at V = 32768. Room for 512 tokens in bfloat16 and 256 in float32."""
+
+TrajectoryLossFn = Callable[[TokenStats, Tensor, int], Tensor]
+
+
+class TbrmOutput(NamedTuple):
+    """Only `loss` carries a gradient. [N] each, in float32 (float64 for float64 inputs)."""
+
+    loss: Tensor
+    """[], the mean of the squared residuals."""
+    residuals: Tensor
+    values: Tensor
+    """V(s_1); 0 for an empty trajectory."""
+    logprob_sums: Tensor
+    """sum_h log pi(a_h|s_h)."""
+
+
+def fused_linear_tbrm_loss(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T] int64
+    cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
+    ref_logprob_sums: Tensor,  # [N] float32
+    rewards: Tensor,  # [N] float32
+    *,
+    beta: float,
+    ref_values: Tensor | None = None,  # [N] float32
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> TbrmOutput:
+    """The TBRM loss of packed trajectories (arXiv 2505.15311), from hidden states to gradients in a single pass:
+
+        loss = mean of residual^2, with the residual of `trajectory_residual`
+
+    0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and
+    `fused_linear_trajectory_loss`.
+    """
+    n_trajectories = cu_seqlens.shape[0] - 1
+    residuals, values, sums = [], [], []
+
+    def squared_residuals(stats: TokenStats, bounds: Tensor, first: int) -> Tensor:
+        here = slice(first, first + bounds.shape[0] - 1)
+        reference = None if ref_values is None else ref_values[here]
+        residual = trajectory_residual(
+            stats.logprobs, stats.lse, bounds, ref_logprob_sums[here], rewards[here], beta, ref_values=reference
+        )
+        residuals.append(residual.detach())
+        values.append(torch.cat([stats.lse.detach(), stats.lse.new_zeros(1)])[bounds[:-1]] * (bounds.diff() > 0))
+        sums.append(segment_sums(stats.logprobs.detach(), bounds))
+        return residual.square().sum() / max(1, n_trajectories)
+
+    loss, _ = fused_linear_trajectory_loss(
+        hidden,
+        weight,
+        targets,
+        cu_seqlens,
+        squared_residuals,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    nothing = [loss.new_zeros(0)]
+    return TbrmOutput(loss, *(torch.cat(parts or nothing) for parts in (residuals, values, sums)))
+
+
+@torch.compiler.disable
+def fused_linear_trajectory_loss(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T] int64
+    cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
+    loss_fn: TrajectoryLossFn,
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, TokenStats]:
+    """The sum of `loss_fn` over chunks of whole trajectories, [], and the statistics of all tokens, which carry no gradient.
+
+        loss_fn(stats, cu_seqlens, first_trajectory) -> [], the sum of the losses of the trajectories in the chunk
+
+    `stats` are the chunk's TokenStats, `cu_seqlens` its own bounds, from 0 on, and `first_trajectory` is the index of the
+    first of them among all N. Any loss will do that is a sum over trajectories. It is differentiated in `stats` alone: a
+    parameter that it reads (a value head, a learnt log Z) gets no gradient.
+
+    The gradients of hidden, weight and bias are those of `linear_token_stats` and that loss. They are computed here, in
+    the forward pass, and the backward pass scales them and hands them out, once: for a second backward pass over the
+    same graph, call this function again. Under torch.no_grad, or where nothing requires a gradient, none is computed.
+
+    max_chunk_bytes: of scratch memory for the logits of a chunk (1 KiB x V if None: 512 tokens in bfloat16, 256 in float32). A
+        trajectory that does not fit is computed twice instead, in pieces that do: four products.
+    The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU, `cu_seqlens` is read, for
+    which the call waits once.
+    """
+    check_head(hidden, weight, targets, bias)
+    options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
+    check_targets(targets, weight.shape[0], ignore_index)
+    check_packing("targets", targets, cu_seqlens)
+    if max_chunk_bytes is None:
+        max_chunk_bytes = CHUNK_BYTES_PER_VOCABULARY_ENTRY * weight.shape[0]
+    if max_chunk_bytes <= 0:
+        raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
+    chosen = select(backend, hidden.device, options.operand_dtype)
+    plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled())
+    loss, *stats = _SinglePass.apply(hidden, weight, bias, targets, plan)
+    return loss, TokenStats(*stats)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    cu_seqlens: Tensor
+    loss_fn: TrajectoryLossFn
+    options: TokenStatsOptions
+    backend: Backend
+    max_chunk_bytes: int
+    grad_enabled: bool
+
+
+class _SinglePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        needs = Needs(*(plan.grad_enabled and needed for needed in ctx.needs_input_grad[:3]))
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, stats, grads = _run(hidden, weight, bias, targets, plan, needs)
+        ctx.grads = grads
+        ctx.mark_non_differentiable(*(values for values in stats if values is not None))
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "the gradients of fused_linear_trajectory_loss were handed out by an earlier backward pass over this graph: "
+                "call it again, or use linear_token_stats"
+            )
+        grads, ctx.grads = ctx.grads, None
+        # On a GPU, reading grad_loss would be a sync point.
+        if grad_loss.is_cuda or grad_loss.item() != 1:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return (*grads, None, None)
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, plan: _Plan, needs: Needs
+) -> tuple[Tensor, TokenStats, tuple[Tensor | None, ...]]:
+    options = plan.options
+    head = plan.backend.Head(weight, bias, options)
+    max_tokens = max(1, plan.max_chunk_bytes // (head.bytes_per_logit * weight.shape[0]))
+    into = HeadGrads(hidden, weight, options, needs)
+    vector = hidden.new_empty(hidden.shape[0], dtype=options.compute_dtype)
+    all_stats = TokenStats(vector, vector.clone(), vector.clone() if options.entropy else None)
+    loss = vector.new_zeros(())
+    bounds = plan.cu_seqlens.tolist()
+
+    for first, last in _whole_trajectories(bounds, max_tokens):
+        tokens = slice(bounds[first], bounds[last])
+        keep = any(needs) and 0 < tokens.stop - tokens.start <= max_tokens
+        chunk = head.chunk(hidden[tokens], targets[tokens]) if keep else None
+        if chunk is not None:
+            logprobs, stats = chunk.logprobs, chunk.stats
+        else:
+            logprobs, stats = plan.backend.token_stats_forward(hidden[tokens], weight, bias, targets[tokens], options)
+        part = TokenStats(logprobs, stats.max + stats.log_sum, stats.entropy)
+        for whole, values in zip(all_stats, part, strict=True):
+            if whole is not None:
+                whole[tokens] = values
+
+        relative = plan.cu_seqlens[first : last + 1] - bounds[first]
+        part_loss, row_grads = _loss_and_gradients(plan.loss_fn, part, relative, first, any(needs))
+        loss += part_loss
+        if chunk is not None:
+            chunk.backward(row_grads, into, tokens, last=tokens.stop == bounds[-1])
+        elif any(needs):
+            _recompute(head, hidden, targets, tokens, row_grads, into, max_tokens)
+    return loss, all_stats, into.finish(bias)
+
+
+def _whole_trajectories(bounds: list[int], max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Runs of trajectories (first, last + 1) of at most `max_tokens` tokens; one that has more is a run of its own."""
+    first = 0
+    for last in range(1, len(bounds)):
+        if last - first > 1 and bounds[last] - bounds[first] > max_tokens:
+            yield first, last - 1
+            first = last - 1
+    if len(bounds) > 1:
+        yield first, len(bounds) - 1
+
+
+def _loss_and_gradients(
+    loss_fn: TrajectoryLossFn, stats: TokenStats, cu_seqlens: Tensor, first: int, differentiate: bool
+) -> tuple[Tensor, RowGrads]:
+    leaves = [None if values is None else values.detach().requires_grad_(differentiate) for values in stats]
+    with torch.set_grad_enabled(differentiate):
+        loss = loss_fn(TokenStats(*leaves), cu_seqlens, first)  # type: ignore[arg-type]
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn returned {list(loss.shape)}: it must return [], the sum over its trajectories")
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    if loss.requires_grad:
+        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
+    else:  # it does not depend on the statistics
+        grads = [torch.zeros_like(leaf) for leaf in inputs]
+    return loss.detach(), RowGrads(*grads, *([None] * (3 - len(grads))))
+
+
+def _recompute(
+    head: Head, hidden: Tensor, targets: Tensor, tokens: slice, grads: RowGrads, into: HeadGrads, max_tokens: int
+) -> None:
+    """The gradients of one trajectory that does not fit, in pieces that do."""
+    for start in range(tokens.start, tokens.stop, max_tokens):
+        piece = slice(start, min(start + max_tokens, tokens.stop))
+        within = slice(piece.start - tokens.start, piece.stop - tokens.start)
+        part = RowGrads(*(None if grad is None else grad[within] for grad in grads))
+        head.chunk(hidden[piece], targets[piece]).backward(part, into, piece, last=piece.stop == hidden.shape[0])
