@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from tbrm.objectives import OBJECTIVES, Objective
 from tbrm.tasks import TASKS, Task
+from tbrm_kernels.backends.cpu import multiplies_bfloat16
 
 
 class ConfigError(ValueError):
@@ -33,7 +34,8 @@ class ModelConfig(Section):
     name: str = Field(description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the products; weights are float32. auto: bfloat16 on a GPU, float32 on a CPU."
+        "auto",
+        description="Of the products; weights are float32. auto: bfloat16 where the processor has it (GPUs, AVX512-BF16, AMX).",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto takes a GPU where there is one.")
     trust_remote_code: bool = Field(
@@ -45,7 +47,8 @@ class ModelConfig(Section):
 
     def resolve_precision(self) -> torch.dtype:
         if self.precision == "auto":
-            return torch.float32 if self.resolve_device().type == "cpu" else torch.bfloat16
+            on_cpu = self.resolve_device().type == "cpu"
+            return torch.float32 if on_cpu and not multiplies_bfloat16() else torch.bfloat16
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
 

@@ -116,6 +116,21 @@ class ScoredBatch(TrajectoryBatch):
     ref_logprobs: Tensor  # [A] float32
     ref_values: Tensor  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
 
+    def scores_of(self, first: int, cu_seqlens: Tensor) -> Self:
+        """The same batch, with the actions, rewards and scores of some trajectories alone: as many as `cu_seqlens` bounds,
+        from `first` on."""
+        trajectories = slice(first, first + len(cu_seqlens) - 1)
+        start, stop = self.cu_seqlens[first], self.cu_seqlens[trajectories.stop]
+        return replace(
+            self,
+            action_rows=self.action_rows[start:stop],
+            targets=self.targets[start:stop],
+            cu_seqlens=cu_seqlens,
+            rewards=self.rewards[trajectories],
+            ref_logprobs=self.ref_logprobs[start:stop],
+            ref_values=self.ref_values[trajectories],
+        )
+
 
 def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:
     """Deals trajectories into micro-batches of at most `max_tokens` packed tokens; returns lists of indices.

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.attention import PACKED_ATTENTION
 from tbrm.config import Config, ModelConfig
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.tiny import tiny_model, tiny_tokenizer
-from tbrm_kernels import TokenStats, linear_token_stats
+from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
 
 class PolicyModel(nn.Module):
@@ -46,23 +46,33 @@ class PolicyModel(nn.Module):
     def forward(self, batch: TrajectoryBatch, *, entropy: bool = False) -> TokenStats:
         """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`."""
         with self.autocast():
-            backbone = self.lm.base_model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
-                segments=batch.segments,
-                use_cache=False,
+            return linear_token_stats(**self._head_inputs(batch), entropy=entropy)
+
+    def trajectory_loss(self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn) -> tuple[Tensor, TokenStats]:
+        """The sum of `loss_fn` over the batch's trajectories, in a single pass over the head (see
+        `fused_linear_trajectory_loss`), and the statistics of its actions, entropy included, without gradient."""
+        with self.autocast():
+            return fused_linear_trajectory_loss(
+                **self._head_inputs(batch), cu_seqlens=batch.cu_seqlens, loss_fn=loss_fn, entropy=True
             )
-            head = self.lm.get_output_embeddings()
-            return linear_token_stats(
-                backbone.last_hidden_state[0, batch.action_rows],
-                head.weight,
-                batch.targets,
-                bias=head.bias,
-                temperature=self.temperature,
-                softcap=self.softcap,
-                logit_scale=self.logit_scale,
-                entropy=entropy,
-            )
+
+    def _head_inputs(self, batch: TrajectoryBatch) -> dict[str, Any]:
+        backbone = self.lm.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            segments=batch.segments,
+            use_cache=False,
+        )
+        head = self.lm.get_output_embeddings()
+        return {
+            "hidden": backbone.last_hidden_state[0, batch.action_rows],
+            "weight": head.weight,
+            "targets": batch.targets,
+            "bias": head.bias,
+            "temperature": self.temperature,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

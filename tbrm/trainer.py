@@ -21,14 +21,16 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from tbrm.chat import encode_problems
 from tbrm.checkpoint import Checkpoints, TrainerState, load_optimizer, load_replay, load_state
 from tbrm.config import Config, ConfigError, OptimConfig, config_to_dict
-from tbrm.data import Trajectory, pack, split_by_tokens
+from tbrm.data import ScoredBatch, Trajectory, pack, split_by_tokens
 from tbrm.evaluate import evaluate
 from tbrm.metrics import MetricsLog, Phases, Progress, peak_memory_mib
 from tbrm.model import load_policy
+from tbrm.objectives.base import TrajectoryLoss
 from tbrm.offline import FileSource, read_trajectories, without_prompts
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
@@ -37,6 +39,7 @@ from tbrm.rollout.base import derive_seed
 from tbrm.rollout.collect import RolloutSource
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.tasks import ProblemStream
+from tbrm_kernels import TokenStats
 
 RUN_FILES = (
     "config.yaml",
@@ -133,10 +136,7 @@ class Trainer:
             with self.phases("reference"):
                 batch = self.reference.fill_in(batch, part)
             with self.phases("update"):
-                stats = self.policy(batch, entropy=True)
-                losses = objective(stats, batch)
-                (losses.loss.sum() / len(trajectories)).backward()
-                measured.add(stats, losses, batch)
+                self._add_gradients(batch, len(trajectories), measured)
         with self.phases("update"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             grad_norm = self._update(learning_rate)
@@ -163,6 +163,18 @@ class Trainer:
             indices = [i for i, has in enumerate(scored) if has is wanted]
             split = split_by_tokens([trajectories[i] for i in indices], self.config.trainer.batch_tokens)
             yield from ([indices[i] for i in members] for members in split)
+
+    def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics) -> None:
+        """Adds the batch's part of the gradient of the mean loss over all of the step's trajectories."""
+        chunks: list[TrajectoryLoss] = []
+
+        def mean_loss(stats: TokenStats, cu_seqlens: Tensor, first: int) -> Tensor:
+            chunks.append(self.config.objective(stats, batch.scores_of(first, cu_seqlens)))
+            return chunks[-1].loss.sum() / n_trajectories
+
+        loss, stats = self.policy.trajectory_loss(batch, mean_loss)
+        loss.backward()
+        measured.add(stats, TrajectoryLoss(*map(torch.cat, zip(*chunks, strict=True))), batch)
 
     def _update(self, learning_rate: float) -> float:
         """Clips, steps and clears the gradients; returns their norm."""

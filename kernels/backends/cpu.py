@@ -117,7 +117,7 @@ class Head:
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=self.scratch_dtype)
             _ops().use_huge_pages(self._scratch)
-        return self._scratch[:size].view(-1, lanes)
+        return self._scratch[:size].view(len(self.weight), lanes)
 
 
 class Chunk:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tbrm_kernels.backends import torch_tiles
+from tbrm_kernels.backends import cpu, registry, torch_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +19,25 @@ def poisoned_memory() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["cpu", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What "auto" takes, where it can: each in turn."""
+    name: str = request.param
+    status = registry.backends("cpu")[name]
+    if not status.usable:
+        pytest.skip(status.reason)
+    chosen = {key: registry._BACKENDS[key] for key in (name, "torch")}
+    monkeypatch.setattr(registry, "_BACKENDS", chosen)
+    return name
+
+
 @pytest.fixture
 def set_tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes the torch backend work on small tiles, so that small problems have several of them."""
+    """Makes the backends work on small tiles, so that small problems have several of them."""
 
     def set_(row_chunk: int, scratch_elements: int) -> None:
         monkeypatch.setattr(torch_tiles, "ROW_CHUNK", row_chunk)
         monkeypatch.setattr(torch_tiles, "SCRATCH_ELEMENTS", scratch_elements)
+        monkeypatch.setattr(cpu, "CHUNK_TOKENS", row_chunk)
 
     return set_

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from tbrm_kernels import backends, linear_token_stats
-from tbrm_kernels.backends import registry
+from tbrm_kernels.backends import cpu, registry
 from tbrm_kernels.backends import torch as torch_backend
 
 CPU = torch.device("cpu")
@@ -21,15 +23,35 @@ def test_the_torch_backend_runs_on_any_device() -> None:
         assert backends(device)["torch"] == registry.BackendStatus(usable=True, reason="")
 
 
-def test_auto_and_the_name_give_the_same_backend() -> None:
-    assert registry.select("auto", CPU) is registry.select("torch", CPU) is torch_backend
+@pytest.mark.skipif(not (shutil.which("g++") and sys.platform == "linux"), reason="no compiler")
+def test_the_cpu_kernels_are_built_where_a_compiler_is() -> None:
+    assert backends("cpu")["cpu"] == registry.BackendStatus(usable=True, reason="")
+
+
+def test_the_cpu_backend_says_where_it_cannot_run() -> None:
+    assert backends("cuda")["cpu"].reason == "it runs on the CPU"
+    assert "do not take torch.float64" in backends("cpu", torch.float64)["cpu"].reason
+
+
+def test_without_its_library_the_cpu_backend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    cpu._load.cache_clear()
+    try:
+        assert "--no-build-isolation" in backends("cpu")["cpu"].reason
+        assert registry.select("auto", CPU, torch.float32) is torch_backend
+    finally:
+        cpu._load.cache_clear()
+
+
+def test_auto_falls_back_to_torch_for_what_the_kernels_do_not_take() -> None:
+    assert registry.select("auto", CPU, torch.float64) is torch_backend
 
 
 @pytest.fixture
 def gpu_only(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A preferred backend that runs on a GPU alone, since none that is shipped is refused anywhere."""
 
-    def why_not(device: torch.device) -> str | None:
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cuda" else "it needs a GPU"
 
     backend = SimpleNamespace(why_not=why_not)
@@ -38,15 +60,15 @@ def gpu_only(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_auto_takes_the_first_that_can_run(gpu_only: SimpleNamespace) -> None:
-    assert registry.select("auto", torch.device("cuda")) is gpu_only
-    assert registry.select("auto", CPU) is torch_backend
-    assert list(backends("cpu")) == ["gpu_only", "torch"]
+    assert registry.select("auto", torch.device("cuda"), torch.float32) is gpu_only
+    assert registry.select("auto", CPU, torch.float64) is torch_backend
+    assert list(backends("cpu")) == ["gpu_only", "cpu", "torch"]
     assert backends("cpu")["gpu_only"] == registry.BackendStatus(usable=False, reason="it needs a GPU")
 
 
 @pytest.mark.usefixtures("gpu_only")
 def test_asking_by_name_for_one_that_cannot_run_says_why() -> None:
-    with pytest.raises(RuntimeError, match="backend 'gpu_only' cannot run on cpu: it needs a GPU"):
+    with pytest.raises(RuntimeError, match="backend 'gpu_only' cannot run on cpu in torch.float32: it needs a GPU"):
         linear_token_stats(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]), backend="gpu_only")
 
 

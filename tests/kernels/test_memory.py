@@ -1,4 +1,4 @@
-"""What linear_token_stats allocates, watched operation by operation."""
+"""What linear_token_stats allocates in the torch backend, watched operation by operation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbrm_kernels import linear_token_stats
+from tbrm_kernels.backends import registry
+
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
+
+@pytest.fixture
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKENDS", {"torch": registry._BACKENDS["torch"]})
 
 
 class Watch(TorchDispatchMode):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,84 +15,10 @@ from torch import Tensor
 from tbrm_kernels import linear_token_stats
 from tbrm_kernels.backends import torch_tiles
 from tbrm_kernels.reference import token_stats_reference
+from tests.kernels.heads import OUTPUTS, Head, assert_as_good_as_plain_torch, random_head, values_and_gradients
 
-OUTPUTS = ("logprobs", "lse", "entropy")
 SetTiles = Callable[[int, int], None]
-
-
-@dataclass
-class Head:
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    targets: Tensor
-
-    def double(self) -> Head:
-        bias = None if self.bias is None else self.bias.double()
-        return Head(self.hidden.double(), self.weight.double(), bias, self.targets)
-
-
-def random_head(
-    tokens: int,
-    vocab: int,
-    width: int,
-    dtype: torch.dtype = torch.float32,
-    *,
-    bias: bool = True,
-    ignored: float = 0.2,
-    seed: int = 0,
-) -> Head:
-    """Logits of standard deviation 3; the first and last token ids are among the targets."""
-    generator = torch.Generator().manual_seed(seed)
-    randn = partial(torch.randn, generator=generator)
-    targets = torch.randint(vocab, (tokens,), generator=generator)
-    targets[1:2], targets[2:3] = 0, vocab - 1
-    targets[torch.rand(tokens, generator=generator) < ignored] = -100
-    return Head(
-        randn(tokens, width).to(dtype),
-        (randn(vocab, width) * 3 / width**0.5).to(dtype),
-        randn(vocab).to(dtype) if bias else None,
-        targets,
-    )
-
-
-def values_and_gradients(
-    function: Callable[..., Any], head: Head, through: tuple[str, ...] = OUTPUTS, **options: Any
-) -> dict[str, Tensor]:
-    """The outputs, and the gradients of a sum of the outputs named in `through` with non-uniform weights."""
-    leaves = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias}
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items() if leaf is not None}
-    stats = function(leaves["hidden"], leaves["weight"], head.targets, bias=leaves.get("bias"), **options)
-    results = {name: value for name, value in zip(OUTPUTS, stats, strict=True) if value is not None}
-
-    generator = torch.Generator().manual_seed(1)
-    weights = {name: torch.randn(head.targets.shape, generator=generator) for name in OUTPUTS}
-    loss = sum((weights[name] * results[name]).sum() for name in through if name in results)
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return results | {f"d_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-
-
-def assert_as_good_as_plain_torch(head: Head, slack: float = 8, **options: Any) -> None:
-    """Our error against float64 is at most twice plain torch's, plus a few roundings of the largest value.
-
-    Float64 inputs have no truth above them: there the two sides differ by their own roundings only.
-    """
-    truth = values_and_gradients(token_stats_reference, head.double(), **options)
-    plain = values_and_gradients(token_stats_reference, head, **options)
-    ours = values_and_gradients(linear_token_stats, head, **options)
-    assert ours.keys() == truth.keys()
-    for name, true in truth.items():
-        assert ours[name].shape == true.shape
-        assert ours[name].dtype == plain[name].dtype, name
-        if true.numel() == 0:
-            continue
-        roundings = 1e-12 if head.hidden.dtype == torch.float64 else slack * torch.finfo(torch.float32).eps
-        scale = true.abs().max()
-        if name in OUTPUTS:
-            scale = scale.clamp(min=1)  # logarithms: their errors are absolute, in nats
-        allowed = 2 * (plain[name] - true).abs().max() + roundings * scale
-        error = (ours[name] - true).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 SHAPES = [
@@ -314,10 +238,11 @@ def test_strided_inputs() -> None:
 def test_error_of_a_bf16_weight_gradient_does_not_grow_with_the_number_of_chunks(
     row_chunk: int, set_tiles: SetTiles
 ) -> None:
-    """One rounding to bf16 costs at most 2^-9 of a value. Rounding each chunk's part would cost 1e-2 at 256 chunks."""
+    """One rounding to bf16 costs at most 2^-9 of a value, and the rounding of dlogits to bf16, where products want it, half
+    as much again. Rounding each chunk's part would cost 1e-2 at 256 chunks."""
     set_tiles(row_chunk, 2**21)
     head = random_head(2048, 16, 8, torch.bfloat16, bias=False, ignored=0)
     head.hidden += 1  # a mean that the sum over rows keeps, so that parts are small against the whole
     truth = values_and_gradients(token_stats_reference, head.double(), through=("lse",))["d_weight"]
     ours = values_and_gradients(linear_token_stats, head, through=("lse",))["d_weight"]
-    assert ((ours - truth).norm() / truth.norm()).item() < 2**-9
+    assert ((ours - truth).norm() / truth.norm()).item() < 1.5 * 2**-9
