@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
+from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, TokenStatsOptions
 from .backends.registry import select
 from .token_stats import TokenStats, check_head, check_targets, operand_dtype
 from .trajectory import check_packing, segment_sums, trajectory_residual
@@ -209,9 +209,9 @@ def _run(
             logprobs, stats = chunk.logprobs, chunk.stats
         else:
             logprobs, stats = plan.backend.token_stats_forward(hidden[tokens], weight, bias, targets[tokens], options)
-        part = TokenStats(logprobs, stats.max + stats.log_sum, stats.entropy)
+        part = TokenStats(logprobs, stats.lse, stats.entropy)
         for whole, values in zip(all_stats, part, strict=True):
-            if whole is not None:
+            if whole is not None and values is not None:
                 whole[tokens] = values
 
         relative = plan.cu_seqlens[first : last + 1] - bounds[first]
@@ -258,5 +258,5 @@ def _recompute(
     for start in range(tokens.start, tokens.stop, max_tokens):
         piece = slice(start, min(start + max_tokens, tokens.stop))
         within = slice(piece.start - tokens.start, piece.stop - tokens.start)
-        part = RowGrads(*(None if grad is None else grad[within] for grad in grads))
-        head.chunk(hidden[piece], targets[piece]).backward(part, into, piece, last=piece.stop == hidden.shape[0])
+        chunk = head.chunk(hidden[piece], targets[piece])
+        chunk.backward(grads.of(within), into, piece, last=piece.stop == hidden.shape[0])

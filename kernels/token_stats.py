@@ -59,9 +59,7 @@ def linear_token_stats(
     On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
     """
     check_head(hidden, weight, targets, bias)
-    options = TokenStatsOptions(
-        operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index
-    )
+    options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
     check_targets(targets, weight.shape[0], ignore_index)
     chosen = select(backend, hidden.device, options.operand_dtype)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
@@ -83,7 +81,7 @@ class _LinearTokenStats(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, *stats)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
-        return logprobs, stats.max + stats.log_sum, stats.entropy
+        return logprobs, stats.lse, stats.entropy
 
     @staticmethod
     @once_differentiable

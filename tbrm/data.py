@@ -168,7 +168,7 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
             members_of.append([index])
 
     leaders = [trajectories[members[0]] for members in members_of if _may_share(trajectories[members[0]])]
-    prefix = _common_prefix([t.prompt_ids for t in leaders]) if len(leaders) > 1 else 0
+    prefix = _common_prefix([tuple(t.prompt_ids) for t in leaders]) if len(leaders) > 1 else 0
     input_ids = leaders[0].prompt_ids[:prefix] if prefix else []
     position_ids = list(range(prefix))
     segments = [Segment(0, prefix, 0, None)] if prefix else []
@@ -217,7 +217,7 @@ def _may_share(trajectory: Trajectory) -> bool:
     return bool(trajectory.actions) and len(trajectory.prompt_ids) + _fed_tokens(trajectory) <= MAX_SHARED_SEGMENT
 
 
-def _common_prefix(prompts: Collection[Sequence[int]]) -> int:
+def _common_prefix(prompts: Collection[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with, of which each keeps its last token to itself; 0 if there are no prompts."""
     if not prompts:
         return 0

@@ -70,8 +70,9 @@ def token_stats_forward(
     parts = [Chunk(head, hidden[s], targets[s], keep=False) for s in _slices(len(targets), CHUNK_TOKENS)]
     if len(parts) == 1:
         return parts[0].logprobs, parts[0].stats
-    logprobs = torch.cat([part.logprobs for part in parts])
-    return logprobs, RowStats(*(None if x[0] is None else torch.cat(x) for x in zip(*(p.stats for p in parts))))
+    whole = [torch.cat(x) for x in zip(*((p.logprobs, p.stats.max, p.stats.log_sum) for p in parts), strict=True)]
+    entropies = [p.stats.entropy for p in parts if p.stats.entropy is not None]
+    return whole[0], RowStats(whole[1], whole[2], torch.cat(entropies) if entropies else None)
 
 
 def token_stats_backward(
@@ -87,8 +88,8 @@ def token_stats_backward(
     head = Head(weight, bias, options)
     into = HeadGrads(hidden, weight, options, needs)
     for tokens in _slices(len(targets), CHUNK_TOKENS):
-        part = RowGrads(*(None if grad is None else grad[tokens] for grad in grads))
-        head.chunk(hidden[tokens], targets[tokens]).backward(part, into, tokens, last=tokens.stop == len(targets))
+        chunk = head.chunk(hidden[tokens], targets[tokens])
+        chunk.backward(grads.of(tokens), into, tokens, last=tokens.stop == len(targets))
     return into.finish(bias)
 
 

@@ -56,6 +56,10 @@ class RowStats(NamedTuple):
     log_sum: Tensor  # log sum_v exp(Q_v - max)
     entropy: Tensor | None
 
+    @property
+    def lse(self) -> Tensor:
+        return self.max + self.log_sum
+
 
 class RowGrads(NamedTuple):
     """The loss's derivatives with respect to the three statistics, each [T] in the compute dtype."""
@@ -63,6 +67,9 @@ class RowGrads(NamedTuple):
     logprobs: Tensor
     lse: Tensor
     entropy: Tensor | None
+
+    def of(self, tokens: slice) -> RowGrads:
+        return RowGrads(self.logprobs[tokens], self.lse[tokens], None if self.entropy is None else self.entropy[tokens])
 
 
 class Needs(NamedTuple):

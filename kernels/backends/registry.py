@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu, torch as torch_backend
+from . import cpu
+from . import torch as torch_backend
 from .interface import Backend
 
 # In the order in which "auto" tries them. "torch" is last: it runs everywhere.
@@ -21,9 +22,7 @@ class BackendStatus:
     reason: str
 
 
-def backends(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-) -> dict[str, BackendStatus]:
+def backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:
     """Each backend and whether it can run on `device` (default: the GPU if there is one, else the CPU) for that dtype.
 
     The order is that of preference: `backend="auto"` takes the first usable one.

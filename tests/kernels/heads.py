@@ -73,10 +73,8 @@ def plain_bfloat16(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The definition with its products, forward and backward, between bfloat16 operands, as a linear layer has them."""
-    logits = (hidden @ weight.T).float()
-    bias = None if bias is None else bias.float()
-    identity = torch.eye(len(weight))
-    return token_stats_reference(logits, identity, targets, bias=bias, **options)
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    return token_stats_reference(logits, torch.eye(len(weight)), targets, **options)
 
 
 def multiplies_bfloat16(head: Head) -> bool:

@@ -159,7 +159,9 @@ def test_autocast_rounds_hidden_and_weight_and_nothing_else(backend: str, hidden
         wanted = expected[name].grad
         # Products of bfloat16 round dlogits first.
         exact = tensor.dtype != torch.bfloat16 and not (backend == "cpu" and cpu.multiplies_bfloat16())
-        tolerance = {"rtol": 1e-5, "atol": 1e-5} if exact else {"rtol": 2**-8, "atol": 2**-8 * wanted.abs().max().item()}
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-5} if exact else {"rtol": 2**-8, "atol": 2**-8 * wanted.abs().max().item()}
+        )
         torch.testing.assert_close(tensor.grad.float(), wanted, **tolerance)
 
 

@@ -68,7 +68,7 @@ def test_auto_takes_the_first_that_can_run(gpu_only: SimpleNamespace) -> None:
 
 @pytest.mark.usefixtures("gpu_only")
 def test_asking_by_name_for_one_that_cannot_run_says_why() -> None:
-    with pytest.raises(RuntimeError, match="backend 'gpu_only' cannot run on cpu in torch.float32: it needs a GPU"):
+    with pytest.raises(RuntimeError, match=r"backend 'gpu_only' cannot run on cpu in torch\.float32: it needs a GPU"):
         linear_token_stats(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]), backend="gpu_only")
 
 

@@ -426,9 +426,7 @@ def test_impossible_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to T = 18"):
         fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds([5]), loss_fn=per_token, entropy=True)
     with pytest.raises(ValueError, match=r"loss_fn returned \[18\]: it must return \[\]"):
-        fused_linear_trajectory_loss(
-            **arguments, cu_seqlens=bounds(LENGTHS), loss_fn=lambda stats, *_: stats.logprobs
-        )
+        fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds(LENGTHS), loss_fn=lambda stats, *_: stats.logprobs)
 
 
 class Chunks:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tbrm_kernels import linear_token_stats
 from tbrm_kernels.backends import torch_tiles
