@@ -76,7 +76,16 @@ def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
     tbrm("rollout", "recipe.yaml", "--out", "data.jsonl", "--steps", "2", cwd=trained)
     lines = [json.loads(line) for line in (trained / "data.jsonl").read_text().splitlines()]
     assert len(lines) == 4 * 2 * 2
-    tbrm("score", "run", "data.jsonl", "--out", "scores.jsonl", "trainer.batch_tokens=50", cwd=trained)
+    tbrm(
+        "score",
+        "run",
+        "data.jsonl",
+        "--out",
+        "scores.jsonl",
+        "trainer.batch_tokens=50",
+        "model.precision=float32",
+        cwd=trained,
+    )
     scores = [json.loads(line) for line in (trained / "scores.jsonl").read_text().splitlines()]
     assert [score["index"] for score in scores] == list(range(16))
 

@@ -90,7 +90,7 @@ def test_prompt_positions_never_reach_the_head(monkeypatch: pytest.MonkeyPatch) 
 
     rows = []
     real = tbrm.model.linear_token_stats
-    monkeypatch.setattr(tbrm.model, "linear_token_stats", lambda h, *a, **k: rows.append(len(h)) or real(h, *a, **k))
+    monkeypatch.setattr(tbrm.model, "linear_token_stats", lambda **k: rows.append(len(k["hidden"])) or real(**k))
     items = trajectories()
     PolicyModel(make_lm("llama", tied=True))(pack(items))
     assert rows == [sum(len(t.actions) for t in items)]

@@ -20,6 +20,7 @@ from tbrm.metrics import is_timing, read_jsonl
 from tbrm.rollout import Sampling
 from tbrm.rollout.record import record
 from tbrm.trainer import Trainer, learning_rate_at, prepare_run_dir
+from tbrm_kernels import single_pass
 from tests.tbrm.conftest import tiny_config, tiny_tree
 
 REPLAY = {
@@ -94,7 +95,7 @@ DIES = textwrap.dedent(
 
 
 @pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -> None:
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGKILL inside step 6, after the checkpoint of step 4; the resumed run must not differ in a single bit."""
     settings = {
         "trainer__steps": 8,
@@ -107,13 +108,13 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -
     Trainer(tiny_config(tmp_path / "whole", **settings)).train()
 
     # Micro-batches up to and including step 5, and one more.
-    whole_calls = _count_micro_batches(tiny_config(tmp_path / "counted", **settings), steps=5) + 1
+    calls = _count_objective_calls(tiny_config(tmp_path / "counted", **settings), 5, monkeypatch) + 1
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_tree(tmp_path / "killed", **settings)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
         [sys.executable, "-c", DIES, "train", str(recipe)],
-        env={**environment, "DIE_AT_CALL": str(whole_calls)},
+        env={**environment, "DIE_AT_CALL": str(calls)},
         timeout=120,
     )
     assert killed.returncode == -signal.SIGKILL
@@ -131,13 +132,16 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict) -
     assert not list((tmp_path / "killed" / "checkpoints").glob(".writing-*"))
 
 
-def _count_micro_batches(config, steps: int) -> int:
+def _count_objective_calls(config, steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    calls = []
+    kind = type(config.objective)
+    real = kind.__call__
     trainer = Trainer(config)
-    forwards = []
-    trainer.policy.register_forward_hook(lambda *_: forwards.append(1))
-    for _ in range(steps):
-        trainer.train_step()
-    return len(forwards)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "__call__", lambda *args: calls.append(1) or real(*args))
+        for _ in range(steps):
+            trainer.train_step()
+    return len(calls)
 
 
 def gradients_of_one_step(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -158,6 +162,17 @@ def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
     )
     for name, gradient in large.items():
         assert (small[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm"])
+def test_gradients_do_not_depend_on_the_chunks_of_the_head(
+    tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, objective__name=objective)
+    whole = gradients_of_one_step(Trainer(config))
+    monkeypatch.setattr(single_pass, "CHUNK_BYTES_PER_VOCABULARY_ENTRY", 4 * 12)  # 12 tokens: a trajectory or two
+    for name, gradient in gradients_of_one_step(Trainer(config)).items():
+        assert (whole[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
 def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
