@@ -11,9 +11,10 @@ install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
 # NVIDIA driver, the CPU build goes in first.
-$(VENV)/installed: pyproject.toml
+# Torch goes in first in any case, since the CPU kernels of csrc/ are built against it.
+$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet $$(command -v nvidia-smi >/dev/null && echo 'torch>=2.11' || echo torch==2.13.0)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -36,8 +37,13 @@ lint: $(VENV)/installed
 	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
 	MYPYPATH=build/types $(BIN)/mypy -p tbrm_kernels -p tbrm
 
+# Hours for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
 bench: $(VENV)/installed
-	$(BIN)/pytest -v bench --benchmark-only  # -v undoes pyproject's -q, which hides the machine's name
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	mkdir -p build
+	SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/times.json
+	SHAPES="$(SHAPES)" $(BIN)/python -m bench.peak_memory build/memory.json
+	$(BIN)/python -m bench.table build/times.json build/memory.json bench/results
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

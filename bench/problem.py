@@ -1,0 +1,52 @@
+"""The problem of the head's benchmark: the TBRM loss of 4 trajectories and its gradients, from the hidden states on.
+
+T tokens, V vocabulary entries, D hidden width (896, Qwen2.5-0.5B's).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from tbrm_kernels import linear_token_stats, trajectory_residual
+
+D, N, BETA = 896, 4, 0.002
+
+
+class Problem:
+    def __init__(self, vocab: int, tokens: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.hidden = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
+        self.weight = torch.randn(vocab, D, generator=generator).div_(D**0.5).to(dtype).requires_grad_()
+        self.targets = torch.randint(vocab, (tokens,), generator=generator)
+        self.cu_seqlens = torch.arange(0, tokens + 1, tokens // N, dtype=torch.int32)
+        self.rewards = torch.tensor([0.0, 1.0, 0.0, 1.0])
+        self.ref_logprob_sums = torch.linspace(-10.0, -9.0, N) * (tokens / N)
+
+    def loss(self, logprobs: Tensor, lse: Tensor) -> Tensor:
+        """The TBRM loss of per-token log-probs and lse, [T] each."""
+        refs, rewards = self.ref_logprob_sums.to(logprobs), self.rewards.to(logprobs)
+        return trajectory_residual(logprobs, lse, self.cu_seqlens, refs, rewards, BETA).square().mean()
+
+    def loss_of_logprobs(self, logprobs: Tensor) -> Tensor:
+        """For a library that gives log-probs and no lse: plain torch computes V(s_1), for the N tokens that need it."""
+        first = self.cu_seqlens[:-1].long()
+        values = (self.hidden[first] @ self.weight.T).float().logsumexp(-1)
+        return self.loss(logprobs.float(), torch.zeros(len(logprobs)).index_put((first,), values))
+
+    def take_gradients(self) -> tuple[Tensor, Tensor]:
+        gradients = self.hidden.grad, self.weight.grad
+        self.hidden.grad = self.weight.grad = None
+        assert gradients[0] is not None and gradients[1] is not None
+        return gradients[0], gradients[1]
+
+    def exact_gradients(self) -> tuple[Tensor, Tensor]:
+        """In float64, through the torch backend, which the tests hold to the definition (and gradcheck to its gradients)."""
+        exact = copy.copy(self)
+        exact.hidden = self.hidden.detach().double().requires_grad_()
+        exact.weight = self.weight.detach().double().requires_grad_()
+        stats = linear_token_stats(exact.hidden, exact.weight, self.targets)
+        exact.loss(stats.logprobs, stats.lse).backward()
+        return exact.take_gradients()

@@ -1,0 +1,96 @@
+"""The ways to compute the benchmark's loss: ours, plain torch, and other libraries through their public entry points."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bench.problem import BETA, Problem
+from tbrm_kernels import fused_linear_tbrm_loss, linear_token_stats
+
+
+def single_pass(problem: Problem) -> Tensor:
+    return fused_linear_tbrm_loss(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        problem.cu_seqlens,
+        problem.ref_logprob_sums,
+        problem.rewards,
+        beta=BETA,
+    ).loss
+
+
+def recompute(problem: Problem) -> Tensor:
+    stats = linear_token_stats(problem.hidden, problem.weight, problem.targets)
+    return problem.loss(stats.logprobs, stats.lse)
+
+
+def eager(problem: Problem) -> Tensor:
+    return problem.loss(*_logits_statistics(problem.hidden, problem.weight, problem.targets))
+
+
+def compiled(problem: Problem) -> Tensor:
+    return problem.loss(*_compiled()(problem.hidden, problem.weight, problem.targets))
+
+
+def _logits_statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = (hidden @ weight.T).float()
+    lse = logits.logsumexp(-1)
+    return logits.gather(1, targets[:, None])[:, 0] - lse, lse
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_logits_statistics)
+
+
+def liger(problem: Problem) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return problem.loss_of_logprobs(
+        -LigerFusedLinearScaledCrossEntropyFunction.apply(problem.hidden, problem.weight, problem.targets)
+    )
+
+
+def trl(problem: Problem) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+
+    # 32768 is what its own trainers pass as chunk_size, and () asks for no optional outputs.
+    out = ChunkedLogProbFunction.apply(problem.hidden, problem.weight, None, problem.targets, 1.0, 32768, None, 1.0, ())
+    return problem.loss_of_logprobs(out[0])
+
+
+def cut_cross_entropy(problem: Problem) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", impl="torch_compile")
+    return problem.loss_of_logprobs(-nll)
+
+
+def torch_linear_cross_entropy(problem: Problem) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):  # that reduction="none" is computed by its reference path
+        nll = torch.nn.functional.linear_cross_entropy(
+            problem.hidden,
+            problem.weight,
+            problem.targets,
+            reduction="none",
+            options=torch.nn.LinearCrossEntropyOptions(),
+        )
+    return problem.loss_of_logprobs(-nll)
+
+
+WAYS: dict[str, Callable[[Problem], Tensor]] = {
+    "tbrm: single pass": single_pass,
+    "tbrm: recompute": recompute,
+    "torch, eager": eager,
+    "torch.compile": compiled,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "Liger-Kernel": liger,
+    "TRL kernels": trl,
+    "cut-cross-entropy (torch_compile)": cut_cross_entropy,
+}
