@@ -1,12 +1,12 @@
 // The language-model head on the CPU: what `kernels/backends/cpu.py` calls, and documents.
 //
-// Letters: T tokens, V vocabulary entries, D hidden width. A block is kBlock vocabulary rows; a panel is kPanel tokens. The
-// product of a block and a panel is one tile, which stays in the first-level cache while the passes of softmax_tile.h
-// go over it. Work is dealt by blocks, each of which writes its own part of every output: results do not depend on the
-// number of threads.
+// Letters: T tokens, V vocabulary entries, D hidden width. A block is kBlock vocabulary rows; a panel is kPanel tokens.
+// The product of a block and a panel is one tile, which stays in the first-level cache while the passes of
+// softmax_tile.h go over it. Work is dealt by blocks, each of which writes its own part of every output: results do not
+// depend on the number of threads.
 //
-// This file is compiled once per instruction set, each into a library of its own of which Python loads one, so no symbol of
-// the AVX-512 build can reach a processor without it.
+// This file is compiled once per instruction set, each into a library of its own of which Python loads one, so no
+// symbol of the AVX-512 build can reach a processor without it.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "block_sums.h"
 #include "product.h"
 #include "softmax_tile.h"
 
@@ -26,11 +27,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kBlock = 128;
 constexpr int64_t kPanel = 64;
 constexpr int64_t kGradPanel = 256;  // columns of hidden in one product of the weight's gradient
-
-int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 T* pointer(const std::optional<Tensor>& tensor) {
@@ -42,82 +40,14 @@ Scaling scaling_of(double logit_scale, double temperature, double softcap) {
   return {static_cast<float>(logit_scale / temperature), 1.0f, false};
 }
 
-// A block of the weight as the product wants it: itself, or where its type or an odd width forbids that, a copy.
 template <typename W, typename P>
-class WeightBlocks {
- public:
-  WeightBlocks(const Tensor& weight, int64_t padded_width)
-      : data_(weight.const_data_ptr<W>()), ld_(weight.stride(0)), width_(weight.size(1)), padded_(padded_width) {
-    if constexpr (std::is_same_v<W, P>) direct_ = padded_ == width_;
-  }
-
-  int64_t ld() const { return direct_ ? ld_ : padded_; }
-
-  const P* rows(int64_t first, int64_t count, std::vector<P>& copy) const {
-    if constexpr (std::is_same_v<W, P>) {
-      if (direct_) return data_ + first * ld_;
-    }
-    copy.resize(kBlock * padded_);
-    for (int64_t v = 0; v < count; ++v) {
-      const W* in = data_ + (first + v) * ld_;
-      P* out = copy.data() + v * padded_;
-      for (int64_t d = 0; d < width_; ++d) out[d] = static_cast<P>(static_cast<float>(in[d]));
-      std::fill(out + width_, out + padded_, static_cast<P>(0.0f));
-    }
-    return copy.data();
-  }
-
- private:
-  const W* data_;
-  int64_t ld_, width_, padded_;
-  bool direct_ = false;
-};
-
-struct BlockSums {
-  Tensor maximum, sum, weighted;  // [blocks, lanes]
-
-  BlockSums(int64_t blocks, int64_t lanes, bool entropy)
-      : maximum(at::empty({blocks, lanes}, at::kFloat)),
-        sum(at::empty({blocks, lanes}, at::kFloat)),
-        weighted(at::empty({entropy ? blocks : 0, lanes}, at::kFloat)) {}
-
-  // Over all blocks: the maximum, log sum e^(Q - max) and the entropy of each of T tokens.
-  void combine(int64_t T, float* max_out, float* log_sum_out, float* entropy_out) const {
-    const int64_t blocks = maximum.size(0), lanes = maximum.size(1);
-    const float *m = maximum.const_data_ptr<float>(), *s = sum.const_data_ptr<float>();
-    const float* u = entropy_out ? weighted.const_data_ptr<float>() : nullptr;
-    at::parallel_for(0, divup(T, Vec::size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin * Vec::size(); t < std::min(T, end * Vec::size()); t += Vec::size()) {
-        Vec top = Vec::loadu(m + t);
-        for (int64_t b = 1; b < blocks; ++b) top = at::vec::maximum(top, Vec::loadu(m + b * lanes + t));
-        Vec total(0.0f), weighted_total(0.0f);
-        for (int64_t b = 0; b < blocks; ++b) {
-          const Vec shift = Vec::loadu(m + b * lanes + t) - top, in_block = Vec::loadu(s + b * lanes + t);
-          const Vec rescale = shift.exp();
-          total = total + in_block * rescale;
-          if (u) {
-            const Vec bounded = at::vec::maximum(shift, Vec(-1e4f));
-            weighted_total = weighted_total + (Vec::loadu(u + b * lanes + t) - in_block * bounded) * rescale;
-          }
-        }
-        const int count = static_cast<int>(std::min<int64_t>(Vec::size(), T - t));
-        const Vec log_sum = total.log();
-        top.store(max_out + t, count);
-        log_sum.store(log_sum_out + t, count);
-        if (u) (log_sum + weighted_total / total).store(entropy_out + t, count);
-      }
-    });
-  }
-};
-
-template <typename W, typename P>
-void forward(
-    const Tensor& hidden, const Tensor& weight, const float* bias, const int64_t* targets, const Scaling& scaling, P* exps,
-    const BlockSums& sums, bool entropy, float* target_q) {
+void forward(const Tensor& hidden, const Tensor& weight, const float* bias, const int64_t* targets,
+             const Scaling& scaling, P* exps, const BlockSums& sums, bool entropy, float* target_q) {
   const int64_t T = hidden.size(0), V = weight.size(0), D = hidden.size(1), lanes = sums.maximum.size(1);
   const W* h = hidden.const_data_ptr<W>();
   const int64_t ld_h = hidden.stride(0);
-  const PackedMatrix<P> packed(D, T, std::min(kPanel, lanes), [&](int64_t d, int64_t t) { return static_cast<float>(h[t * ld_h + d]); });
+  const PackedMatrix<P> packed(D, T, std::min(kPanel, lanes),
+                               [&](int64_t d, int64_t t) { return static_cast<float>(h[t * ld_h + d]); });
   const WeightBlocks<W, P> weights(weight, packed.K());
   float *maximum = sums.maximum.mutable_data_ptr<float>(), *sum = sums.sum.mutable_data_ptr<float>();
   float* weighted = entropy ? sums.weighted.mutable_data_ptr<float>() : nullptr;
@@ -129,7 +59,8 @@ void forward(
       const int64_t v0 = block * kBlock, rows = std::min(kBlock, V - v0);
       const P* block_weight = weights.rows(v0, rows, copy);
       for (int64_t panel = 0; panel < packed.panels(); ++panel) {
-        const int64_t t0 = panel * packed.width(), columns = std::min(packed.width(), lanes - t0), at = block * lanes + t0;
+        const int64_t t0 = panel * packed.width(), columns = std::min(packed.width(), lanes - t0),
+                      at = block * lanes + t0;
         packed.multiply(block_weight, weights.ld(), rows, panel, columns, tile, kPanel, /*add=*/false);
         for (int64_t t = 0; t < columns; t += kStrip) {
           scale_strip(tile + t, rows, kPanel, bias ? bias + v0 : nullptr, scaling, maximum + at + t);
@@ -170,10 +101,9 @@ void round_into(const Tensor& out, int64_t offset, const float* values, int64_t 
 }
 
 template <typename P>
-void backward(
-    P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t T, const TokenGradients& tokens, const Scaling& scaling,
-    const PackedMatrix<P>* hidden, int64_t D, float* grad_weight, bool add, const std::optional<Tensor>& rounded,
-    float* grad_bias) {
+void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t T, const TokenGradients& tokens,
+              const Scaling& scaling, const PackedMatrix<P>* hidden, int64_t D, float* grad_weight, bool add,
+              const std::optional<Tensor>& rounded, float* grad_bias) {
   // Padding lanes: nothing flows from them.
   std::vector<float> of_p(lanes, 0.0f), of_entropy(lanes, 0.0f);
   std::copy(tokens.of_p, tokens.of_p + T, of_p.begin());
@@ -200,14 +130,14 @@ void backward(
         const int64_t first = t / kStrip * kStrip;
         float exact[kStrip];
         std::copy(block_exps + row * lanes + first, block_exps + row * lanes + first + kStrip, exact);
-        const LaneGradients lane{
-            probability.data() + first, of_p.data() + first, tokens.of_entropy ? of_entropy.data() + first : nullptr, maximum + first};
+        const LaneGradients lane{probability.data() + first, of_p.data() + first,
+                                 tokens.of_entropy ? of_entropy.data() + first : nullptr, maximum + first};
         gradient_strip(exact, 1, kStrip, lane, scaling);
         at_targets.emplace_back(where, static_cast<P>(exact[t - first] + tokens.of_target[t]));
       }
       for (int64_t t = 0; t < lanes; t += kStrip) {
-        const LaneGradients lane{
-            probability.data() + t, of_p.data() + t, tokens.of_entropy ? of_entropy.data() + t : nullptr, maximum + t};
+        const LaneGradients lane{probability.data() + t, of_p.data() + t,
+                                 tokens.of_entropy ? of_entropy.data() + t : nullptr, maximum + t};
         gradient_strip(block_exps + t, rows, lanes, lane, scaling);
       }
       for (const auto& [where, value] : at_targets) *where = value;
@@ -235,17 +165,21 @@ void backward(
 template <typename F>
 void dispatch_weight(const Tensor& weight, const F& call) {
   switch (weight.scalar_type()) {
-    case at::kFloat: return call(float{});
-    case at::kBFloat16: return call(at::BFloat16{});
-    case at::kHalf: return call(at::Half{});
-    default: TORCH_CHECK(false, "tbrm_kernels: weight is ", weight.scalar_type(), "; the CPU kernels take float32, bfloat16 and float16");
+    case at::kFloat:
+      return call(float{});
+    case at::kBFloat16:
+      return call(at::BFloat16{});
+    case at::kHalf:
+      return call(at::Half{});
+    default:
+      TORCH_CHECK(false, "tbrm_kernels: weight is ", weight.scalar_type(),
+                  "; the CPU kernels take float32, bfloat16 and float16");
   }
 }
 
 void check_vector(const char* name, const Tensor& tensor, int64_t length, at::ScalarType dtype) {
-  TORCH_CHECK(
-      tensor.dim() == 1 && tensor.size(0) == length && tensor.is_contiguous() && tensor.scalar_type() == dtype,
-      "tbrm_kernels: ", name, " must be a contiguous [", length, "] tensor of ", dtype);
+  TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == length && tensor.is_contiguous() && tensor.scalar_type() == dtype,
+              "tbrm_kernels: ", name, " must be a contiguous [", length, "] tensor of ", dtype);
 }
 
 void check_scratch(const Tensor& exps, int64_t V, int64_t T) {
@@ -256,16 +190,19 @@ void check_scratch(const Tensor& exps, int64_t V, int64_t T) {
 }
 
 void check_operands(const Tensor& hidden, const Tensor& weight) {
-  TORCH_CHECK(
-      hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && hidden.size(0) > 0 &&
-          hidden.scalar_type() == weight.scalar_type() && hidden.stride(1) == 1 && weight.stride(1) == 1,
-      "tbrm_kernels: hidden must be [T > 0, D] and weight [V, D], of one dtype, with rows in one piece");
+  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && hidden.size(0) > 0 &&
+                  hidden.scalar_type() == weight.scalar_type() && hidden.stride(1) == 1 && weight.stride(1) == 1,
+              "tbrm_kernels: hidden must be [T > 0, D] and weight [V, D], of one dtype, with rows in one piece");
 }
 
-// -> target Q, max, log sum e^(Q - max), entropy (empty unless wanted), [T] each, and the blocks' maxima [V / kBlock, T].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(
-    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets, double logit_scale,
-    double temperature, double softcap, bool entropy, bool bfloat16_products, const std::optional<Tensor>& exps) {
+// -> target Q, max, log sum e^(Q - max), entropy (empty unless wanted), [T] each, and the blocks' maxima [V / kBlock,
+// T].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(const Tensor& hidden, const Tensor& weight,
+                                                                const std::optional<Tensor>& bias,
+                                                                const Tensor& targets, double logit_scale,
+                                                                double temperature, double softcap, bool entropy,
+                                                                bool bfloat16_products,
+                                                                const std::optional<Tensor>& exps) {
   check_operands(hidden, weight);
   const int64_t T = hidden.size(0), V = weight.size(0), lanes = divup(T, kStrip) * kStrip;
   check_vector("targets", targets, T, at::kLong);
@@ -281,48 +218,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(
     using W = decltype(element);
     const auto run = [&](auto product) {
       using P = decltype(product);
-      forward<W, P>(
-          hidden, weight, pointer<float>(bias), targets.const_data_ptr<int64_t>(), scaling, pointer<P>(exps), sums, entropy,
-          target_q.mutable_data_ptr<float>());
+      forward<W, P>(hidden, weight, pointer<float>(bias), targets.const_data_ptr<int64_t>(), scaling, pointer<P>(exps),
+                    sums, entropy, target_q.mutable_data_ptr<float>());
     };
     if constexpr (std::is_same_v<W, at::BFloat16>) {
       if (bfloat16_products) return run(at::BFloat16{});
     }
     run(float{});
   });
-  sums.combine(
-      T, maximum.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>(),
-      entropy ? entropies.mutable_data_ptr<float>() : nullptr);
+  sums.combine(T, maximum.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>(),
+               entropy ? entropies.mutable_data_ptr<float>() : nullptr);
   return {target_q, maximum, log_sum, entropies, sums.maximum};
 }
 
-// exps becomes the loss's derivative with respect to hidden @ weight.T, transposed; adds to the weight's and bias's gradients.
-void head_backward(
-    Tensor& exps, const Tensor& block_max, const Tensor& targets, const Tensor& maximum, const Tensor& log_sum,
-    const Tensor& of_p, const std::optional<Tensor>& of_entropy, const Tensor& of_target, double logit_scale,
-    double temperature, double softcap, const Tensor& hidden, const std::optional<Tensor>& grad_weight, bool add,
-    const std::optional<Tensor>& rounded, const std::optional<Tensor>& grad_bias) {
+// exps becomes the loss's derivative with respect to hidden @ weight.T, transposed; adds to the weight's and bias's
+// gradients.
+void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets, const Tensor& maximum,
+                   const Tensor& log_sum, const Tensor& of_p, const std::optional<Tensor>& of_entropy,
+                   const Tensor& of_target, double logit_scale, double temperature, double softcap,
+                   const Tensor& hidden, const std::optional<Tensor>& grad_weight, bool add,
+                   const std::optional<Tensor>& rounded, const std::optional<Tensor>& grad_bias) {
   const int64_t T = hidden.size(0), D = hidden.size(1), V = exps.size(0), lanes = exps.size(1);
   check_scratch(exps, V, T);
   check_operands(hidden, hidden);
-  TORCH_CHECK(block_max.is_contiguous() && block_max.size(0) == divup(V, kBlock) && block_max.size(1) == lanes, "tbrm_kernels: block_max");
+  TORCH_CHECK(block_max.is_contiguous() && block_max.size(0) == divup(V, kBlock) && block_max.size(1) == lanes,
+              "tbrm_kernels: block_max");
   check_vector("targets", targets, T, at::kLong);
-  for (const auto& [name, tensor] : {std::pair{"maximum", maximum}, {"log_sum", log_sum}, {"of_p", of_p}, {"of_target", of_target}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"maximum", maximum}, {"log_sum", log_sum}, {"of_p", of_p}, {"of_target", of_target}}) {
     check_vector(name, tensor, T, at::kFloat);
   }
   if (of_entropy) check_vector("of_entropy", *of_entropy, T, at::kFloat);
   if (grad_bias) check_vector("grad_bias", *grad_bias, V, at::kFloat);
-  TORCH_CHECK(
-      !grad_weight || (grad_weight->is_contiguous() && grad_weight->scalar_type() == at::kFloat && grad_weight->size(0) == V && grad_weight->size(1) == D),
-      "tbrm_kernels: grad_weight must be a contiguous [V, D] tensor of float32");
-  TORCH_CHECK(
-      !rounded || (rounded->is_contiguous() && rounded->size(0) == V && rounded->size(1) == D && rounded->element_size() == 2),
-      "tbrm_kernels: rounded must be a contiguous [V, D] tensor of bfloat16 or float16");
+  TORCH_CHECK(!grad_weight || (grad_weight->is_contiguous() && grad_weight->scalar_type() == at::kFloat &&
+                               grad_weight->size(0) == V && grad_weight->size(1) == D),
+              "tbrm_kernels: grad_weight must be a contiguous [V, D] tensor of float32");
+  TORCH_CHECK(!rounded || (rounded->is_contiguous() && rounded->size(0) == V && rounded->size(1) == D &&
+                           rounded->element_size() == 2),
+              "tbrm_kernels: rounded must be a contiguous [V, D] tensor of bfloat16 or float16");
   TORCH_CHECK(!add || grad_weight || !rounded, "tbrm_kernels: nothing to add to");
 
-  const TokenGradients tokens{
-      maximum.const_data_ptr<float>(), log_sum.const_data_ptr<float>(), of_p.const_data_ptr<float>(), pointer<float>(of_entropy),
-      of_target.const_data_ptr<float>(), targets.const_data_ptr<int64_t>()};
+  const TokenGradients tokens{maximum.const_data_ptr<float>(),   log_sum.const_data_ptr<float>(),
+                              of_p.const_data_ptr<float>(),      pointer<float>(of_entropy),
+                              of_target.const_data_ptr<float>(), targets.const_data_ptr<int64_t>()};
   const Scaling scaling = scaling_of(logit_scale, temperature, softcap);
   dispatch_weight(hidden, [&](auto element) {
     using H = decltype(element);
@@ -332,11 +270,11 @@ void head_backward(
       using P = decltype(product);
       std::optional<PackedMatrix<P>> packed;
       if (grad_weight || rounded) {
-        packed.emplace(lanes, D, std::min(kGradPanel, D), [&](int64_t t, int64_t d) { return t < T ? static_cast<float>(h[t * ld + d]) : 0.0f; });
+        packed.emplace(lanes, D, std::min(kGradPanel, D),
+                       [&](int64_t t, int64_t d) { return t < T ? static_cast<float>(h[t * ld + d]) : 0.0f; });
       }
-      backward<P>(
-          exps.mutable_data_ptr<P>(), block_max.const_data_ptr<float>(), V, lanes, T, tokens, scaling, packed ? &*packed : nullptr, D,
-          pointer<float>(grad_weight), add, rounded, pointer<float>(grad_bias));
+      backward<P>(exps.mutable_data_ptr<P>(), block_max.const_data_ptr<float>(), V, lanes, T, tokens, scaling,
+                  packed ? &*packed : nullptr, D, pointer<float>(grad_weight), add, rounded, pointer<float>(grad_bias));
     };
     if constexpr (std::is_same_v<H, at::BFloat16>) {
       if (exps.scalar_type() == at::kBFloat16) return run(at::BFloat16{});
@@ -359,7 +297,8 @@ void use_huge_pages(Tensor& tensor) {
 
 TORCH_LIBRARY(tbrm_kernels_cpu, m) {
   m.def(
-      "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float temperature, float softcap, "
+      "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float temperature, "
+      "float softcap, "
       "bool entropy, bool bfloat16_products, Tensor(a!)? exps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "head_backward(Tensor(a!) exps, Tensor block_max, Tensor targets, Tensor maximum, Tensor log_sum, Tensor of_p, "

@@ -5,19 +5,26 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
+#include <vector>
 
 namespace tbrm {
+
+constexpr int64_t kBlock = 128;  // vocabulary rows that are multiplied at once
+
+inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename P>
 struct Product {
   static constexpr int64_t step = 4 / sizeof(P);  // 1 for float, 2 for bfloat16
 
-  static int64_t padded(int64_t k) { return (k + step - 1) / step * step; }
+  static int64_t padded(int64_t k) { return divup(k, step) * step; }
 };
 
 template <typename P>
@@ -26,7 +33,7 @@ class PackedMatrix {
   // value(k, n) is B[k, n] as a float. Beyond K and N the panels hold zeros.
   template <typename Value>
   PackedMatrix(int64_t K, int64_t N, int64_t width, const Value& value)
-      : K_(Product<P>::padded(K)), width_(width), panels_((N + width - 1) / width), data_(new P[panels_ * width * K_]) {
+      : K_(Product<P>::padded(K)), width_(width), panels_(divup(N, width)), data_(new P[panels_ * width * K_]) {
     constexpr int64_t step = Product<P>::step;
     const int64_t groups = K_ / step;
     at::parallel_for(0, panels_ * groups, 1 + 4096 / width, [&](int64_t begin, int64_t end) {
@@ -47,14 +54,46 @@ class PackedMatrix {
   int64_t panels() const { return panels_; }
 
   // C[M, columns] (+)= A[M, K] times the first `columns` columns of a panel.
-  void multiply(const P* A, int64_t lda, int64_t M, int64_t panel, int64_t columns, float* C, int64_t ldc, bool add) const {
-    at::native::cpublas::brgemm(
-        M, columns, K_, lda, width_, ldc, add, A, data_.get() + panel * width_ * K_, C, /*is_vnni=*/Product<P>::step > 1);
+  void multiply(const P* A, int64_t lda, int64_t M, int64_t panel, int64_t columns, float* C, int64_t ldc,
+                bool add) const {
+    at::native::cpublas::brgemm(M, columns, K_, lda, width_, ldc, add, A, data_.get() + panel * width_ * K_, C,
+                                /*is_vnni=*/Product<P>::step > 1);
   }
 
  private:
   int64_t K_, width_, panels_;
   std::unique_ptr<P[]> data_;
+};
+
+// A block of the weight as the product wants it: itself, or where its type or an odd width forbids that, a copy.
+template <typename W, typename P>
+class WeightBlocks {
+ public:
+  WeightBlocks(const at::Tensor& weight, int64_t padded_width)
+      : data_(weight.const_data_ptr<W>()), ld_(weight.stride(0)), width_(weight.size(1)), padded_(padded_width) {
+    if constexpr (std::is_same_v<W, P>) direct_ = padded_ == width_;
+  }
+
+  int64_t ld() const { return direct_ ? ld_ : padded_; }
+
+  const P* rows(int64_t first, int64_t count, std::vector<P>& copy) const {
+    if constexpr (std::is_same_v<W, P>) {
+      if (direct_) return data_ + first * ld_;
+    }
+    copy.resize(kBlock * padded_);
+    for (int64_t v = 0; v < count; ++v) {
+      const W* in = data_ + (first + v) * ld_;
+      P* out = copy.data() + v * padded_;
+      for (int64_t d = 0; d < width_; ++d) out[d] = static_cast<P>(static_cast<float>(in[d]));
+      std::fill(out + width_, out + padded_, static_cast<P>(0.0f));
+    }
+    return copy.data();
+  }
+
+ private:
+  const W* data_;
+  int64_t ld_, width_, padded_;
+  bool direct_ = false;
 };
 
 }  // namespace tbrm

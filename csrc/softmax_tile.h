@@ -1,7 +1,7 @@
 // The elementwise passes over a tile of Q-values.
 //
-// Tiles are transposed, [vocabulary rows, token lanes]: a vector holds one vocabulary entry for several tokens, so that the
-// maximum and the sum over the vocabulary need no reduction within a vector.
+// Tiles are transposed, [vocabulary rows, token lanes]: a vector holds one vocabulary entry for several tokens, so that
+// the maximum and the sum over the vocabulary need no reduction within a vector.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -57,9 +57,10 @@ inline void load_as(const c10::BFloat16* in, Vec (&x)[kVectors]) {
   }
 }
 
-// Turns the products of a strip into Q in place, and takes the maximum of each lane. The maximum is finite, so that lanes
-// that a bias of -inf masks as a whole do not make NaN of inf - inf; a NaN stays one.
-inline void scale_strip(float* tile, int64_t rows, int64_t ld, const float* bias, const Scaling& scaling, float* maximum) {
+// Turns the products of a strip into Q in place, and takes the maximum of each lane. The maximum is finite, so that
+// lanes that a bias of -inf masks as a whole do not make NaN of inf - inf; a NaN stays one.
+inline void scale_strip(float* tile, int64_t rows, int64_t ld, const float* bias, const Scaling& scaling,
+                        float* maximum) {
   const Vec inner(scaling.inner), outer(scaling.outer);
   Vec m[kVectors];
   for (auto& lane : m) lane = Vec(std::numeric_limits<float>::lowest());
@@ -76,11 +77,11 @@ inline void scale_strip(float* tile, int64_t rows, int64_t ld, const float* bias
   store_as(maximum, m);
 }
 
-// Per lane, over the rows: sum of e^(Q - max) and, on request, sum of e^(Q - max) (max - Q). Keeps e^(Q - max) if `exps`
-// is given.
+// Per lane, over the rows: sum of e^(Q - max) and, on request, sum of e^(Q - max) (max - Q). Keeps e^(Q - max) if
+// `exps` is given.
 template <typename P, bool kEntropy>
-inline void exp_strip(
-    const float* tile, int64_t rows, int64_t ld, const float* maximum, P* exps, int64_t ld_exps, float* sum, float* weighted) {
+inline void exp_strip(const float* tile, int64_t rows, int64_t ld, const float* maximum, P* exps, int64_t ld_exps,
+                      float* sum, float* weighted) {
   Vec m[kVectors], s[kVectors], u[kVectors], e[kVectors];
   load_as(maximum, m);
   for (int j = 0; j < kVectors; ++j) s[j] = u[j] = Vec(0.0f);
