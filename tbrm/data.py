@@ -143,7 +143,7 @@ def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list
         first_seen.setdefault(tuple(trajectory.prompt_ids), index)
     order = sorted(range(len(trajectories)), key=lambda i: (first_seen[tuple(trajectories[i].prompt_ids)], i))
 
-    prefix = _common_prefix({tuple(t.prompt_ids) for t in trajectories if _may_share(t)})
+    prefix = common_prefix({tuple(t.prompt_ids) for t in trajectories if _may_share(t)})
     batches: list[list[int]] = []
     packer = _Packer(prefix)
     for index in order:
@@ -168,7 +168,7 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
             members_of.append([index])
 
     leaders = [trajectories[members[0]] for members in members_of if _may_share(trajectories[members[0]])]
-    prefix = _common_prefix([tuple(t.prompt_ids) for t in leaders]) if len(leaders) > 1 else 0
+    prefix = common_prefix([t.prompt_ids for t in leaders]) if len(leaders) > 1 else 0
     input_ids = leaders[0].prompt_ids[:prefix] if prefix else []
     position_ids = list(range(prefix))
     segments = [Segment(0, prefix, 0, None)] if prefix else []
@@ -217,12 +217,12 @@ def _may_share(trajectory: Trajectory) -> bool:
     return bool(trajectory.actions) and len(trajectory.prompt_ids) + _fed_tokens(trajectory) <= MAX_SHARED_SEGMENT
 
 
-def _common_prefix(prompts: Collection[tuple[int, ...]]) -> int:
+def common_prefix(prompts: Collection[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, of which each keeps its last token to itself; 0 if there are no prompts."""
     if not prompts:
         return 0
     # What the first and the last in sorted order share, all share.
-    low, high = min(prompts), max(prompts)
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))
     longest = min(map(len, prompts)) - 1
     return next((i for i in range(longest) if low[i] != high[i]), longest)
 

@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tbrm.data import common_prefix
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Response, Sampling, derive_seed
 
 
 class EmbeddedEngine:
-    """Generates in left-padded batches of prompts of similar length; a prompt is read once for all of its samples."""
+    """Generates in padded batches of prompts of similar length."""
 
     def __init__(self, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.policy = policy
         self.batch_size = batch_size
         self.eos_ids = end_token_ids(policy.lm, tokenizer)
+        # A sliding window counts the padding between the prefix and the rest, and so would see too little.
+        text = policy.lm.config.get_text_config()
+        layers = getattr(text, "layer_types", None) or [getattr(text, "sliding_window", None) and "sliding_attention"]
+        self._may_share_prefix = "sliding_attention" not in layers
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     @torch.no_grad()
@@ -41,19 +46,34 @@ class EmbeddedEngine:
         return responses
 
     def _generate_batch(self, lm: PreTrainedModel, prompts: list[list[int]], samples: int, seed: int) -> Tensor:
-        """[len(prompts) * samples, new tokens], the samples of a prompt next to each other."""
+        """[len(prompts) * samples, new tokens], the samples of a prompt next to each other.
+
+        What all prompts begin with is read once, and each prompt once for all of its samples. Padding stands between the two.
+        """
+        prefix = common_prefix(prompts) if self._may_share_prefix and len(prompts) > 1 else 0
         width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad_id] * (width - len(p)) + p for p in prompts], device=lm.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=lm.device)
+        ids = torch.tensor(
+            [p[:prefix] + [self._pad_id] * (width - len(p)) + p[prefix:] for p in prompts], device=lm.device
+        )
+        kept = [[1] * prefix + [0] * (width - len(p)) + [1] * (len(p) - prefix) for p in prompts]
+        mask = torch.tensor(kept, device=lm.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=lm.config)
-        if samples > 1 and width > 1:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+        def read(rows: int, start: int, stop: int) -> None:
             lm.base_model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions[:, :-1],
+                input_ids=ids[:rows, start:stop],
+                attention_mask=mask[:rows, :stop],
+                position_ids=positions[:rows, start:stop],
                 past_key_values=cache,
             )
+
+        if prefix:
+            read(1, 0, prefix)
+            cache.batch_repeat_interleave(len(prompts))
+        if samples > 1 and width > 1:
+            if prefix < width - 1:
+                read(len(prompts), prefix, width - 1)
             cache.batch_repeat_interleave(samples)
         ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):

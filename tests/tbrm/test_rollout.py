@@ -31,16 +31,41 @@ def greedy_by_hand(policy: PolicyModel, prompt: list[int], eos_ids: list[int], s
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("system", [[], [20, 21, 22, 23, 24, 25]], ids=["", "system prompt"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_responses_are_the_models_own(architecture: str) -> None:
-    """Left padding, the shared prompt's cache and its repetition must not change a single token."""
+def test_greedy_responses_are_the_models_own(architecture: str, system: list[int], samples: int) -> None:
+    """Padding, what prompts share, its cache and the cache's repetition must not change a single token."""
     policy = PolicyModel(make_lm(architecture, tied=True))
     engine = engine_of(policy)
-    answers = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=8, temperature=0))
-    for prompt, responses in zip(PROMPTS, answers, strict=True):
+    prompts = [system + prompt for prompt in PROMPTS]
+    answers = engine.generate(prompts, samples, Sampling(max_new_tokens=8, temperature=0))
+    for prompt, responses in zip(prompts, answers, strict=True):
         expected = greedy_by_hand(policy, prompt, engine.eos_ids, 8)
-        assert [r.token_ids for r in responses] == [expected, expected]
+        assert [r.token_ids for r in responses] == [expected] * samples
         assert responses[0].truncated == (expected[-1] not in engine.eos_ids)
+
+
+@pytest.mark.parametrize(("samples", "expected"), [(1, [(1, 4), (3, 3)]), (2, [(1, 4), (3, 2), (6, 1)])])
+def test_what_prompts_share_is_read_once(samples: int, expected: list[tuple[int, int]]) -> None:
+    """Rows and tokens of each pass before the first new token: the beginning, the rest, and generation's own first step."""
+    policy = PolicyModel(make_lm("llama", tied=True))
+    shapes: list[tuple[int, ...]] = []
+    policy.lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10, 11, 12], [5, 6, 7, 8, 13, 14]]
+    engine_of(policy).generate(prompts, samples, Sampling(max_new_tokens=1, temperature=0))
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_equal_prompts_share_all_but_their_last_token(samples: int) -> None:
+    policy = PolicyModel(make_lm("llama", tied=True))
+    engine = engine_of(policy)
+    expected = greedy_by_hand(policy, [5, 6, 7], engine.eos_ids, 6)
+    for responses in engine.generate([[5, 6, 7]] * 3, samples, Sampling(max_new_tokens=6, temperature=0)):
+        assert [r.token_ids for r in responses] == [expected] * samples
 
 
 def test_every_eos_id_ends_a_response() -> None:
