@@ -29,7 +29,7 @@ def measure(way: str, vocab: int, tokens: int, dtype: torch.dtype) -> float:
     problem = Problem(vocab, tokens, dtype)
     # Initialising the inputs took more than holding them: fill memory up to that peak, so that the step starts from it.
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    filler = torch.ones(int((peak_mib() - resident) * 2**20 / 4))
+    filler = torch.ones(max(0, int((peak_mib() - resident) * 2**20 / 4)))
     before = peak_mib()
     WAYS[way](problem).backward()
     del filler
