@@ -133,7 +133,7 @@ def plot_memory(rows: list[dict[str, Any]], path: Path) -> None:
             ours = way.startswith("tbrm")
             ax.plot(*zip(*points, strict=True), marker="o", lw=2.4 if ours else 1.2, label=way)
     ax.set(xlabel="tokens", ylabel="MiB beyond inputs, gradients included", yscale="log", xscale="log")
-    ax.set_title(f"Peak memory, bfloat16, V = {vocab}, D = 896", y=1.05)
+    ax.set_title(f"Peak memory, bfloat16, V = {vocab}, D = 896")
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
