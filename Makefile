@@ -6,7 +6,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 SEED   ?= 0
 RUN    ?= runs/demo
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -44,6 +44,10 @@ bench: $(VENV)/installed
 	SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/times.json
 	SHAPES="$(SHAPES)" $(BIN)/python -m bench.peak_memory build/memory.json
 	$(BIN)/python -m bench.table build/times.json build/memory.json bench/results
+
+# The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
+aot: $(VENV)/installed
+	$(BIN)/python -m bench.triton_aot bench/results/triton_aot.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

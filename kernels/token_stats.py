@@ -39,6 +39,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
+    filter_gradients: bool = False,
     backend: str = "auto",
 ) -> TokenStats:
     """The statistics of the target tokens under Q = logits / temperature, where
@@ -53,13 +54,19 @@ def linear_token_stats(
     Products and sums are in float32 (float64 for float64), and each gradient is rounded once, to its tensor's dtype.
     Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do.
 
+    filter_gradients: leave out of the gradients what rounding would lose anyway. The Triton backend then skips, in its backward
+        pass, tiles of the logits that hold no target and next to none of their rows' probability: what is skipped of a
+        row sums to less than u |dL/dlse - dL/dlogprob|, u being the rounding of hidden's dtype (2^-8 for bfloat16).
+        Without effect where the entropy has a gradient, and in the other backends.
     backend: "auto", or a name from `backends()`.
 
     Raises ValueError or TypeError for arguments that do not fit, and RuntimeError for a backend that cannot run here.
     On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
     """
     check_head(hidden, weight, targets, bias)
-    options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
+    options = TokenStatsOptions(
+        operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index, filter_gradients
+    )
     check_targets(targets, weight.shape[0], ignore_index)
     chosen = select(backend, hidden.device, options.operand_dtype)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))

@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from .backends import triton
+from .backends.registry import select
+
 
 def segment_sums(
     values: Tensor,  # [T] float
@@ -26,6 +29,8 @@ def segment_sums(
     """
     _check_vector("values", values)
     check_packing("values", values, cu_seqlens)
+    if _has_kernel(values):
+        return triton.Residual.apply(values, None, cu_seqlens)
     return _segment_sums(values, cu_seqlens)
 
 
@@ -60,6 +65,8 @@ def trajectory_residual(
         if tensor is not None:
             _check_like(name, tensor, logprobs, n_trajectories)
 
+    if _has_kernel(logprobs):
+        return triton.Residual.apply(logprobs, lse, cu_seqlens, ref_logprob_sums, rewards, ref_values, beta)
     starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
     # The extra element gives an empty trajectory at the very end a place to point at.
     values = torch.cat([lse, lse.new_zeros(1)]).index_select(0, starts)
@@ -71,6 +78,10 @@ def trajectory_residual(
 
 def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True).to(values.dtype)
+
+
+def _has_kernel(values: Tensor) -> bool:
+    return values.dtype == torch.float32 and select("auto", values.device, values.dtype) is triton
 
 
 def _check_like(name: str, tensor: Tensor, logprobs: Tensor, length: int) -> None:

@@ -29,6 +29,7 @@ class TokenStatsOptions:
     logit_scale: float = 1.0
     entropy: bool = False
     ignore_index: int = -100
+    filter_gradients: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "softcap", "logit_scale"):
@@ -55,6 +56,7 @@ class RowStats(NamedTuple):
     max: Tensor  # max_v Q_v
     log_sum: Tensor  # log sum_v exp(Q_v - max)
     entropy: Tensor | None
+    tile_lse: Tensor | None = None  # [tiles, T], log-sum-exp over each vocabulary tile, where gradients are filtered
 
     @property
     def lse(self) -> Tensor:

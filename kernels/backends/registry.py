@@ -8,10 +8,11 @@ import torch
 
 from . import cpu
 from . import torch as torch_backend
+from . import triton as triton_backend
 from .interface import Backend
 
 # In the order in which "auto" tries them. "torch" is last: it runs everywhere.
-_BACKENDS: dict[str, Backend] = {"cpu": cpu, "torch": torch_backend}
+_BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton_backend, "torch": torch_backend}
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,9 @@ def _forward(logits: TiledLogits, rows: KeptRows, targets: Tensor) -> tuple[Tens
         for chunk in logits.chunks():
             q, _ = logits.q_values(chunk, tile, tile_weight)
             softmax.update(chunk, tile, q)
-    logprobs, (maximum, log_sum, entropy) = softmax.finish()
-    entropy = None if entropy is None else rows.scatter(entropy)
-    return rows.scatter(logprobs), RowStats(rows.scatter(maximum), rows.scatter(log_sum), entropy)
+    logprobs, stats = softmax.finish()
+    entropy = None if stats.entropy is None else rows.scatter(stats.entropy)
+    return rows.scatter(logprobs), RowStats(rows.scatter(stats.max), rows.scatter(stats.log_sum), entropy)
 
 
 def _backward(

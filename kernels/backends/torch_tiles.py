@@ -25,8 +25,9 @@ class TiledLogits:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.options = options
-        # NVIDIA GPUs multiply 16-bit operands into float32. Elsewhere they are cast up first: the same exact products.
-        into_float32 = hidden.is_cuda and torch.version.cuda is not None
+        # NVIDIA GPUs multiply bfloat16 into float32. Elsewhere it is cast up first: the same exact products. float16 is
+        # always cast up: the derivatives of a large vocabulary underflow in it.
+        into_float32 = hidden.is_cuda and torch.version.cuda is not None and options.operand_dtype == torch.bfloat16
         self.product_dtype = options.operand_dtype if into_float32 else options.compute_dtype
         self.hidden = self._operand(hidden)
         self.weight = weight

@@ -14,6 +14,7 @@ import torch
 from tbrm_kernels import backends, linear_token_stats
 from tbrm_kernels.backends import cpu, registry
 from tbrm_kernels.backends import torch as torch_backend
+from tbrm_kernels.backends import triton as triton_backend
 
 CPU = torch.device("cpu")
 
@@ -38,13 +39,22 @@ def test_without_its_library_the_cpu_backend_says_how_to_get_it(monkeypatch: pyt
     cpu._load.cache_clear()
     try:
         assert "--no-build-isolation" in backends("cpu")["cpu"].reason
-        assert registry.select("auto", CPU, torch.float32) is torch_backend
+        assert registry.select("auto", CPU, torch.float64) is torch_backend
     finally:
         cpu._load.cache_clear()
 
 
 def test_auto_falls_back_to_torch_for_what_the_kernels_do_not_take() -> None:
     assert registry.select("auto", CPU, torch.float64) is torch_backend
+
+
+def test_the_triton_backend_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "do not take torch.float16" in backends("cpu", torch.float16)["triton"].reason
+    assert backends("meta")["triton"].reason == "it runs on NVIDIA GPUs"
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in backends("cpu")["triton"].reason
+    monkeypatch.setattr(triton_backend, "INSTALLED", False)
+    assert "pip install triton" in backends("cpu")["triton"].reason
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def gpu_only(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_auto_takes_the_first_that_can_run(gpu_only: SimpleNamespace) -> None:
     assert registry.select("auto", torch.device("cuda"), torch.float32) is gpu_only
     assert registry.select("auto", CPU, torch.float64) is torch_backend
-    assert list(backends("cpu")) == ["gpu_only", "cpu", "torch"]
+    assert list(backends("cpu")) == ["gpu_only", "cpu", "triton", "torch"]
     assert backends("cpu")["gpu_only"] == registry.BackendStatus(usable=False, reason="it needs a GPU")
 
 

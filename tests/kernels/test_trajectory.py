@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tbrm_kernels import linear_token_stats, segment_sums, trajectory_residual
+from tbrm_kernels.backends import registry
 from tbrm_kernels.reference import trajectory_residual_reference
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def packed(lengths: list[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
@@ -34,7 +37,9 @@ def residual_and_gradients(function: Any, batch: dict[str, Any]) -> tuple[Tensor
     return residual.detach(), grads[0], grads[1]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lengths=st.lists(st.integers(0, 6), max_size=8),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -188,3 +193,29 @@ def test_segment_sums_are_differentiable_and_take_strided_inputs() -> None:
 def test_what_does_not_fit_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         trajectory_residual(**packed([2, 3]) | changed)
+
+
+def test_one_launch_forward_and_one_backward(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where launches are what a computation of this size costs."""
+    if backend != "triton":
+        pytest.skip("counts Triton's launches")
+    from tbrm_kernels.backends.triton import segments
+
+    launched = []
+    for name in ("residual_kernel", "residual_grad_kernel"):
+        monkeypatch.setattr(segments, name, LaunchCounter(getattr(segments, name), launched))
+    batch = packed([3, 0, 2000, 1], torch.float32)
+    ours = residual_and_gradients(trajectory_residual, batch)
+    assert launched == ["residual_kernel", "residual_grad_kernel"]
+    monkeypatch.setattr(registry, "_BACKENDS", {"torch": registry._BACKENDS["torch"]})
+    for value, wanted in zip(ours, residual_and_gradients(trajectory_residual, batch), strict=True):
+        torch.testing.assert_close(value, wanted)
+
+
+class LaunchCounter:
+    def __init__(self, kernel: Any, launched: list[str]) -> None:
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(self.kernel.fn.__name__)
+        return self.kernel[grid]

@@ -1,0 +1,110 @@
+"""dL/dlogits of a slice of the vocabulary, from logits that are computed again.
+
+Where `tile_lse` is given, tiles that cannot matter are neither computed nor multiplied into: see `filter_gradients` of
+`linear_token_stats`. The idea is that of gradient filtering in "Cut Your Losses in Large-Vocabulary Language Models"
+(arXiv 2411.09009); the criterion here bounds the sum of what a row may lose.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import RowGrads, RowStats, TokenStatsOptions
+from .launch import Operands, TileConfig
+from .tile import derivative, q_tile
+
+
+@triton.jit
+def dlogits_kernel(
+    hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
+    maximum, log_sum, entropy, tile_lse,  # [T], [T], [T] or None, [tiles, T] or None
+    grad_logprobs, grad_lse, grad_entropy,  # [T], [T], [T] or None
+    out,  # [T, width], its columns those of the weight's rows from first_v on
+    T, V, D, stride_hidden, stride_weight, first_v, width, inner, outer, factor, ignore_index, negligible,
+    CAPPED: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(T, BLOCK_T)
+    t0 = tl.program_id(0) % row_tiles * BLOCK_T
+    column = tl.program_id(0) // row_tiles * BLOCK_V
+    v0 = first_v + column
+
+    row, lane = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
+    t = t0 + row
+    inside = t < T
+    target = tl.load(targets + t, mask=inside, other=ignore_index)
+    # 64 bits for the tile's place alone: one pointer per element would take half of the registers.
+    tile = out + tl.cast(t0, tl.int64) * width + column
+    if tile_lse is not None:
+        share = tl.load(tile_lse + tl.cast(v0 // BLOCK_V, tl.int64) * T + t, mask=inside, other=0.0)
+        share -= tl.load(maximum + t, mask=inside, other=0.0) + tl.load(log_sum + t, mask=inside, other=0.0)
+        holds_target = (target >= v0) & (target < v0 + BLOCK_V)
+        # Written so that a NaN matters.
+        matters = (target != ignore_index) & (holds_target | ~(share < negligible))
+        if tl.max(matters.to(tl.int32), 0) == 0:
+            zeros = tl.zeros([BLOCK_T, BLOCK_V], out.dtype.element_ty)
+            tl.store(
+                tile + row[:, None] * width + lane[None, :],
+                zeros,
+                mask=inside[:, None] & (lane < width - column)[None, :],
+            )
+            return
+
+    q = q_tile(
+        hidden, weight, bias, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
+        CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    h, g_entropy = None, None
+    if grad_entropy is not None:
+        h = tl.load(entropy + t, mask=inside, other=0.0)
+        g_entropy = tl.load(grad_entropy + t, mask=inside, other=0.0)
+    grad = derivative(
+        q, (target - v0)[:, None] == lane[None, :], target != ignore_index,
+        tl.load(maximum + t, mask=inside, other=0.0), tl.load(log_sum + t, mask=inside, other=0.0), h,
+        tl.load(grad_logprobs + t, mask=inside, other=0.0), tl.load(grad_lse + t, mask=inside, other=0.0), g_entropy,
+        factor, outer, CAPPED,
+    )  # fmt: skip
+    mask = inside[:, None] & (lane < width - column)[None, :]
+    tl.store(tile + row[:, None] * width + lane[None, :], grad.to(out.dtype.element_ty), mask=mask)
+
+
+def dlogits(
+    operands: Operands,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    stats: RowStats,
+    grads: RowGrads,
+    vocabulary: slice,  # starts at a multiple of the configuration's block_v
+    out: Tensor,  # [T, vocabulary entries]
+    config: TileConfig,
+) -> None:
+    """Writes dL/dlogits of the slice to `out`, zeros in the rows whose target is ignored."""
+    T, V = len(operands.hidden), len(operands.weight)
+    width = vocabulary.stop - vocabulary.start
+    rounding = torch.finfo(operands.hidden.dtype).eps / 2
+    # All negligible tiles together hold less of a row's probability than the rounding of the gradient's dtype.
+    negligible = torch.tensor(rounding * config.block_v / V, dtype=torch.float64).log().item()
+    arguments = operands.arguments(config)
+    dlogits_kernel[(triton.cdiv(T, config.block_t) * triton.cdiv(width, config.block_v),)](
+        *arguments.tensors,
+        targets,
+        stats.max,
+        stats.log_sum,
+        stats.entropy,
+        stats.tile_lse if grads.entropy is None else None,
+        grads.logprobs,
+        grads.lse,
+        grads.entropy,
+        out,
+        *arguments.sizes,
+        vocabulary.start,
+        width,
+        *operands.scaling,
+        options.logit_scale / options.temperature,
+        options.ignore_index,
+        negligible,
+        **arguments.constants,
+    )

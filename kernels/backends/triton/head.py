@@ -1,0 +1,139 @@
+"""The backend's part of `linear_token_stats` and of the single pass: kernels for the softmax, cuBLAS for the gradients.
+
+Every gradient is summed in float32 and rounded once. Rows whose target is ignored are computed like all others and
+left out at the end, so that nothing has to wait for the device to learn which they are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
+from .dlogits import dlogits
+from .forward import forward
+from .launch import Operands, choose_config, scaling
+from .rows import row_dlogits_, row_stats
+
+SCRATCH_BYTES = 2**28
+"""Of dL/dlogits of a slice of the vocabulary. Wide slices pay: hidden's gradient is read and written once per slice."""
+
+
+def token_stats_forward(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [T]
+    options: TokenStatsOptions,
+) -> tuple[Tensor, RowStats]:
+    operands, targets = Operands(hidden, weight, bias, options), targets.contiguous()
+    run = partial(forward, operands, targets, options, keep_tiles=options.filter_gradients)
+    return run(choose_config(operands, run))
+
+
+def token_stats_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    stats: RowStats,
+    grads: RowGrads,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    operands, targets, grads = Operands(hidden, weight, bias, options), targets.contiguous(), _contiguous(grads)
+    config = choose_config(operands, partial(forward, operands, targets, options, keep_tiles=False))
+    (T, D), V = hidden.shape, len(weight)
+    operand_dtype = options.operand_dtype
+    kept_hidden = kept_rows(operands.hidden[:, :D], targets, options)
+
+    per_tile = T * config.block_v * operand_dtype.itemsize
+    width = config.block_v * max(1, SCRATCH_BYTES // max(1, per_tile))
+    scratch = hidden.new_empty(T * min(V, width), dtype=operand_dtype)
+    grad_hidden = hidden.new_zeros(T, D, dtype=torch.float32) if needs.hidden else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
+    grad_bias = weight.new_empty(V, dtype=bias.dtype) if needs.bias and bias is not None else None
+    for start in range(0, V, width):
+        part = slice(start, min(start + width, V))
+        of_logits = scratch[: T * (part.stop - start)].view(T, part.stop - start)
+        if T > 0:
+            dlogits(operands, targets, options, stats, grads, part, of_logits, config)
+        if grad_hidden is not None:
+            add_product(grad_hidden, of_logits, operands.weight[part, :D])
+        if grad_weight is not None:
+            grad_weight[part] = product(of_logits.T, kept_hidden)
+        if grad_bias is not None:
+            grad_bias[part] = of_logits.sum(0, dtype=torch.float32)
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+class Head:
+    """A head whose weight has the dtype of the products."""
+
+    bytes_per_logit = 4
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
+        self.weight, self.options = weight.to(options.operand_dtype), options
+        self.bias = None if bias is None else bias.contiguous()
+        self._scratch = weight.new_empty(0, dtype=torch.float32)
+
+    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
+        """Valid until the next call: chunks share their scratch memory."""
+        size = len(hidden) * len(self.weight)
+        if self._scratch.numel() < size:
+            self._scratch = self.weight.new_empty(size, dtype=torch.float32)
+        return Chunk(self, hidden, targets, self._scratch[:size].view(len(hidden), len(self.weight)))
+
+
+class Chunk:
+    """Some tokens with their logits in `scratch`, which become their derivatives."""
+
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: Tensor) -> None:
+        self._head, self._targets, self._logits = head, targets.contiguous(), scratch
+        self._hidden = kept_rows(hidden.to(head.options.operand_dtype), targets, head.options)
+        product(self._hidden, head.weight.T, out=scratch)
+        self._scaling = scaling(head.options)
+        self.logprobs, self.stats = row_stats(scratch, head.bias, self._targets, head.options, self._scaling)
+
+    def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
+        head = self._head
+        of_logits = row_dlogits_(
+            self._logits, head.bias, self._targets, head.options, self._scaling, self.stats, _contiguous(grads)
+        )
+        if into.hidden is not None:
+            into.hidden[tokens] = product(of_logits, head.weight)
+        if (accumulator := into.accumulator) is not None:
+            if into.fresh:
+                product(of_logits.T, self._hidden, out=accumulator)
+            else:
+                add_product(accumulator, of_logits.T, self._hidden)
+        if into.bias is not None:
+            into.bias += of_logits.sum(0, dtype=torch.float32)
+        into.fresh = False
+
+
+def kept_rows(hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Tensor:
+    """hidden, with zeros in the rows whose target is ignored: 0 times a NaN there would be a NaN."""
+    return hidden.masked_fill((targets == options.ignore_index)[:, None], 0)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in float32, never rounded to the dtype of a and b on the way."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """accumulator += a @ b in float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        accumulator.addmm_(a.float(), b.float())
+    else:
+        torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
+
+
+def _contiguous(grads: RowGrads) -> RowGrads:
+    """Autograd may hand over one value for all tokens, with stride 0."""
+    return RowGrads(*(None if grad is None else grad.contiguous() for grad in grads))  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""How the tiled kernels are launched: their operands, and a few launch configurations per architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.cache import get_cache_manager
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..interface import TokenStatsOptions
+
+INTERPRETED = triton.knobs.runtime.interpret
+ALIGNMENT = 16  # bytes of a base address, elements of a stride and of a width
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    block_t: int
+    block_v: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+INTERPRETER_CONFIG = TileConfig(32, 64, 64, 1, 1)
+"""Small, so that the tests' small problems have several tiles."""
+
+# By the major compute capability, for bfloat16 and float32 operands; the first is taken unless TBRM_AUTOTUNE is set.
+# bench/results/triton_aot.md shows what each compiles to: none spills registers.
+CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
+    (8, torch.bfloat16): (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 4, 4)),
+    (9, torch.bfloat16): (TileConfig(128, 128, 64, 8, 4), TileConfig(128, 64, 64, 4, 4), TileConfig(64, 128, 64, 4, 4)),
+    (10, torch.bfloat16): (
+        TileConfig(128, 128, 64, 8, 4),
+        TileConfig(128, 64, 64, 4, 4),
+        TileConfig(64, 128, 64, 4, 4),
+    ),
+    (8, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
+    (9, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
+    (10, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
+}
+
+
+class Arguments(NamedTuple):
+    tensors: tuple[Any, Any, Tensor | None]
+    """hidden, weight and bias; the matrices as descriptors where the GPU has a unit (TMA) that loads blocks by them."""
+    sizes: tuple[int, ...]
+    """T, V, D and the strides of hidden and weight."""
+    constants: dict[str, Any]
+
+
+class Operands:
+    """Hidden, weight and bias, as the tiled kernels take them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
+        self.hidden = aligned(hidden.to(options.operand_dtype))
+        self.weight = aligned(weight.to(options.operand_dtype))
+        self.bias = None if bias is None else bias.contiguous()
+        self.options = options
+        self.scaling = scaling(options)
+
+    def arguments(self, config: TileConfig) -> Arguments:
+        (T, D), V = self.hidden.shape, len(self.weight)
+        tensors: tuple[Any, Any, Tensor | None] = (self.hidden, self.weight, self.bias)
+        if has_tma(self.hidden.device):
+            hidden = TensorDescriptor.from_tensor(self.hidden, [config.block_t, config.block_d])
+            weight = TensorDescriptor.from_tensor(self.weight, [config.block_v, config.block_d])
+            tensors = (hidden, weight, self.bias)
+        constants = {
+            "CAPPED": self.options.softcap is not None,
+            "FACTOR": tl.bfloat16 if self.hidden.dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
+            "BLOCK_T": config.block_t,
+            "BLOCK_V": config.block_v,
+            "BLOCK_D": config.block_d,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+        return Arguments(tensors, (T, V, D, self.hidden.stride(0), self.weight.stride(0)), constants)
+
+
+def has_tma(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """The matrix, or where its layout stands in the way of wide loads a copy, with columns of zeros if need be."""
+    n_rows, width = matrix.shape
+    pitch = triton.cdiv(width, ALIGNMENT) * ALIGNMENT
+    fits = matrix.data_ptr() % ALIGNMENT == 0 and matrix.stride(1) == 1 and matrix.stride(0) % ALIGNMENT == 0
+    if fits and pitch == width:
+        return matrix
+    copy = matrix.new_zeros(n_rows, pitch)
+    copy[:, :width] = matrix
+    return copy
+
+
+def scaling(options: TokenStatsOptions) -> tuple[float, float]:
+    """`inner` and `outer` of `tile.scale`."""
+    if options.softcap is None:
+        return options.logit_scale / options.temperature, 1.0
+    return options.logit_scale / options.softcap, options.softcap / options.temperature
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[TileConfig, ...]:
+    if device.type != "cuda":
+        return (INTERPRETER_CONFIG,)
+    # What is newer than the table is taken for the newest that is in it (consumer Blackwell, 12.x, has no tcgen05).
+    major = {8: 8, 9: 9, 10: 10}.get(torch.cuda.get_device_capability(device)[0], 8)
+    return CONFIGS[major, dtype]
+
+
+def program_count(device: torch.device) -> int:
+    """How many programs keep the device busy: some waves of them, so that the last one costs little."""
+    if device.type != "cuda":
+        return 3
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose_config(operands: Operands, run: Callable[[TileConfig], object]) -> TileConfig:
+    """The default configuration, or with TBRM_AUTOTUNE=1 the fastest at `run`, timed once per GPU, dtype and head."""
+    device, dtype = operands.hidden.device, operands.options.operand_dtype
+    choices = candidates(device, dtype)
+    if len(choices) == 1 or os.environ.get("TBRM_AUTOTUNE", "0") in ("", "0"):
+        return choices[0]
+    key = repr((torch.cuda.get_device_name(device), dtype, tuple(operands.weight.shape), choices))
+    if key not in _TUNED:
+        folder = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        if (known := folder.get_file("fastest.json")) is None:
+            milliseconds = {i: triton.testing.do_bench(partial(run, config)) for i, config in enumerate(choices)}
+            known = folder.put(
+                json.dumps(min(milliseconds, key=milliseconds.__getitem__)), "fastest.json", binary=False
+            )
+        _TUNED[key] = choices[json.loads(Path(known).read_text())]
+    return _TUNED[key]
+
+
+_TUNED: dict[str, TileConfig] = {}  # what this process has found or read

@@ -1,0 +1,84 @@
+"""What the kernels of this package share: one tile of Q-values, and the loss's derivative with respect to a tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(
+    -3.4028234663852886e38
+)  # finite, so that a tile masked by a bias of -inf does not become inf - inf
+
+
+@triton.jit
+def scale(logits, inner, outer, CAPPED: tl.constexpr):
+    """Q = outer * tanh(inner * logits) with soft-capping, else inner * logits (`TokenStatsOptions` has the definition)."""
+    q = logits * inner
+    if CAPPED:
+        q = (2 * tl.sigmoid(2 * q) - 1) * outer
+    return q
+
+
+@triton.jit
+def q_tile(
+    hidden, weight, bias, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
+    CAPPED: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Q of tokens t0.. and vocabulary entries v0.., [BLOCK_T, BLOCK_V] float32; -inf beyond the vocabulary's end.
+
+    FACTOR is the dtype of hidden and weight, but in Triton's interpreter, which cannot multiply bfloat16: float32 there.
+    """
+    products = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    if isinstance(hidden, tl.tensor_descriptor):
+        for start in range(0, D, BLOCK_D):
+            h = hidden.load([t0, start]).to(FACTOR)
+            w = weight.load([v0, start]).to(FACTOR)
+            # "tf32x3" concerns float32 alone: three products of the tensor cores, as exact as one in float32.
+            products = tl.dot(h, w.T, products, input_precision="tf32x3")
+    else:
+        # Rows beyond the end are others once more, whose products are masked out later.
+        t = ((t0 + tl.arange(0, BLOCK_T)) % T).to(tl.int64)
+        v = ((v0 + tl.arange(0, BLOCK_V)) % V).to(tl.int64)
+        d = tl.arange(0, BLOCK_D)
+        h_at = hidden + t[:, None] * stride_hidden + d[None, :]
+        w_at = weight + v[:, None] * stride_weight + d[None, :]
+        for start in range(0, D, BLOCK_D):
+            inside = (d < D - start)[None, :]
+            h = tl.load(h_at + start, mask=inside, other=0.0).to(FACTOR)
+            w = tl.load(w_at + start, mask=inside, other=0.0).to(FACTOR)
+            products = tl.dot(h, w.T, products, input_precision="tf32x3")
+    v = v0 + tl.arange(0, BLOCK_V)
+    if bias is not None:
+        products += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+    return tl.where((v < V)[None, :], scale(products, inner, outer, CAPPED), -float("inf"))
+
+
+@triton.jit
+def derivative(
+    q, is_target, kept, maximum, log_sum, entropy, grad_logprobs, grad_lse, grad_entropy, factor, outer,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """The loss's derivative with respect to the products behind a tile of Q [tokens, vocabulary]; 0 in rows not `kept`.
+
+    The other arguments are [tokens], `entropy` and `grad_entropy` None together; `factor` is dQ / dproducts without
+    soft-capping. With p = e^(Q - lse) and the entropy H:
+
+        dL/dQ_v = g_logprob 1[v = target] + (g_lse - g_logprob) p_v - g_entropy p_v (log p_v + H)
+
+    All but Q and p is kept per token: registers are scarce here.
+    """
+    x = q - maximum[:, None]
+    p = tl.exp(x) * tl.exp(-log_sum)[:, None]
+    of_p = grad_lse - grad_logprobs
+    if grad_entropy is None:
+        grad = p * (factor * of_p)[:, None]
+    else:
+        of_p -= grad_entropy * (entropy - log_sum)
+        # e^-1e4 is 0: the bound only keeps infinities out of the product.
+        grad = p * ((factor * of_p)[:, None] - (factor * grad_entropy)[:, None] * tl.maximum(x, -1e4))
+    grad += tl.where(is_target, (factor * grad_logprobs)[:, None], 0.0)
+    if CAPPED:
+        tanh = tl.maximum(q, -outer) / outer  # -outer: where a bias of -inf masks
+        grad *= 1 - tanh * tanh
+    return tl.where(kept[:, None], grad, 0.0)

@@ -1,0 +1,146 @@
+"""What the Triton backend does in its own way; all else is tested with the other backends.
+
+Without a GPU its kernels run in Triton's interpreter: numpy, one program after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tbrm_kernels import linear_token_stats
+from tbrm_kernels.backends import registry
+from tbrm_kernels.backends.interface import TokenStatsOptions
+from tests.kernels.heads import OUTPUTS, Head, assert_as_good_as_plain_torch, random_head, values_and_gradients
+
+if not registry.backends("cpu")["triton"].usable:
+    pytest.skip(registry.backends("cpu")["triton"].reason, allow_module_level=True)
+
+
+from tbrm_kernels.backends.triton import head as triton_head
+from tbrm_kernels.backends.triton import launch, rows
+
+
+@pytest.fixture(autouse=True)
+def triton_is_auto(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    chosen = {name: registry._BACKENDS[name] for name in ("triton", "torch")}
+    monkeypatch.setattr(registry, "_BACKENDS", chosen)
+    yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_slices_of_the_vocabulary(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass holds the derivatives of one slice at a time; the last slice is narrower than the others."""
+    monkeypatch.setattr(triton_head, "SCRATCH_BYTES", 1)
+    assert_as_good_as_plain_torch(random_head(37, 300, 24, dtype), entropy=True, softcap=5.0)
+
+
+@pytest.fixture(params=["TMA", "pointers"])
+def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks come through descriptors from compute capability 9.0 on, and through pointers before."""
+    monkeypatch.setattr(launch, "has_tma", lambda device: request.param == "TMA")
+
+
+@pytest.mark.parametrize(
+    ("width", "offset", "copied"),
+    [
+        pytest.param(48, 0, False, id="as a real head"),
+        pytest.param(63, 0, True, id="an odd width"),
+        pytest.param(48, 1, True, id="a base that is not aligned"),
+    ],
+)
+@pytest.mark.usefixtures("loads")
+def test_layouts(width: int, offset: int, copied: bool) -> None:
+    head = random_head(37, 150, width)
+    weight = torch.empty(150 * width + offset)[offset:].view(150, width).copy_(head.weight)
+    assert (launch.aligned(weight) is not weight) is copied
+    assert_as_good_as_plain_torch(Head(head.hidden, weight, head.bias, head.targets))
+
+
+@pytest.mark.usefixtures("loads")
+def test_offsets_beyond_32_bits() -> None:
+    """Rows so far apart that the last one starts beyond element 2^31. Only the pages that are written take memory."""
+    head = random_head(3, 70, 48, ignored=0)
+    memory = torch.from_numpy(np.empty(2**31 + 2**20, np.float32))
+    hidden = memory.as_strided((3, 48), (2**30, 1)).copy_(head.hidden)
+    far = Head(hidden, head.weight, head.bias, head.targets)
+    assert launch.aligned(hidden) is hidden
+    for name, value in values_and_gradients(linear_token_stats, far).items():
+        torch.testing.assert_close(value, values_and_gradients(linear_token_stats, head)[name])
+
+
+@pytest.mark.parametrize("vocab", [50, 97, 300])
+def test_derivatives_take_the_place_of_logits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit values over 32-bit ones, in rows of several blocks, none of them whole at the end."""
+    monkeypatch.setattr(rows, "BLOCK", 32)
+    head = random_head(6, vocab, 8)
+    options = TokenStatsOptions(torch.bfloat16, entropy=True)
+    logits = (head.hidden @ head.weight.T).contiguous()
+    exact = logits.clone()
+    _, stats = rows.row_stats(logits, None, head.targets, options, (1.0, 1.0))
+    grads = random_grads(6)
+    out = rows.row_dlogits_(logits, None, head.targets, options, (1.0, 1.0), stats, grads)
+    assert out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    expected = rows.row_dlogits_(
+        exact, None, head.targets, TokenStatsOptions(torch.float32, entropy=True), (1.0, 1.0), stats, grads
+    )
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-30)  # the interpreter truncates
+
+
+def random_grads(tokens: int) -> triton_head.RowGrads:
+    generator = torch.Generator().manual_seed(3)
+    return triton_head.RowGrads(*(torch.randn(tokens, generator=generator) for _ in range(3)))
+
+
+def peaked_head(dtype: torch.dtype) -> Head:
+    """All probability but e^-40 on the vocabulary's first entries: most tiles hold next to nothing."""
+    head = random_head(70, 640, 32, dtype, bias=False)
+    bias = torch.full((640,), -40.0)
+    bias[:64] = 0
+    targets = head.targets.clamp(max=63).where(head.targets >= 0, head.targets)
+    targets[5] = 500  # but for this one, which its tile must not lose
+    return Head(head.hidden, head.weight, bias.to(dtype), targets)
+
+
+def row_norms(values: Tensor) -> Tensor:
+    return values.float().norm(dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_filtered_gradients_keep_their_bound(dtype: torch.dtype) -> None:
+    head = peaked_head(dtype)
+    through = ("logprobs", "lse")
+    exact = values_and_gradients(linear_token_stats, head, through)
+    filtered = values_and_gradients(linear_token_stats, head, through, filter_gradients=True)
+    for name in OUTPUTS[:2]:
+        assert torch.equal(exact[name], filtered[name])
+    live = row_norms(filtered["d_weight"]) > 0
+    assert live[:64].all()  # the tile of nearly all probability
+    assert live[500]
+    assert not live[128:448].any()  # whole tiles, which were skipped
+    assert (row_norms(exact["d_weight"]) > 0).all()
+
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(len(head.targets), generator=generator) for _ in OUTPUTS]
+    lost = torch.finfo(dtype).eps / 2 * (weights[1] - weights[0]).abs() * row_norms(head.weight).max()
+    one_rounding = torch.finfo(dtype).eps * row_norms(exact["d_hidden"])
+    assert (row_norms(filtered["d_hidden"].float() - exact["d_hidden"].float()) <= lost + one_rounding).all()
+
+
+def test_filtering_spares_a_flat_distribution_and_the_entropy() -> None:
+    """Where every probability is small, all of them together are not."""
+    flat = Head(torch.zeros(40, 16), torch.randn(640, 16), None, torch.arange(40))
+    for head, options in ((flat, {}), (peaked_head(torch.float32), {"entropy": True})):
+        exact = values_and_gradients(linear_token_stats, head, **options)
+        filtered = values_and_gradients(linear_token_stats, head, filter_gradients=True, **options)
+        assert all(torch.equal(exact[name], filtered[name]) for name in exact)
+
+
+def test_two_runs_are_bitwise_equal() -> None:
+    head = random_head(70, 500, 24, torch.bfloat16)
+    first, second = (values_and_gradients(linear_token_stats, head, entropy=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
