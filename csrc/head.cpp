@@ -21,6 +21,7 @@
 #include "block_sums.h"
 #include "product.h"
 #include "softmax_tile.h"
+#include "weight_sum.h"
 
 namespace tbrm {
 namespace {
@@ -92,25 +93,17 @@ struct TokenGradients {
   const int64_t* targets;
 };
 
-void round_into(const Tensor& out, int64_t offset, const float* values, int64_t count) {
-  if (out.scalar_type() == at::kBFloat16) {
-    at::vec::convert(values, out.mutable_data_ptr<at::BFloat16>() + offset, count);
-  } else {
-    at::vec::convert(values, out.mutable_data_ptr<at::Half>() + offset, count);
-  }
-}
-
 template <typename P>
 void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t T, const TokenGradients& tokens,
-              const Scaling& scaling, const PackedMatrix<P>* hidden, int64_t D, float* grad_weight, bool add,
-              const std::optional<Tensor>& rounded, float* grad_bias) {
+              const Scaling& scaling, const PackedMatrix<P>* hidden, int64_t D,
+              const std::optional<WeightSum>& grad_weight, float* grad_bias) {
   // Padding lanes: nothing flows from them.
   std::vector<float> of_p(lanes, 0.0f), of_entropy(lanes, 0.0f);
   std::copy(tokens.of_p, tokens.of_p + T, of_p.begin());
   if (tokens.of_entropy) std::copy(tokens.of_entropy, tokens.of_entropy + T, of_entropy.begin());
 
   at::parallel_for(0, divup(V, kBlock), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> probability(lanes, 0.0f), block_gradient(grad_weight || !rounded ? 0 : kBlock * D);
+    std::vector<float> probability(lanes, 0.0f), part;
     std::vector<std::pair<P*, P>> at_targets;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t v0 = block * kBlock, rows = std::min(kBlock, V - v0);
@@ -149,13 +142,11 @@ void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t
           grad_bias[v0 + v] += total;
         }
       }
-      if (grad_weight || rounded) {
-        float* gradient = grad_weight ? grad_weight + v0 * D : block_gradient.data();
-        for (int64_t panel = 0; panel < hidden->panels(); ++panel) {
-          const int64_t d0 = panel * hidden->width(), columns = std::min(hidden->width(), D - d0);
-          hidden->multiply(block_exps, lanes, rows, panel, columns, gradient + d0, D, add);
-        }
-        if (rounded) round_into(*rounded, v0 * D, gradient, rows * D);
+      for (int64_t panel = 0; grad_weight && panel < hidden->panels(); ++panel) {
+        const int64_t d0 = panel * hidden->width(), columns = std::min(hidden->width(), D - d0);
+        grad_weight->add(v0, rows, d0, columns, part, [&](float* C, int64_t ldc, bool add) {
+          hidden->multiply(block_exps, lanes, rows, panel, columns, C, ldc, add);
+        });
       }
     }
     at::native::cpublas::brgemm_release(Product<P>::step > 1);
@@ -193,6 +184,18 @@ void check_operands(const Tensor& hidden, const Tensor& weight) {
   TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && hidden.size(0) > 0 &&
                   hidden.scalar_type() == weight.scalar_type() && hidden.stride(1) == 1 && weight.stride(1) == 1,
               "tbrm_kernels: hidden must be [T > 0, D] and weight [V, D], of one dtype, with rows in one piece");
+}
+
+WeightSum checked_sum(const Tensor& gradient, const std::optional<Tensor>& low_halves, int64_t V, int64_t D, bool fresh,
+                      bool last) {
+  const auto fits = [&](const Tensor& x) { return x.is_contiguous() && x.sizes() == at::IntArrayRef({V, D}); };
+  const bool float32 = gradient.scalar_type() == at::kFloat;
+  TORCH_CHECK(
+      fits(gradient) && (float32 || gradient.scalar_type() == at::kBFloat16 || gradient.scalar_type() == at::kHalf),
+      "tbrm_kernels: grad_weight must be a contiguous [V, D] tensor of float32, bfloat16 or float16");
+  TORCH_CHECK(float32 || (fresh && last) || (low_halves && fits(*low_halves) && low_halves->element_size() == 2),
+              "tbrm_kernels: low_halves must be a contiguous [V, D] tensor of 16 bits");
+  return WeightSum(gradient, low_halves, fresh, last);
 }
 
 // -> target Q, max, log sum e^(Q - max), entropy (empty unless wanted), [T] each, and the blocks' maxima [V / kBlock,
@@ -236,8 +239,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(const Tensor& hi
 void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets, const Tensor& maximum,
                    const Tensor& log_sum, const Tensor& of_p, const std::optional<Tensor>& of_entropy,
                    const Tensor& of_target, double logit_scale, double temperature, double softcap,
-                   const Tensor& hidden, const std::optional<Tensor>& grad_weight, bool add,
-                   const std::optional<Tensor>& rounded, const std::optional<Tensor>& grad_bias) {
+                   const Tensor& hidden, const std::optional<Tensor>& grad_weight,
+                   const std::optional<Tensor>& low_halves, bool fresh, bool last,
+                   const std::optional<Tensor>& grad_bias) {
   const int64_t T = hidden.size(0), D = hidden.size(1), V = exps.size(0), lanes = exps.size(1);
   check_scratch(exps, V, T);
   check_operands(hidden, hidden);
@@ -250,13 +254,8 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
   }
   if (of_entropy) check_vector("of_entropy", *of_entropy, T, at::kFloat);
   if (grad_bias) check_vector("grad_bias", *grad_bias, V, at::kFloat);
-  TORCH_CHECK(!grad_weight || (grad_weight->is_contiguous() && grad_weight->scalar_type() == at::kFloat &&
-                               grad_weight->size(0) == V && grad_weight->size(1) == D),
-              "tbrm_kernels: grad_weight must be a contiguous [V, D] tensor of float32");
-  TORCH_CHECK(!rounded || (rounded->is_contiguous() && rounded->size(0) == V && rounded->size(1) == D &&
-                           rounded->element_size() == 2),
-              "tbrm_kernels: rounded must be a contiguous [V, D] tensor of bfloat16 or float16");
-  TORCH_CHECK(!add || grad_weight || !rounded, "tbrm_kernels: nothing to add to");
+  std::optional<WeightSum> weight_sum;
+  if (grad_weight) weight_sum.emplace(checked_sum(*grad_weight, low_halves, V, D, fresh, last));
 
   const TokenGradients tokens{maximum.const_data_ptr<float>(),   log_sum.const_data_ptr<float>(),
                               of_p.const_data_ptr<float>(),      pointer<float>(of_entropy),
@@ -269,17 +268,30 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
     const auto run = [&](auto product) {
       using P = decltype(product);
       std::optional<PackedMatrix<P>> packed;
-      if (grad_weight || rounded) {
+      if (grad_weight) {
         packed.emplace(lanes, D, std::min(kGradPanel, D),
                        [&](int64_t t, int64_t d) { return t < T ? static_cast<float>(h[t * ld + d]) : 0.0f; });
       }
       backward<P>(exps.mutable_data_ptr<P>(), block_max.const_data_ptr<float>(), V, lanes, T, tokens, scaling,
-                  packed ? &*packed : nullptr, D, pointer<float>(grad_weight), add, rounded, pointer<float>(grad_bias));
+                  packed ? &*packed : nullptr, D, weight_sum, pointer<float>(grad_bias));
     };
     if constexpr (std::is_same_v<H, at::BFloat16>) {
       if (exps.scalar_type() == at::kBFloat16) return run(at::BFloat16{});
     }
     run(float{});
+  });
+}
+
+// Rounds a 16-bit gradient of the weight to which the last chunk had nothing to add.
+void round_weight(Tensor& grad_weight, const Tensor& low_halves) {
+  const int64_t V = grad_weight.size(0), D = grad_weight.size(1);
+  const WeightSum sum = checked_sum(grad_weight, low_halves, V, D, /*fresh=*/false, /*last=*/true);
+  at::parallel_for(0, divup(V, kBlock), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> nothing;
+    for (int64_t v0 = begin * kBlock; v0 < std::min(V, end * kBlock); v0 += kBlock) {
+      const int64_t rows = std::min(kBlock, V - v0);
+      sum.add(v0, rows, 0, D, nothing, [&](float* C, int64_t, bool) { std::fill(C, C + rows * D, 0.0f); });
+    }
   });
 }
 
@@ -303,9 +315,11 @@ TORCH_LIBRARY(tbrm_kernels_cpu, m) {
   m.def(
       "head_backward(Tensor(a!) exps, Tensor block_max, Tensor targets, Tensor maximum, Tensor log_sum, Tensor of_p, "
       "Tensor? of_entropy, Tensor of_target, float logit_scale, float temperature, float softcap, Tensor hidden, "
-      "Tensor(b!)? grad_weight, bool add, Tensor(c!)? rounded, Tensor(d!)? grad_bias) -> ()");
+      "Tensor(b!)? grad_weight, Tensor(c!)? low_halves, bool fresh, bool last, Tensor(d!)? grad_bias) -> ()");
+  m.def("round_weight(Tensor(a!) grad_weight, Tensor(b!) low_halves) -> ()");
   m.def("use_huge_pages(Tensor(a!) tensor) -> ()");
   m.impl("head_forward", c10::DispatchKey::CPU, TORCH_FN(head_forward));
+  m.impl("round_weight", c10::DispatchKey::CPU, TORCH_FN(round_weight));
   m.impl("use_huge_pages", c10::DispatchKey::CPU, TORCH_FN(use_huge_pages));
   m.impl("head_backward", c10::DispatchKey::CPU, TORCH_FN(head_backward));
 }

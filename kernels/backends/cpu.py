@@ -7,7 +7,8 @@ multiplication for the backward pass.
 Operands are multiplied as bfloat16 only if they are and the processor can; else as float32, exactly. All sums are float32.
 
 Memory beyond inputs and outputs: a chunk's exponentials, [V, tokens] in the type of the products, and 1/64 of that; for
-`linear_token_stats` CHUNK_TOKENS at a time, and in its backward pass a float32 accumulator of the weight's shape.
+`linear_token_stats` CHUNK_TOKENS at a time. Where a 16-bit weight's gradient is summed over several chunks, also the lower
+halves of its float32 sum, as much memory as the gradient itself, which holds the upper ones meanwhile.
 """
 
 from __future__ import annotations
@@ -157,6 +158,8 @@ class Chunk:
         if len(self._hidden) == 0:
             if into.hidden is not None:
                 into.hidden[tokens] = 0
+            if last and not into.fresh and into.weight is not None and into.weight.element_size() == 2:
+                _ops().round_weight(into.weight, into.low_halves)
             return
         assert self._exps is not None
         target_q, maximum, log_sum, entropy = self._raw
@@ -169,12 +172,13 @@ class Chunk:
             of_p -= of_entropy * entropy
         if options.softcap is not None:
             of_target *= 1 - (target_q * (options.temperature / options.softcap)).square_()
-        rounded = into.weight if last and into.weight is not None and into.weight.dtype != torch.float32 else None
-        accumulator = None if rounded is not None and into.fresh else into.accumulator
-        if into.fresh and accumulator is not None:
-            _ops().use_huge_pages(accumulator)
-        if rounded is not None:
-            _ops().use_huge_pages(rounded)
+        low_halves = None
+        if into.weight is not None and into.weight.element_size() == 2 and not (into.fresh and last):
+            low_halves = into.low_halves
+        if into.fresh:
+            for memory in (into.weight, low_halves):
+                if memory is not None:
+                    _ops().use_huge_pages(memory)
         _ops().head_backward(
             self._exps,
             self._block_max,
@@ -186,12 +190,13 @@ class Chunk:
             of_target,
             *head.scaling,
             self._hidden,
-            accumulator,
-            not into.fresh,
-            rounded,
+            into.weight,
+            low_halves,
+            into.fresh,
+            last,
             into.bias,
         )
-        into.fresh, into.rounded = False, rounded is not None
+        into.fresh = False
         if into.hidden is not None:
             into.hidden[tokens] = self._rows.scatter(self._hidden_gradient())
 

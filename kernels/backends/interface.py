@@ -90,14 +90,14 @@ class HeadGrads:
         self.hidden = torch.empty_like(hidden) if needs.hidden else None
         """[T, D], in the dtype of hidden: each chunk writes its own tokens."""
         self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
-        """[V, D], in the dtype of weight: what is handed out in the end."""
+        """[V, D], in the dtype of weight: what is handed out in the end. The chunks are summed in `accumulator`, or in the
+        halves that `low_halves` describes."""
         self.bias = weight.new_zeros(weight.shape[0], dtype=self._dtype) if needs.bias else None
         """[V], in the compute dtype."""
         self.fresh = True
         """Nothing was added to the weight's gradient yet: the first chunk writes instead of adding."""
-        self.rounded = False
-        """The last chunk has written `weight` itself, from the accumulator and its own part."""
         self._accumulator: Tensor | None = None
+        self._low_halves: Tensor | None = None
 
     @property
     def accumulator(self) -> Tensor | None:
@@ -108,11 +108,23 @@ class HeadGrads:
             self._accumulator = torch.empty_like(self.weight, dtype=self._dtype)
         return self._accumulator
 
+    @property
+    def low_halves(self) -> Tensor:
+        """[V, D] int16, uninitialised while `fresh`; made when first asked for: half the memory of an accumulator.
+
+        The lower 16 bits of a float32 sum, for a 16-bit weight. The upper ones are kept in the memory of `weight`, which
+        such a backend leaves rounded after the last chunk.
+        """
+        assert self.weight is not None and self.weight.element_size() == 2
+        if self._low_halves is None:
+            self._low_halves = torch.empty_like(self.weight, dtype=torch.int16)
+        return self._low_halves
+
     def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, weight and bias, each in its tensor's dtype."""
         if self.weight is not None and self.fresh:
             self.weight.zero_()
-        elif self.weight is not None and self._accumulator is not None and not self.rounded:
+        elif self.weight is not None and self._accumulator is not None:
             self.weight.copy_(self._accumulator)
         return self.hidden, self.weight, None if self.bias is None or bias is None else self.bias.to(bias.dtype)
 
@@ -126,7 +138,7 @@ class Chunk(Protocol):
     def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
         """Adds the chunk's part to `into`; hidden's gradient goes to its rows `tokens`. May be called once.
 
-        After the `last` chunk nothing more is added, so that it may round the weight's gradient on the way.
+        After the `last` chunk nothing more is added: it may round the weight's gradient on the way.
         """
         ...
 
