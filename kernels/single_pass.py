@@ -194,7 +194,7 @@ def _run(
 ) -> tuple[Tensor, TokenStats, tuple[Tensor | None, ...]]:
     options = plan.options
     head = plan.backend.Head(weight, bias, options)
-    max_tokens = max(1, plan.max_chunk_bytes // (head.bytes_per_logit * weight.shape[0]))
+    max_tokens = head.tokens_within(plan.max_chunk_bytes)
     into = HeadGrads(hidden, weight, options, needs)
     vector = hidden.new_empty(hidden.shape[0], dtype=options.compute_dtype)
     all_stats = TokenStats(vector, vector.clone(), vector.clone() if options.entropy else None)

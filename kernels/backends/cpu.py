@@ -104,10 +104,13 @@ class Head:
         self.options = options
         self.bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
         self.scratch_dtype = torch.bfloat16 if self.bfloat16 else torch.float32
-        self.bytes_per_logit = self.scratch_dtype.itemsize
         self._scratch = torch.empty(0, dtype=self.scratch_dtype)
         # logit_scale, temperature and softcap (0: none), as the kernels take them
         self.scaling = (options.logit_scale, options.temperature, options.softcap or 0.0)
+
+    def tokens_within(self, max_bytes: int) -> int:
+        tokens = max_bytes // (self.scratch_dtype.itemsize * len(self.weight))
+        return max(1, tokens if tokens < STRIP else tokens // STRIP * STRIP)  # fewer than a strip take as much as one
 
     def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
         """Valid until the next call: chunks share their scratch memory, since new pages cost as much as filling them."""

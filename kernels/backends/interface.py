@@ -146,8 +146,9 @@ class Chunk(Protocol):
 class Head(Protocol):
     """A head that is ready to multiply."""
 
-    bytes_per_logit: int
-    """Of a chunk's scratch memory, per token and vocabulary entry."""
+    def tokens_within(self, max_bytes: int) -> int:
+        """How many tokens a chunk may have for its logits to take at most `max_bytes`; at least the fewest it can handle."""
+        ...
 
     def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
         """The statistics of at least one token, and what the backward pass needs in order to recompute nothing."""

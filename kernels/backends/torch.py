@@ -61,7 +61,9 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.weight, self.bias, self.options = weight, bias, options
-        self.bytes_per_logit = options.compute_dtype.itemsize
+
+    def tokens_within(self, max_bytes: int) -> int:
+        return max(1, max_bytes // (self.options.compute_dtype.itemsize * len(self.weight)))
 
     def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
         return Chunk(self, hidden, targets)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tbrm_kernels import TokenStats, backends, fused_linear_trajectory_loss
+from tbrm_kernels.backends import cpu
 from tests.kernels.heads import Head, random_head
 
 pytestmark = pytest.mark.skipif(not backends("cpu")["cpu"].usable, reason="its kernels are not built")
@@ -66,8 +71,12 @@ def test_the_error_does_not_grow_with_the_number_of_chunks(dtype: torch.dtype) -
 def test_the_gradient_is_rounded_whatever_comes_last(dtype: torch.dtype, lengths: list[int], kept: int) -> None:
     head = random_head(sum(lengths), 300, 24, dtype, bias=False)
     head.targets[kept:] = -100
+    gradient = weight_gradient(head, lengths)
     truth = weight_gradient(head.double(), lengths, backend="torch")
-    assert (weight_gradient(head, lengths) - truth).norm() <= 16 * torch.finfo(dtype).eps * truth.norm()
+    assert (gradient - truth).norm() <= 16 * torch.finfo(dtype).eps * truth.norm()
+    without = Head(head.hidden[:kept], head.weight, None, head.targets[:kept])
+    bounds = torch.tensor(lengths).cumsum(0).clamp(max=kept)
+    assert torch.equal(gradient, weight_gradient(without, bounds.diff(prepend=torch.tensor([0])).tolist()))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -77,3 +86,44 @@ def test_a_nan_survives_the_halves(dtype: torch.dtype) -> None:
     head.hidden[3, 5] = torch.nan
     gradient = weight_gradient(head, lengths)
     assert gradient.isnan().all()  # of the first chunk: every entry of the softmax is NaN there
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of every tensor that an operation returns, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+        self._alive: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.bytes[storage.data_ptr()] = storage.nbytes()
+                self._alive.append(storage)  # so that no other gets its address
+        return result
+
+
+@pytest.mark.parametrize("tokens", [32, 40, 63, 64, 500])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_scratch_is_within_max_chunk_bytes(dtype: torch.dtype, tokens: int) -> None:
+    """The lanes that pad a chunk to whole strips included; one strip of 32 tokens is the least there can be."""
+    head = random_head(17 * 40, 3000, 4, dtype, bias=False, ignored=0)
+    with Allocations() as allocations:
+        weight_gradient(head, [17] * 40, tokens)
+    budget = 4 * tokens * len(head.weight)
+    assert budget / 2 < max(allocations.bytes.values()) <= budget
+
+
+@pytest.mark.parametrize(("tokens", "planes"), [(32, 2), (128, 1)], ids=["several chunks", "one chunk"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_no_float32_tensor_of_the_weights_shape_is_made(dtype: torch.dtype, tokens: int, planes: int) -> None:
+    """The gradient, and for several chunks the lower halves of its sum."""
+    head = random_head(4 * 32, 400, 600, dtype, bias=False, ignored=0)
+    with Allocations() as allocations:
+        weight_gradient(head, [32] * 4, tokens // (2 if dtype == torch.bfloat16 and cpu.multiplies_bfloat16() else 1))
+    del allocations.bytes[head.weight.data_ptr()]
+    large = [size for size in allocations.bytes.values() if size >= 400 * 600]
+    assert large == [2 * 400 * 600] * planes
