@@ -6,7 +6,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 SEED   ?= 0
 RUN    ?= runs/demo
 
-.PHONY: install demo test lint bench aot clean
+.PHONY: install demo test test-gpu lint bench aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -29,6 +29,11 @@ demo: $(VENV)/installed $(MODEL)
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+# The tests of every kernel, with all tensors on an NVIDIA GPU.
+KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py autograd.py trajectory.py triton.py triton_aot.py)
+test-gpu: $(VENV)/installed
+	TBRM_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest $(KERNEL_TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -67,7 +67,8 @@ PLAIN = {name: "" for name in ("bias", "weighted", "entropy", "entropy_out", "gr
 def cases(major: int) -> Iterator[Case]:
     for dtype, name in TYPES.items():
         with_bias = {"bias": f"*{name}"}
-        for config in launch.CONFIGS[major, dtype]:
+        wide = launch.WIDE_CONFIGS.get((major, dtype), ())
+        for config in wide + launch.CONFIGS[major, dtype]:
             blocks = {"hidden": (config.block_t, config.block_d), "weight": (config.block_v, config.block_d)}
             layout = {matrix: f"tensordesc<{name}[{rows}, {columns}]>" for matrix, (rows, columns) in blocks.items()}
             if major < 9:
@@ -79,6 +80,8 @@ def cases(major: int) -> Iterator[Case]:
                     ("filtered", PLAIN | {"tile_lse": "*fp32"}, False),
                     ("bias, soft-cap, entropy", with_bias | {"tile_lse": ""}, True),
                 ):
+                    if options and config in wide:
+                        continue
                     constants = {
                         "CAPPED": capped,
                         "FACTOR": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,

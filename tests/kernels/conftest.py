@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tbrm_kernels.backends import cpu, registry, torch_tiles
+from tests.kernels.heads import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -13,8 +14,10 @@ def poisoned_memory() -> Iterator[None]:
     """Every `torch.empty` is filled with NaN, so that reading memory before writing it fails a test."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
+    torch.set_default_device(DEVICE)
     torch.use_deterministic_algorithms(True)
     yield
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_num_threads(threads)
 
@@ -23,7 +26,7 @@ def poisoned_memory() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What "auto" takes, where it can: each in turn."""
     name: str = request.param
-    status = registry.backends("cpu")[name]
+    status = registry.backends(DEVICE)[name]
     if not status.usable:
         pytest.skip(status.reason)
     chosen = {key: registry._BACKENDS[key] for key in (name, "torch")}

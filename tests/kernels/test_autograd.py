@@ -12,6 +12,7 @@ from torch import Tensor
 from tbrm_kernels import TokenStats, linear_token_stats
 from tbrm_kernels.backends import cpu, registry
 from tbrm_kernels.reference import token_stats_reference
+from tests.kernels.heads import DEVICE, seeded
 
 T, V, D = 20, 50, 6
 SetTiles = Callable[[int, int], None]
@@ -24,14 +25,14 @@ def several_tiles(set_tiles: SetTiles) -> None:
 
 
 def leaves(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = {"hidden": (T, D), "weight": (V, D), "bias": (V,)}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
 def targets() -> Tensor:
-    return torch.randint(V, (T,), generator=torch.Generator().manual_seed(1))
+    return torch.randint(V, (T,), generator=seeded(1))
 
 
 def loss_of(stats: TokenStats | tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
@@ -148,8 +149,8 @@ def test_autocast_rounds_hidden_and_weight_and_nothing_else(backend: str, hidden
     loss_of(expected_stats).backward()
 
     multiplies_bfloat16 = backend == "triton" or (backend == "cpu" and cpu.multiplies_bfloat16())
-    not_truncating = backend != "triton"  # as Triton's interpreter does where GPUs round
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    not_truncating = backend != "triton" or DEVICE.type == "cuda"  # as Triton's interpreter does where GPUs round
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         stats = linear_token_stats(targets=targets(), entropy=True, **inputs)
         loss_of(stats).backward()  # inside the context, which must not round the backward products
     for value, wanted in zip(stats, expected_stats, strict=True):
@@ -174,7 +175,7 @@ def test_a_backend_runs_with_autocast_off(backend: str, monkeypatch: pytest.Monk
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
-            seen.append((function.__name__, torch.is_autocast_enabled("cpu")))
+            seen.append((function.__name__, torch.is_autocast_enabled(DEVICE.type)))
             return function(*args)
 
         return wrapper
@@ -182,14 +183,14 @@ def test_a_backend_runs_with_autocast_off(backend: str, monkeypatch: pytest.Monk
     for name in ("token_stats_forward", "token_stats_backward"):
         module = registry._BACKENDS[backend]
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         loss_of(linear_token_stats(targets=targets(), entropy=True, **leaves())).backward()
     assert seen == [("token_stats_forward", False), ("token_stats_backward", False)]
 
 
 def test_autocast_leaves_float64_alone() -> None:
     plain = linear_token_stats(targets=targets(), **leaves(torch.float64))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         stats = linear_token_stats(targets=targets(), **leaves(torch.float64))
     assert stats.logprobs.dtype == torch.float64
     assert torch.equal(stats.logprobs, plain.logprobs)

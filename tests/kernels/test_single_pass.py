@@ -21,7 +21,7 @@ from tbrm_kernels import (
 )
 from tbrm_kernels.backends import cpu, registry
 from tbrm_kernels.reference import token_stats_reference, trajectory_residual_reference
-from tests.kernels.heads import Head, luck, multiplies_bfloat16, plain_bfloat16, random_head, rounding
+from tests.kernels.heads import DEVICE, Head, luck, multiplies_bfloat16, plain_bfloat16, random_head, rounding, seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -44,7 +44,7 @@ def chunk_bytes(tokens: int | None, head: Head) -> int | None:
     """The bytes in which so many tokens fit."""
     if tokens is None:
         return None
-    backend = registry.select("auto", torch.device("cpu"), head.hidden.dtype)
+    backend = registry.select("auto", DEVICE, head.hidden.dtype)
     itemsize = 8 if head.hidden.dtype == torch.float64 else 4
     if backend is cpu and head.hidden.dtype == torch.bfloat16 and cpu.multiplies_bfloat16():
         itemsize = 2
@@ -52,7 +52,7 @@ def chunk_bytes(tokens: int | None, head: Head) -> int | None:
 
 
 def scores(lengths: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     names = ("ref_logprob_sums", "rewards", "ref_values")
     return {name: torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype) for name in names}
 
@@ -316,7 +316,7 @@ def test_lora_on_the_head_trains_through_the_merged_weight() -> None:
     head = random_head(sum(LENGTHS), 60, 8, torch.float64, bias=False)
     grads = []
     for function in (linear_token_stats, None):
-        generator = torch.Generator().manual_seed(3)
+        generator = seeded(3)
         a = torch.randn(2, 8, generator=generator, dtype=torch.float64).requires_grad_()
         b = torch.randn(60, 2, generator=generator, dtype=torch.float64).requires_grad_()
         merged = head.weight + b @ a
@@ -334,7 +334,7 @@ def test_autocast_is_that_of_linear_token_stats() -> None:
     results = []
     for fused in (True, False):
         leaves = leaves_of(head)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             if fused:
                 loss = simple_loss(leaves, head)
             else:

@@ -13,13 +13,14 @@ from torch import Tensor
 from tbrm_kernels import linear_token_stats, segment_sums, trajectory_residual
 from tbrm_kernels.backends import registry
 from tbrm_kernels.reference import trajectory_residual_reference
+from tests.kernels.heads import seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 
 def packed(lengths: list[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
     """The arguments of trajectory_residual for random trajectories of the given lengths."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     tokens, n = sum(lengths), len(lengths)
     sizes = {"logprobs": tokens, "lse": tokens, "ref_logprob_sums": n, "rewards": n, "ref_values": n}
     tensors = {name: torch.randn(size, generator=generator, dtype=dtype) for name, size in sizes.items()}
@@ -119,7 +120,7 @@ def test_packing_changes_nothing_and_trajectories_do_not_touch() -> None:
 def test_the_soft_optimal_policy_has_residual_zero_on_every_trajectory() -> None:
     """Two steps, 3 actions; logits built backwards by Q = r / beta + log pi_ref + V(next), with V(end) = 0."""
     beta, actions = 0.3, 3
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     reward_1, reward_2 = torch.randn(2, actions, actions, generator=generator, dtype=torch.float64)
     reward_1 = reward_1[0]
     ref_1, ref_2 = torch.randn(2, actions, actions, generator=generator, dtype=torch.float64).log_softmax(-1)

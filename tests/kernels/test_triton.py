@@ -15,10 +15,18 @@ from torch import Tensor
 from tbrm_kernels import linear_token_stats
 from tbrm_kernels.backends import registry
 from tbrm_kernels.backends.interface import TokenStatsOptions
-from tests.kernels.heads import OUTPUTS, Head, assert_as_good_as_plain_torch, random_head, values_and_gradients
+from tests.kernels.heads import (
+    DEVICE,
+    OUTPUTS,
+    Head,
+    assert_as_good_as_plain_torch,
+    random_head,
+    seeded,
+    values_and_gradients,
+)
 
-if not registry.backends("cpu")["triton"].usable:
-    pytest.skip(registry.backends("cpu")["triton"].reason, allow_module_level=True)
+if not registry.backends(DEVICE)["triton"].usable:
+    pytest.skip(registry.backends(DEVICE)["triton"].reason, allow_module_level=True)
 
 
 from tbrm_kernels.backends.triton import head as triton_head
@@ -65,7 +73,7 @@ def test_layouts(width: int, offset: int, copied: bool) -> None:
 def test_offsets_beyond_32_bits() -> None:
     """Rows so far apart that the last one starts beyond element 2^31. Only the pages that are written take memory."""
     head = random_head(3, 70, 48, ignored=0)
-    memory = torch.from_numpy(np.empty(2**31 + 2**20, np.float32))
+    memory = torch.from_numpy(np.empty(2**31 + 2**20, np.float32)).to(DEVICE)
     hidden = memory.as_strided((3, 48), (2**30, 1)).copy_(head.hidden)
     far = Head(hidden, head.weight, head.bias, head.targets)
     assert launch.aligned(hidden) is hidden
@@ -88,11 +96,11 @@ def test_derivatives_take_the_place_of_logits(vocab: int, monkeypatch: pytest.Mo
     expected = rows.row_dlogits_(
         exact, None, head.targets, TokenStatsOptions(torch.float32, entropy=True), (1.0, 1.0), stats, grads
     )
-    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-30)  # the interpreter truncates
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-30)  # Triton's interpreter truncates
 
 
 def random_grads(tokens: int) -> triton_head.RowGrads:
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     return triton_head.RowGrads(*(torch.randn(tokens, generator=generator) for _ in range(3)))
 
 
@@ -124,7 +132,7 @@ def test_filtered_gradients_keep_their_bound(dtype: torch.dtype) -> None:
     assert not live[128:448].any()  # whole tiles, which were skipped
     assert (row_norms(exact["d_weight"]) > 0).all()
 
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     weights = [torch.randn(len(head.targets), generator=generator) for _ in OUTPUTS]
     lost = torch.finfo(dtype).eps / 2 * (weights[1] - weights[0]).abs() * row_norms(head.weight).max()
     one_rounding = torch.finfo(dtype).eps * row_norms(exact["d_hidden"])

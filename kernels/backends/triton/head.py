@@ -72,12 +72,13 @@ def token_stats_backward(
 class Head:
     """A head whose weight has the dtype of the products."""
 
-    bytes_per_logit = 4
-
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.weight, self.options = weight.to(options.operand_dtype), options
         self.bias = None if bias is None else bias.contiguous()
         self._scratch = weight.new_empty(0, dtype=torch.float32)
+
+    def tokens_within(self, max_bytes: int) -> int:
+        return max(1, max_bytes // (4 * len(self.weight)))
 
     def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
         """Valid until the next call: chunks share their scratch memory."""

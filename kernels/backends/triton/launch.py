@@ -36,8 +36,8 @@ class TileConfig:
 INTERPRETER_CONFIG = TileConfig(32, 64, 64, 1, 1)
 """Small, so that the tests' small problems have several tiles."""
 
-# By the major compute capability, for bfloat16 and float32 operands; the first is taken unless TBRM_AUTOTUNE is set.
-# bench/results/triton_aot.md shows what each compiles to: none spills registers.
+# By the major compute capability; the first is taken unless TBRM_AUTOTUNE is set. bench/results/triton_aot.md shows what each
+# compiles to: none spills registers.
 CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
     (8, torch.bfloat16): (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 64, 64, 4, 4)),
     (9, torch.bfloat16): (TileConfig(128, 128, 64, 8, 4), TileConfig(128, 64, 64, 4, 4), TileConfig(64, 128, 64, 4, 4)),
@@ -49,6 +49,13 @@ CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
     (8, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
     (9, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
     (10, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
+}
+
+# Taken first where nothing is asked for but log-probs and lse of plain logits: that leaves registers for a tile that fetches
+# a quarter less from the cache per product.
+WIDE_CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
+    (9, torch.bfloat16): (TileConfig(256, 128, 64, 8, 3),),
+    (10, torch.bfloat16): (TileConfig(256, 128, 64, 8, 3),),
 }
 
 
@@ -69,6 +76,7 @@ class Operands:
         self.bias = None if bias is None else bias.contiguous()
         self.options = options
         self.scaling = scaling(options)
+        self.plain = bias is None and options.softcap is None and not (options.entropy or options.filter_gradients)
 
     def arguments(self, config: TileConfig) -> Arguments:
         (T, D), V = self.hidden.shape, len(self.weight)
@@ -112,12 +120,15 @@ def scaling(options: TokenStatsOptions) -> tuple[float, float]:
     return options.logit_scale / options.softcap, options.softcap / options.temperature
 
 
-def candidates(device: torch.device, dtype: torch.dtype) -> tuple[TileConfig, ...]:
+def candidates(operands: Operands) -> tuple[TileConfig, ...]:
+    device, dtype = operands.hidden.device, operands.hidden.dtype
     if device.type != "cuda":
         return (INTERPRETER_CONFIG,)
-    # What is newer than the table is taken for the newest that is in it (consumer Blackwell, 12.x, has no tcgen05).
-    major = {8: 8, 9: 9, 10: 10}.get(torch.cuda.get_device_capability(device)[0], 8)
-    return CONFIGS[major, dtype]
+    # What is newer than the table is taken for 8.x: consumer Blackwell, 12.x, has no tcgen05 and as little shared memory.
+    major = torch.cuda.get_device_capability(device)[0]
+    key = (major if (major, dtype) in CONFIGS else 8, dtype)
+    wide = WIDE_CONFIGS.get(key, ()) if operands.plain and len(operands.hidden) > 128 else ()
+    return wide + CONFIGS[key]
 
 
 def program_count(device: torch.device) -> int:
@@ -129,11 +140,11 @@ def program_count(device: torch.device) -> int:
 
 def choose_config(operands: Operands, run: Callable[[TileConfig], object]) -> TileConfig:
     """The default configuration, or with TBRM_AUTOTUNE=1 the fastest at `run`, timed once per GPU, dtype and head."""
-    device, dtype = operands.hidden.device, operands.options.operand_dtype
-    choices = candidates(device, dtype)
+    choices = candidates(operands)
     if len(choices) == 1 or os.environ.get("TBRM_AUTOTUNE", "0") in ("", "0"):
         return choices[0]
-    key = repr((torch.cuda.get_device_name(device), dtype, tuple(operands.weight.shape), choices))
+    weight = operands.weight
+    key = repr((torch.cuda.get_device_name(weight.device), weight.dtype, tuple(weight.shape), choices))
     if key not in _TUNED:
         folder = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
         if (known := folder.get_file("fastest.json")) is None:

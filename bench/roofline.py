@@ -1,0 +1,147 @@
+"""How fast the Triton backend can be: bytes and operations counted from its tile plan, against data-sheet rates.
+
+python -m bench.roofline bench/results/roofline.md
+
+Nothing here is measured. Per kernel: the operations of the tensor cores, the exponentials (which a unit of their own
+computes), what must pass through DRAM and what the tiles fetch from the second-level cache; the time that each takes at its
+rate; and the largest of these as a share of what the kernel takes at best, when its parts overlap as far as they can.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from tbrm_kernels.backends.triton import head, launch
+from tbrm_kernels.single_pass import CHUNK_BYTES_PER_VOCABULARY_ENTRY
+
+T = 8192
+BF16, F32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    major: int
+    tensor: float  # dense bfloat16 operations per second
+    dram: float  # bytes per second
+    sms: int
+    hertz: float  # the boost clock
+    exps_per_clock: int = 16  # per multiprocessor: the special-function rate of NVIDIA's programming guide
+
+
+# NVIDIA's data sheets of H100 SXM and HGX B200 (an eighth of the latter's eight GPUs).
+GPUS = (
+    Gpu("H100 SXM", 9, 989e12, 3.35e12, 132, 1.98e9),
+    Gpu("B200", 10, 2250e12, 7.7e12, 148, 1.965e9),
+)
+
+MODELS = (  # name, V, D
+    ("Gemma 3 270M", 262144, 640),
+    ("Qwen2.5 0.5B", 151936, 896),
+    ("Llama 3.1 8B", 128256, 4096),
+    ("Qwen3 32B", 151936, 5120),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    kernel: str
+    flops: float
+    exps: float
+    dram: float
+    tile_fetches: float = 0.0
+    """Bytes from the second-level cache to the multiprocessors' shared memory."""
+    serial_epilogue: bool = False
+    """One program fits on a multiprocessor at a time, so that its exponentials wait for its products."""
+
+    def seconds(self, gpu: Gpu) -> dict[str, float]:
+        exps = self.exps / (gpu.sms * gpu.hertz * gpu.exps_per_clock)
+        return {"tensor": self.flops / gpu.tensor, "exp": exps, "DRAM": self.dram / gpu.dram}
+
+    def reachable(self, gpu: Gpu) -> tuple[str, float]:
+        """The resource that limits the kernel, and its time over the best that the tile plan allows."""
+        seconds = self.seconds(gpu)
+        limit = max(seconds, key=seconds.__getitem__)
+        best = max(seconds["tensor"] + seconds["exp"], seconds["DRAM"]) if self.serial_epilogue else seconds[limit]
+        return limit, seconds[limit] / best
+
+
+def works(gpu: Gpu, V: int, D: int) -> Iterator[Work]:
+    config = launch.WIDE_CONFIGS[gpu.major, torch.bfloat16][0]
+    product = 2.0 * T * V * D
+    hidden, weight, logits = T * D, V * D, T * V
+    row_tiles, tiles = ceil(T / config.block_t), ceil(V / config.block_v)
+    splits = min(tiles, ceil(8 * gpu.sms / row_tiles))
+    fetched = row_tiles * tiles * (config.block_t + config.block_v) * D * BF16
+    # All row tiles of a split run at once, so that each part of the weight comes from DRAM once; hidden stays in the cache.
+    passes = ceil(row_tiles / gpu.sms)
+    yield Work(
+        "forward",
+        product,
+        logits,
+        (hidden + passes * weight) * BF16 + 8 * splits * T * F32,
+        fetched,
+        serial_epilogue=True,
+    )
+
+    width = config.block_v * max(1, head.SCRATCH_BYTES // (T * config.block_v * BF16))
+    slices = ceil(V / width)
+    operands = slices * hidden + passes * weight
+    yield Work("dlogits (recompute)", product, logits, (operands + logits) * BF16, fetched, serial_epilogue=True)
+    yield Work("cuBLAS: dH and dW (recompute)", 2 * product, 0, *_products(logits, hidden, weight, slices))
+
+    chunk = max(1, CHUNK_BYTES_PER_VOCABULARY_ENTRY["cuda"] // F32)
+    chunks = ceil(T / chunk)
+    yield Work("cuBLAS: logits (single pass)", product, 0, (hidden + chunks * weight) * BF16 + logits * F32)
+    yield Work("row_stats (single pass)", 0, 2 * logits, logits * F32)
+    yield Work("row_dlogits (single pass)", 0, logits, logits * (F32 + BF16))
+    accumulate = (2 * chunks - 1) * weight * F32 + weight * (F32 + BF16)
+    operands = 2 * logits + 2 * hidden + chunks * weight
+    yield Work("cuBLAS: dH and dW (single pass)", 2 * product, 0, operands * BF16 + accumulate)
+
+
+def _products(logits: int, hidden: int, weight: int, slices: int) -> tuple[float]:
+    """Both products read dlogits; hidden is read, and its gradient read and written in float32, once per slice."""
+    return ((2 * logits + weight + slices * hidden) * BF16 + 2 * slices * hidden * F32 + weight * (2 * F32 + BF16),)
+
+
+def main() -> None:
+    lines = [
+        __doc__ or "",
+        f"T = {T} tokens, bfloat16. Times in ms; recompute: one forward, one dlogits, two products.",
+        "",
+    ]
+    for gpu in GPUS:
+        lines += [
+            f"## {gpu.name}: {gpu.tensor / 1e12:.0f} TFLOP/s, {gpu.dram / 1e12:.2f} TB/s, {gpu.sms} multiprocessors",
+            "",
+        ]
+        lines += ["| model | kernel | tensor | exp | DRAM | limited by | reachable | L2 fetch rate at that speed |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for name, V, D in MODELS:
+            totals: dict[str, float] = {"single pass": 0.0, "recompute": 0.0}
+            for work in works(gpu, V, D):
+                seconds = work.seconds(gpu)
+                limit, reachable = work.reachable(gpu)
+                best = seconds[limit] / reachable
+                fetch = f"{work.tile_fetches / best / 1e12:.1f} TB/s" if work.tile_fetches else ""
+                cells = [f"{1e3 * seconds[key]:.2f}" for key in ("tensor", "exp", "DRAM")]
+                lines.append(f"| {name} | {work.kernel} | {' | '.join(cells)} | {limit} | {reachable:.0%} | {fetch} |")
+                totals["single pass" if "single pass" in work.kernel else "recompute"] += best
+            floor = 3 * 2 * T * V * D / gpu.tensor
+            lines.append(
+                f"| {name} | **single pass {totals['single pass'] / floor:.2f}, recompute {totals['recompute'] / floor:.2f} "
+                "times three products at the tensor cores' rate** | | | | | | |"
+            )
+        lines.append("")
+    Path(sys.argv[1]).write_text("# Roofline of the Triton backend\n\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
