@@ -16,7 +16,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCE = "csrc/head.cpp"
-HEADERS = ["csrc/block_sums.h", "csrc/product.h", "csrc/softmax_tile.h", "csrc/weight_sum.h"]
+HEADERS = [
+    f"csrc/{name}.h" for name in ("arguments", "block_sums", "hidden_gradient", "product", "softmax_tile", "weight_sum")
+]
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
 
 if platform.machine() in ("x86_64", "AMD64"):

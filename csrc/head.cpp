@@ -18,15 +18,15 @@
 #include <sys/mman.h>
 #endif
 
+#include "arguments.h"
 #include "block_sums.h"
+#include "hidden_gradient.h"
 #include "product.h"
 #include "softmax_tile.h"
 #include "weight_sum.h"
 
 namespace tbrm {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kPanel = 64;
 constexpr int64_t kGradPanel = 256;  // columns of hidden in one product of the weight's gradient
@@ -48,7 +48,7 @@ void forward(const Tensor& hidden, const Tensor& weight, const float* bias, cons
   const W* h = hidden.const_data_ptr<W>();
   const int64_t ld_h = hidden.stride(0);
   const PackedMatrix<P> packed(D, T, std::min(kPanel, lanes),
-                               [&](int64_t d, int64_t t) { return static_cast<float>(h[t * ld_h + d]); });
+                               [&](int64_t d, int64_t t) { return static_cast<P>(h[t * ld_h + d]); });
   const WeightBlocks<W, P> weights(weight, packed.K());
   float *maximum = sums.maximum.mutable_data_ptr<float>(), *sum = sums.sum.mutable_data_ptr<float>();
   float* weighted = entropy ? sums.weighted.mutable_data_ptr<float>() : nullptr;
@@ -153,51 +153,6 @@ void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t
   });
 }
 
-template <typename F>
-void dispatch_weight(const Tensor& weight, const F& call) {
-  switch (weight.scalar_type()) {
-    case at::kFloat:
-      return call(float{});
-    case at::kBFloat16:
-      return call(at::BFloat16{});
-    case at::kHalf:
-      return call(at::Half{});
-    default:
-      TORCH_CHECK(false, "tbrm_kernels: weight is ", weight.scalar_type(),
-                  "; the CPU kernels take float32, bfloat16 and float16");
-  }
-}
-
-void check_vector(const char* name, const Tensor& tensor, int64_t length, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == length && tensor.is_contiguous() && tensor.scalar_type() == dtype,
-              "tbrm_kernels: ", name, " must be a contiguous [", length, "] tensor of ", dtype);
-}
-
-void check_scratch(const Tensor& exps, int64_t V, int64_t T) {
-  TORCH_CHECK(
-      exps.dim() == 2 && exps.is_contiguous() && exps.size(0) == V && exps.size(1) == divup(T, kStrip) * kStrip &&
-          (exps.scalar_type() == at::kFloat || exps.scalar_type() == at::kBFloat16),
-      "tbrm_kernels: exps must be a contiguous [V, T rounded up to ", kStrip, "] tensor of float32 or bfloat16");
-}
-
-void check_operands(const Tensor& hidden, const Tensor& weight) {
-  TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) && hidden.size(0) > 0 &&
-                  hidden.scalar_type() == weight.scalar_type() && hidden.stride(1) == 1 && weight.stride(1) == 1,
-              "tbrm_kernels: hidden must be [T > 0, D] and weight [V, D], of one dtype, with rows in one piece");
-}
-
-WeightSum checked_sum(const Tensor& gradient, const std::optional<Tensor>& low_halves, int64_t V, int64_t D, bool fresh,
-                      bool last) {
-  const auto fits = [&](const Tensor& x) { return x.is_contiguous() && x.sizes() == at::IntArrayRef({V, D}); };
-  const bool float32 = gradient.scalar_type() == at::kFloat;
-  TORCH_CHECK(
-      fits(gradient) && (float32 || gradient.scalar_type() == at::kBFloat16 || gradient.scalar_type() == at::kHalf),
-      "tbrm_kernels: grad_weight must be a contiguous [V, D] tensor of float32, bfloat16 or float16");
-  TORCH_CHECK(float32 || (fresh && last) || (low_halves && fits(*low_halves) && low_halves->element_size() == 2),
-              "tbrm_kernels: low_halves must be a contiguous [V, D] tensor of 16 bits");
-  return WeightSum(gradient, low_halves, fresh, last);
-}
-
 // -> target Q, max, log sum e^(Q - max), entropy (empty unless wanted), [T] each, and the blocks' maxima [V / kBlock,
 // T].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(const Tensor& hidden, const Tensor& weight,
@@ -269,8 +224,9 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
       using P = decltype(product);
       std::optional<PackedMatrix<P>> packed;
       if (grad_weight) {
-        packed.emplace(lanes, D, std::min(kGradPanel, D),
-                       [&](int64_t t, int64_t d) { return t < T ? static_cast<float>(h[t * ld + d]) : 0.0f; });
+        packed.emplace(lanes, D, std::min(kGradPanel, D), [&](int64_t t, int64_t d) {
+          return t < T ? static_cast<P>(h[t * ld + d]) : static_cast<P>(0.0f);
+        });
       }
       backward<P>(exps.mutable_data_ptr<P>(), block_max.const_data_ptr<float>(), V, lanes, T, tokens, scaling,
                   packed ? &*packed : nullptr, D, weight_sum, pointer<float>(grad_bias));
@@ -280,6 +236,18 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
     }
     run(float{});
   });
+}
+
+// Float32 exps as head_backward has left them, and the weight -> hidden's gradient [T, D] in float32.
+Tensor head_hidden_gradient(const Tensor& exps, const Tensor& weight, int64_t T) {
+  check_scratch(exps, weight.size(0), T);
+  check_operands(weight, weight);
+  Tensor out = at::empty({T, weight.size(1)}, exps.options());
+  dispatch_weight(weight, [&](auto element) {
+    hidden_gradient<decltype(element)>(exps.const_data_ptr<float>(), exps.size(1), weight,
+                                       out.mutable_data_ptr<float>(), T);
+  });
+  return out;
 }
 
 // Rounds a 16-bit gradient of the weight to which the last chunk had nothing to add.
@@ -316,9 +284,11 @@ TORCH_LIBRARY(tbrm_kernels_cpu, m) {
       "head_backward(Tensor(a!) exps, Tensor block_max, Tensor targets, Tensor maximum, Tensor log_sum, Tensor of_p, "
       "Tensor? of_entropy, Tensor of_target, float logit_scale, float temperature, float softcap, Tensor hidden, "
       "Tensor(b!)? grad_weight, Tensor(c!)? low_halves, bool fresh, bool last, Tensor(d!)? grad_bias) -> ()");
+  m.def("head_hidden_gradient(Tensor exps, Tensor weight, int T) -> Tensor");
   m.def("round_weight(Tensor(a!) grad_weight, Tensor(b!) low_halves) -> ()");
   m.def("use_huge_pages(Tensor(a!) tensor) -> ()");
   m.impl("head_forward", c10::DispatchKey::CPU, TORCH_FN(head_forward));
+  m.impl("head_hidden_gradient", c10::DispatchKey::CPU, TORCH_FN(head_hidden_gradient));
   m.impl("round_weight", c10::DispatchKey::CPU, TORCH_FN(round_weight));
   m.impl("use_huge_pages", c10::DispatchKey::CPU, TORCH_FN(use_huge_pages));
   m.impl("head_backward", c10::DispatchKey::CPU, TORCH_FN(head_backward));

@@ -30,21 +30,28 @@ struct Product {
 template <typename P>
 class PackedMatrix {
  public:
-  // value(k, n) is B[k, n] as a float. Beyond K and N the panels hold zeros.
+  PackedMatrix(int64_t K, int64_t N, int64_t width)
+      : K_(Product<P>::padded(K)), width_(width), panels_(divup(N, width)), data_(new P[panels_ * width * K_]) {}
+
   template <typename Value>
-  PackedMatrix(int64_t K, int64_t N, int64_t width, const Value& value)
-      : K_(Product<P>::padded(K)), width_(width), panels_(divup(N, width)), data_(new P[panels_ * width * K_]) {
+  PackedMatrix(int64_t K, int64_t N, int64_t width, const Value& value) : PackedMatrix(K, N, width) {
+    pack(K, N, value);
+  }
+
+  // value(k, n) is B[k, n]. K may be less than there is room for. Beyond K and N the panels hold zeros.
+  template <typename Value>
+  void pack(int64_t K, int64_t N, const Value& value) {
     constexpr int64_t step = Product<P>::step;
+    K_ = Product<P>::padded(K);
     const int64_t groups = K_ / step;
-    at::parallel_for(0, panels_ * groups, 1 + 4096 / width, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, panels_ * groups, 1 + 4096 / width_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t n0 = i / groups * width, k0 = i % groups * step;
-        P* out = data_.get() + i * width * step;
-        for (int64_t n = n0; n < n0 + width; ++n) {
-          for (int64_t k = k0; k < k0 + step; ++k) {
-            *out++ = static_cast<P>(k < K && n < N ? value(k, n) : 0.0f);
-          }
+        const int64_t n0 = i / groups * width_, k0 = i % groups * step, columns = std::min(width_, N - n0);
+        P* out = data_.get() + i * width_ * step;
+        for (int64_t n = 0; n < columns; ++n) {
+          for (int64_t k = k0; k < k0 + step; ++k) *out++ = k < K ? value(k, n0 + n) : static_cast<P>(0.0f);
         }
+        std::fill_n(out, (width_ - columns) * step, static_cast<P>(0.0f));
       }
     });
   }

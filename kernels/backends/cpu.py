@@ -25,7 +25,6 @@ from .rows import KeptRows
 
 CHUNK_TOKENS = 512
 STRIP = 32  # lanes of the scratch come in multiples of this: kStrip in csrc/softmax_tile.h
-HIDDEN_TILE = 4096  # vocabulary entries that are cast up at once where 16-bit operands are multiplied as float32
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -206,14 +205,10 @@ class Chunk:
     def _hidden_gradient(self) -> Tensor:
         """[rows, D], from the exponentials, which are the logits' derivatives by now."""
         assert self._exps is not None
-        derivatives = self._exps[:, : len(self._hidden)].T
-        weight = self._head.weight
-        if derivatives.dtype == weight.dtype:
-            return derivatives @ weight
-        gradient = torch.zeros(self._hidden.shape)
-        for tile in _slices(len(weight), HIDDEN_TILE):
-            gradient.addmm_(derivatives[:, tile], weight[tile].float())
-        return gradient
+        head, n_rows = self._head, len(self._hidden)
+        if head.bfloat16:  # torch multiplies these at full speed
+            return self._exps[:, :n_rows].T @ head.weight
+        return _ops().head_hidden_gradient(self._exps, head.weight, n_rows)
 
 
 def _ops() -> Any:

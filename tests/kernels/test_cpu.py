@@ -127,3 +127,27 @@ def test_no_float32_tensor_of_the_weights_shape_is_made(dtype: torch.dtype, toke
     del allocations.bytes[head.weight.data_ptr()]
     large = [size for size in allocations.bytes.values() if size >= 400 * 600]
     assert large == [2 * 400 * 600] * planes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    """V, D and T fill no block, panel, tile or step; several of each."""
+    head = random_head(5 * 37, 1001, 333, dtype, ignored=0.1)
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        leaves = [x.detach().requires_grad_() for x in (head.hidden, head.weight, head.bias) if x is not None]
+        loss, stats = fused_linear_trajectory_loss(
+            leaves[0],
+            leaves[1],
+            head.targets,
+            torch.arange(0, 5 * 37 + 1, 37),
+            per_token,
+            bias=leaves[2],
+            max_chunk_bytes=4 * 80 * 1001,
+            backend="cpu",
+        )
+        loss.backward()
+        results.append([loss.detach(), stats.logprobs, stats.lse, *(leaf.grad for leaf in leaves)])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
