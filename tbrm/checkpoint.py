@@ -1,40 +1,64 @@
-"""Checkpoints: a Hugging Face folder that also holds the trainer's state, so that `--resume` goes on exactly.
+"""Checkpoints: written by all processes together, complete or not there at all, and resumed by any number of processes.
 
-``checkpoints/step-000010/`` holds the model and tokenizer, and in ``trainer/`` the optimiser (safetensors), the counters
-(JSON), the replay buffer (JSON lines) and, once it was reset, the reference. ``latest`` and ``best`` are links. A folder
-is written under another name and renamed when complete, so a kill never leaves half a checkpoint under a good name.
-Nothing is pickled.
+``checkpoints/step-000010/`` holds the weights (safetensors, in the slices of the processes that wrote them; those of one
+process are a Hugging Face folder as they are, and `tbrm export` makes one of any), and in ``trainer/`` the optimiser, the
+reference once it was reset (both safetensors), the counters (JSON) and the replay buffer (JSON lines). All randomness is
+derived from the seed and the counters. ``manifest.json`` holds the hash of every file. ``latest`` and ``best`` are links.
+
+A folder is written under another name and renamed when complete, and only then linked, so a kill never leaves half a
+checkpoint under a good name. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedTokenizerBase
 
+from tbrm.config import CheckpointConfig
 from tbrm.data import ReferenceScore, Trajectory
 from tbrm.model import PolicyModel
+from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
+from tbrm.weights import read_weights
 
-FORMAT = 1
+FORMAT = 2
 _UNFINISHED = ".writing-"
+_OPTIMIZER, _REFERENCE, _STATE, _REPLAY = (
+    f"trainer/{name}" for name in ("optimizer", "reference", "state.json", "replay.jsonl")
+)
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or resumed; the message names it, and what can be done."""
 
 
 @dataclass
 class TrainerState:
-    """The counters of a run. All randomness is derived from the seed and these."""
+    """The counters of a run."""
 
     step: int = 0
     position: int = 0
     """Of the source of trajectories."""
     reference_version: int = 0
+    skipped_in_a_row: int = 0
+    """Steps whose loss or gradient was not finite, up to this one."""
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     best_accuracy: float | None = None
@@ -42,14 +66,23 @@ class TrainerState:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. Leaving its context waits for one that is still being written."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World) -> None:
         self.folder = run_dir / "checkpoints"
+        self.config = config
+        self.world = world
+        # A group of its own, since a checkpoint may be written while training uses the other.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
-    def latest(self) -> Path | None:
+    def latest(self) -> Checkpoint | None:
+        """The latest one, checked. Raises CheckpointError if it is damaged or not one of this version."""
         link = self.folder / "latest"
-        return link.resolve() if link.exists() else None
+        # All processes must go on from the same one, whatever their file systems say.
+        target = self.world.gather(link.resolve() if link.exists() else None)[0]
+        return None if target is None else Checkpoint(target, self.world)
 
     def save(
         self,
@@ -61,30 +94,67 @@ class Checkpoints:
         replay: Iterable[Trajectory],
         *,
         best: bool,
-    ) -> Path:
+    ) -> None:
+        """Raises CheckpointError if this one, or the one before, could not be written."""
+        self.wait()
         name = f"step-{state.step:06d}"
         writing = self.folder / f"{_UNFINISHED}{name}"
-        shutil.rmtree(writing, ignore_errors=True)
-        (writing / "trainer").mkdir(parents=True)
-        policy.save(writing, tokenizer)
-        save_file(_optimizer_tensors(policy, optimizer), writing / "trainer" / "optimizer.safetensors")
+        tensors = {".": _detached(policy.weights()), _OPTIMIZER: _optimizer_tensors(policy, optimizer)}
         if reference.version > 0:
-            reference.model.save(writing / "trainer" / "reference", tokenizer)
-        with (writing / "trainer" / "replay.jsonl").open("w") as file:
-            file.writelines(json.dumps(_to_row(trajectory)) + "\n" for trajectory in replay)
-        (writing / "trainer" / "state.json").write_text(
-            json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n"
-        )
+            tensors[_REFERENCE] = _detached(reference.model.weights())
+        if self.world.is_main:
+            with self._explained(name):
+                shutil.rmtree(writing, ignore_errors=True)
+                (writing / "trainer").mkdir(parents=True)
+                policy.save_config(writing)
+                tokenizer.save_pretrained(writing)
+                write_trajectories(writing / _REPLAY, replay)
+                values = {"format": FORMAT, **asdict(state)}
+                (writing / _STATE).write_text(json.dumps(values, indent=2) + "\n")
+        self.world.gather(None)  # the folder is there
 
-        final = self.folder / name
-        if final.exists():  # the same step, saved before a resume
-            shutil.rmtree(final)
-        writing.rename(final)
-        self._link("latest", name)
-        if best:
-            self._link("best", name)
-        self._delete_unlinked()
-        return final
+        if self.config.asynchronous:
+            staged = BlockingAsyncStager().stage(tensors)
+            self._pending = self._writer.submit(self._write, staged, writing, name, best)
+        else:
+            self._write(tensors, writing, name, best)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete. Raises CheckpointError if it could not be written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]], writing: Path, name: str, best: bool) -> None:
+        with self._explained(name):
+            for folder, named in tensors.items():
+                if named:
+                    path = writing / folder
+                    path.mkdir(exist_ok=True)
+                    storage = HuggingFaceStorageWriter(str(path), save_distributed=self.world.size > 1)
+                    dcp.save(dict(named), storage_writer=storage, process_group=self._group, no_dist=not self._group)
+            if not self.world.is_main:
+                return
+            manifest = {str(path.relative_to(writing)): _hash(path) for path in _files(writing)}
+            (writing / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            final = self.folder / name
+            if final.exists():  # the same step, saved before a resume
+                shutil.rmtree(final)
+            writing.rename(final)
+            self._link("latest", name)
+            if best:
+                self._link("best", name)
+            self._delete_old()
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, dcp.CheckpointException, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {name} cannot be written to {self.folder}: {error}. Earlier ones are as they were: make "
+                "room there, and go on from the latest with --resume"
+            ) from error
 
     def _link(self, link: str, target: str) -> None:
         temporary = self.folder / f".{link}"
@@ -92,48 +162,99 @@ class Checkpoints:
         temporary.symlink_to(target)
         os.replace(temporary, self.folder / link)
 
-    def _delete_unlinked(self) -> None:
+    def _delete_old(self) -> None:
         linked = {(self.folder / link).resolve().name for link in ("latest", "best")}
-        for folder in [*self.folder.glob("step-*"), *self.folder.glob(f"{_UNFINISHED}*")]:
+        old = sorted(self.folder.glob("step-*"))[: -self.config.keep]
+        for folder in [*old, *self.folder.glob(f"{_UNFINISHED}*")]:
             if folder.name not in linked:
                 shutil.rmtree(folder)
 
+    def __enter__(self) -> Self:
+        return self
 
-def load_state(checkpoint: Path) -> TrainerState:
-    path = checkpoint / "trainer" / "state.json"
-    try:
-        values = json.loads(path.read_text())
-        found = values.pop("format")
-        if found != FORMAT:
-            raise ValueError(f"format {found!r}, this version reads {FORMAT}")
-        return TrainerState(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint} cannot be resumed: {path.name}: {error}. Name another by pointing "
-            f"{checkpoint.parent / 'latest'} at it, or train again with --overwrite"
-        ) from error
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if error_type is None:
+                raise
 
 
-def load_optimizer(checkpoint: Path, policy: PolicyModel, optimizer: torch.optim.Optimizer) -> None:
-    tensors = load_file(checkpoint / "trainer" / "optimizer.safetensors")
-    for name, parameter in policy.named_parameters():
-        prefix = f"{name}/"
-        state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        # AdamW keeps `step` on the CPU unless it is fused on a GPU; load_state_dict would cast it, so it is set directly.
-        optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
+class Checkpoint:
+    """One on disk, whose files are what its manifest says. Raises CheckpointError where they are not."""
+
+    def __init__(self, folder: Path, world: World = ALONE) -> None:
+        self.folder = folder
+        try:
+            values = json.loads((folder / _STATE).read_text())
+            found = values.pop("format")
+            if found != FORMAT:
+                raise ValueError(f"state.json: format {found!r}, this version reads {FORMAT}")
+            self.state = TrainerState(**values)
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            damaged = world.split(
+                lambda names: [_check(folder, name, manifest[name]) for name in names], list(manifest)
+            )
+            if any(damaged):
+                raise ValueError("; ".join(filter(None, damaged)))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            others = sorted(other for other in folder.parent.glob("step-*") if other != folder)
+            way_out = "There is no other: train again with --overwrite"
+            if others:
+                link = folder.parent / "latest"
+                way_out = f"Go on from the one before: `ln -sfn {others[-1].name} {link}`, then --resume"
+            raise CheckpointError(f"checkpoint {folder} cannot be resumed: {error}. {way_out}") from error
+
+    def load(self, policy: PolicyModel, optimizer: torch.optim.Optimizer, reference: ReferenceModel) -> None:
+        """Takes weights, reference and optimiser from it, whatever number of processes wrote it."""
+        # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
+        if self.state.reference_version > 0:
+            reference.load(self.folder / _REFERENCE, self.state.reference_version)
+        read_weights(policy.weights(), self.folder)
+        if not (self.folder / _OPTIMIZER).exists():  # no step was ever taken
+            return
+        for parameter in policy.weights().values():
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        read_weights(_optimizer_tensors(policy, optimizer), self.folder / _OPTIMIZER)
+
+    def replay(self) -> list[Trajectory]:
+        lines = (self.folder / _REPLAY).read_text().splitlines()
+        return [_from_row(json.loads(line)) for line in lines]
 
 
-def load_replay(checkpoint: Path) -> list[Trajectory]:
-    lines = (checkpoint / "trainer" / "replay.jsonl").read_text().splitlines()
-    return [_from_row(json.loads(line)) for line in lines]
+def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps(_to_row(trajectory)) + "\n" for trajectory in trajectories)
 
 
-def _optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Views of the optimiser's state; safetensors reads no slice of a tensor without dimensions, so AdamW's `step` gets one."""
     return {
-        f"{name}/{key}": value.contiguous()
-        for name, parameter in policy.named_parameters()
+        f"{name}/{key}": value[None] if value.dim() == 0 else value
+        for name, parameter in policy.weights().items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(folder: Path, name: str, wanted: str) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    return None if _hash(path) == wanted else f"{name} is damaged: its hash is not that of {_MANIFEST}"
 
 
 def _to_row(trajectory: Trajectory) -> dict[str, object]:

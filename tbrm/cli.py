@@ -24,25 +24,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         args.command(args)
-    except (ValueError, ModuleNotFoundError, FloatingPointError) as error:
+    except (ValueError, ModuleNotFoundError, FloatingPointError, InterruptedError) as error:
         # What our own code raises explains itself, and a traceback would hide it. Anything else is a bug to be seen.
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
             raise
         print(f"tbrm {args.name}: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
     return 0
 
 
 def train(args: argparse.Namespace) -> None:
     from tbrm.config import load_config
-    from tbrm.trainer import Trainer, prepare_run_dir
+    from tbrm.parallel import launched
+    from tbrm.run_writer import prepare_run_dir
+    from tbrm.trainer import Trainer
 
     config = load_config(args.recipe, args.overrides)
-    prepare_run_dir(Path(config.run.dir), resume=args.resume, overwrite=args.overwrite)
     _quiet_libraries()
-    Trainer(config, resume=args.resume).train()
-    print(f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
+    with launched(config.model, config.parallel) as world:
+        if world.is_main:
+            prepare_run_dir(Path(config.run.dir), resume=args.resume, overwrite=args.overwrite)
+        Trainer(config, resume=args.resume, world=world).train()
+        if world.is_main:
+            print(f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -114,6 +119,14 @@ def report(args: argparse.Namespace) -> None:
 
     write_report(Path(args.run))
     print("\n".join(summary_lines(Path(args.run))))
+
+
+def export(args: argparse.Namespace) -> None:
+    from tbrm.export import export as write
+
+    _quiet_libraries()
+    write(args.source, Path(args.out))
+    print(f"{args.out} is ready: a Hugging Face folder")
 
 
 def import_gguf(args: argparse.Namespace) -> None:
@@ -194,6 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", report, "Write a run's report.html and plots; works on a running or killed run too.")
     sub.add_argument("run", help="the run's folder, such as runs/demo")
 
+    sub = command("export", export, "Turn a run's checkpoint into a normal Hugging Face folder.")
+    sub.add_argument("source", help="a run's folder (its best checkpoint is taken), or a checkpoint's")
+    sub.add_argument("out", help="the folder to make")
+
     sub = command("import-gguf", import_gguf, "Turn a GGUF file into a normal Hugging Face folder.")
     sub.add_argument("file", help="a .gguf file of an architecture that transformers reads")
     sub.add_argument("out", help="the folder to make")
@@ -227,8 +244,12 @@ def _decoding(temperature: float) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Only errors of transformers: its bars and notices would break the progress bar."""
+    """Only errors of transformers: its bars and notices would break the progress bar. And that one process saves alone is
+    what is meant."""
+    import warnings
+
     import transformers
 
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -96,6 +96,28 @@ class TrainerConfig(Section):
     batch_tokens: int = Field(
         4096, ge=1, description="Packed tokens per forward and backward; gradients accumulate over as many as needed."
     )
+    max_skipped: int = Field(
+        3, ge=1, description="Steps in a row skipped for a loss or gradient that is not finite, before the run stops."
+    )
+
+
+class ParallelConfig(Section):
+    shard: int = Field(
+        0,
+        ge=0,
+        description="Processes over which the weights are cut; 0: all. Fewer: groups that hold the same slices.",
+    )
+    reshard_after_forward: bool = Field(
+        True, description="Give a block's gathered weights back after its forward; off: more memory, fewer gathers."
+    )
+    accumulate_sharded: bool = Field(
+        False, description="Reduce gradients after every micro-batch: less memory, more traffic; off: once per step."
+    )
+    cpu_offload: bool = Field(False, description="Keep weights, gradients and optimiser state in the CPU's memory.")
+    activation_checkpointing: bool = Field(
+        False, description="Compute each block's activations again in the backward pass instead of keeping them."
+    )
+    timeout: int = Field(1800, ge=1, description="Seconds that a process waits for the others before it gives up.")
 
 
 class EvaluationConfig(Section):
@@ -114,6 +136,10 @@ class EvaluationConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only after the last step.")
+    keep: int = Field(2, ge=1, description="Latest checkpoints kept, beside the best.")
+    asynchronous: bool = Field(
+        False, description="Write while training goes on, from a copy of weights and optimiser in the CPU's memory."
+    )
 
 
 class LoggingConfig(Section):
@@ -135,6 +161,7 @@ class Config(Section):
     replay: ReplayConfig = ReplayConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig
+    parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -155,8 +155,30 @@ def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list
     return batches
 
 
+def deal(trajectories: Sequence[Trajectory], max_tokens: int, processes: int) -> list[list[list[int]]]:
+    """The micro-batches of each process, of at most `max_tokens` each, as `split_by_tokens` makes them.
+
+    The largest share is as small as shares of neighbours can make it. Every process gets the same number of micro-batches,
+    since all must run the model together: where a share has fewer, the last ones are empty.
+    """
+    low, high = 0, max(1, sum(len(t.prompt_ids) + _fed_tokens(t) for t in trajectories))
+    while processes > 1 and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(split_by_tokens(trajectories, middle)) <= processes else (middle, high)
+    shares = split_by_tokens(trajectories, high)
+    dealt = []
+    for share in shares + [[] for _ in range(processes - len(shares))]:
+        split = split_by_tokens([trajectories[i] for i in share], max_tokens)
+        dealt.append([[share[i] for i in members] for members in split])
+    count = max(map(len, dealt))
+    return [batches + [[] for _ in range(count - len(batches))] for batches in dealt]
+
+
 def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> TrajectoryBatch:
-    """Packs trajectories in the order given. `rewards` [N] replaces their own (an objective may centre or scale them)."""
+    """Packs trajectories in the order given. `rewards` [N] replaces their own (an objective may centre or scale them).
+
+    Where there is no action to pack, the batch is one token that predicts nothing, so that the model can run all the same.
+    """
     packer = _Packer(prefix=0)
     members_of: list[list[int]] = []
     for index, trajectory in enumerate(trajectories):
@@ -192,6 +214,8 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
         alone = len(members) == 1 and seen == 0
         allowed = None if alone else _tree_mask(branch, position_ids[start:], seen)
         segments.append(Segment(start, len(input_ids), seen, allowed))
+    if not segments:
+        input_ids, position_ids, segments = [0], [0], [Segment(0, 1, 0, None)]
 
     targets = [t.response_ids[i] for t in trajectories for i in t.actions]
     lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int32)
@@ -208,8 +232,9 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
 
 def _fed_tokens(trajectory: Trajectory) -> int:
     """Response tokens that the model must read: those before the last action."""
-    actions = trajectory.actions
-    return actions[-1] if actions else 0
+    if trajectory.action_mask is None:
+        return max(0, len(trajectory.response_ids) - 1)
+    return max(trajectory.actions, default=0)
 
 
 def _may_share(trajectory: Trajectory) -> bool:

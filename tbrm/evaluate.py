@@ -10,6 +10,7 @@ from statistics import fmean
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import decode, encode_problems
+from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling
 from tbrm.tasks import Problem, Task
 
@@ -55,14 +56,15 @@ def evaluate(
     *,
     k: int,
     sampling: Sampling,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Answers each problem k times and grades the answers."""
+    """Answers each problem k times and grades the answers, each process of `world` its share."""
     if not problems:
         raise ValueError("evaluation.prompts: got 0 problems; wants at least 1")
     answers = engine.generate(encode_problems(tokenizer, problems), k, sampling)
     flat = [(problem, response) for problem, responses in zip(problems, answers, strict=True) for response in responses]
     texts = [decode(tokenizer, response.token_ids) for _, response in flat]
-    grades = task.grade([problem for problem, _ in flat], texts)
+    grades = world.split(task.grade, [problem for problem, _ in flat], texts)
     right = [sum(grade.correct for grade in grades[i : i + k]) for i in range(0, len(grades), k)]
     accuracy = sum(right) / len(grades)
     ci_low, ci_high = wilson_interval(accuracy, len(problems))

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tbrm.attention import PACKED_ATTENTION
 from tbrm.config import Config, ModelConfig
 from tbrm.data import Trajectory, TrajectoryBatch, pack
+from tbrm.parallel import ALONE, Sharding, World
 from tbrm.tiny import tiny_model, tiny_tokenizer
+from tbrm.weights import materialise, read_weights
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
 
@@ -35,26 +47,37 @@ class PolicyModel(nn.Module):
         self.precision = precision
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(text_config)
+        self.sharding: Sharding | None = None
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self._plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
         lm.set_attn_implementation(PACKED_ATTENTION)
 
     @property
     def device(self) -> torch.device:
-        return self.lm.device
+        return self.lm.device if self.sharding is None else self.sharding.device
 
-    def forward(self, batch: TrajectoryBatch, *, entropy: bool = False) -> TokenStats:
-        """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`."""
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks: what is gathered, and what is computed again, as a whole."""
+        names = self.lm._no_split_modules or ()
+        return [module for module in self.lm.modules() if type(module).__name__ in names]
+
+    def forward(
+        self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn | None = None, *, entropy: bool = False
+    ) -> TokenStats | tuple[Tensor, TokenStats]:
+        """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`; given `loss_fn`, what
+        `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
         with self.autocast():
-            return linear_token_stats(**self._head_inputs(batch), entropy=entropy)
+            head = self._head_inputs(batch)
+            if loss_fn is None:
+                return linear_token_stats(**head, entropy=entropy)
+            return fused_linear_trajectory_loss(**head, cu_seqlens=batch.cu_seqlens, loss_fn=loss_fn, entropy=True)
 
     def trajectory_loss(self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn) -> tuple[Tensor, TokenStats]:
         """The sum of `loss_fn` over the batch's trajectories, in a single pass over the head (see
         `fused_linear_trajectory_loss`), and the statistics of its actions, entropy included, without gradient."""
-        with self.autocast():
-            return fused_linear_trajectory_loss(
-                **self._head_inputs(batch), cu_seqlens=batch.cu_seqlens, loss_fn=loss_fn, entropy=True
-            )
+        loss_and_stats: tuple[Tensor, TokenStats] = self(batch, loss_fn)
+        return loss_and_stats
 
     def _head_inputs(self, batch: TrajectoryBatch) -> dict[str, Any]:
         backbone = self.lm.base_model(
@@ -80,12 +103,48 @@ class PolicyModel(nn.Module):
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             yield
 
+    def checkpoint_activations(self) -> None:
+        """From now on the backward pass computes the activations of each block again, from the block's input."""
+        blocks = set(self.blocks)
+        for parent in list(self.lm.modules()):
+            for name, child in parent.named_children():
+                if child in blocks:
+                    setattr(parent, name, checkpoint_wrapper(child))
+
+    def shard(self, sharding: Sharding) -> None:
+        """Cuts the weights over the processes; those on the meta device are given memory, and are still to be read."""
+        if not self.blocks:
+            raise ValueError(
+                f"model.name: {type(self.lm).__name__} does not say what its blocks are (_no_split_modules), so it cannot be "
+                "sharded; run it in one process, without torchrun"
+            )
+        on_meta = self.lm.device.type == "meta"
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        sharding.apply(self, self.blocks, trained=trained)
+        if on_meta:
+            materialise(self.lm, sharding.weights_device, sharding.device)
+        if sharding.precision is not torch.float32:
+            # The sums over blocks stay float32, as they do where the weights are not gathered in a lower precision.
+            self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
+        self.sharding = sharding
+
+    def frozen_copy(self) -> PolicyModel:
+        """The same model as it is now, sharded alike, that takes no gradient."""
+        if self.sharding is None:
+            return copy.deepcopy(self).requires_grad_(False)
+        with torch.device("meta"):
+            lm = type(self.lm)(copy.deepcopy(self.lm.config))
+        twin = PolicyModel(lm, temperature=self.temperature, precision=self.precision).requires_grad_(False)
+        twin.shard(self.sharding)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
     @contextmanager
     def generation_mode(self) -> Iterator[PreTrainedModel]:
-        """The transformers model with its usual attention, for `generate`."""
+        """The transformers model with its usual attention, for `generate`; on every process all of it."""
         self.lm.set_attn_implementation(self._plain_attention)
         try:
-            with self.autocast():
+            with self.autocast(), self.sharding.gathered(self) if self.sharding else nullcontext():
                 yield self.lm
         finally:
             self.lm.set_attn_implementation(PACKED_ATTENTION)
@@ -119,19 +178,30 @@ class PolicyModel(nn.Module):
                 "state, attention sinks); use another model, or report it"
             )
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a normal Hugging Face folder (safetensors)."""
-        self.lm.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Every weight once, by the first of its names in the transformers model: a tied head goes by the embedding's."""
+        named: dict[int, tuple[str, nn.Parameter]] = {}
+        # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
+        for name, weight in self.state_dict(keep_vars=True).items():
+            named.setdefault(id(weight), (name.removeprefix("lm."), weight))
+        return dict(named.values())
 
-    def load(self, folder: Path) -> None:
-        """Takes the weights of a folder that `save` wrote."""
-        saved = type(self.lm).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        self.lm.load_state_dict(saved.state_dict())
+    def save_config(self, folder: Path) -> None:
+        """Writes what a Hugging Face folder holds beside weights and tokenizer."""
+        config = copy.deepcopy(self.lm.config)
+        config.architectures = [type(self.lm).__name__]
+        config.save_pretrained(folder)
+        if self.lm.generation_config is not None:
+            self.lm.generation_config.save_pretrained(folder)
 
 
-def load_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model."""
+def load_model(
+    config: ModelConfig, seed: int, *, meta: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model.
+
+    With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
+    """
     lm: Any  # transformers' types do not cover what its Auto classes return
     tokenizer: Any
     if config.name == "tiny":
@@ -140,7 +210,15 @@ def load_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrai
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
-        lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
+        if meta:
+            with torch.device("meta"):
+                settings = AutoConfig.from_pretrained(config.name, **where)
+                remote_code = {"trust_remote_code": config.trust_remote_code}
+                lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **remote_code)
+            with suppress(OSError):  # it has none of its own: the model's config says it all
+                lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
@@ -149,16 +227,34 @@ def load_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrai
     return lm, tokenizer
 
 
-def load_policy(config: Config) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
-    """The config's model on its device, checked, and its tokenizer."""
-    lm, tokenizer = load_model(config.model, config.seed)
-    policy = PolicyModel(
-        lm,
-        temperature=config.rollout.temperature,
-        precision=config.model.resolve_precision(),
-    ).to(config.model.resolve_device())
+def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
+    """The config's model on its device, or sharded over the processes, checked, and its tokenizer.
+
+    No process of several ever holds all of a model that is read from files.
+    """
+    in_slices = any(Path(config.model.name).glob("shard-*.safetensors"))  # a checkpoint of several processes
+    lm, tokenizer = load_model(config.model, config.seed, meta=in_slices or world.mesh is not None)
+    unread = lm.device.type == "meta"
+    device, precision = config.model.resolve_device(), config.model.resolve_precision()
+    policy = PolicyModel(lm, temperature=config.rollout.temperature, precision=precision)
+    if config.parallel.activation_checkpointing:
+        policy.checkpoint_activations()
+    if world.mesh is not None:
+        policy.shard(Sharding(world.mesh, config.parallel, precision))
+    elif unread:
+        materialise(lm, device, device)
+    else:
+        policy = policy.to(device)
+    if unread:
+        read_weights(policy.weights(), _weights_folder(config.model))
     policy.check_architecture()
     return policy, tokenizer
+
+
+def _weights_folder(config: ModelConfig) -> Path:
+    if Path(config.name).is_dir():
+        return Path(config.name)
+    return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=["*.safetensors"]))
 
 
 def resolve_model(name: str) -> str:

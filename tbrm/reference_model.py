@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 
 from tbrm.data import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch
 from tbrm.model import PolicyModel
+from tbrm.parallel import World
+from tbrm.weights import read_weights
 
 
 class ReferenceModel:
@@ -20,7 +21,7 @@ class ReferenceModel:
     """
 
     def __init__(self, policy: PolicyModel) -> None:
-        self.model = copy.deepcopy(policy).requires_grad_(False)
+        self.model = policy.frozen_copy()
         self.version = 0
 
     def reset(self, policy: PolicyModel) -> None:
@@ -30,29 +31,34 @@ class ReferenceModel:
 
     def load(self, folder: Path, version: int) -> None:
         """Takes the weights that a checkpoint kept of the reference."""
-        self.model.load(folder)
+        read_weights(self.model.weights(), folder)
         self.version = version
 
     def has_scored(self, trajectory: Trajectory) -> bool:
         return trajectory.reference is not None and trajectory.reference.version == self.version
 
     @torch.no_grad()
-    def fill_in(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> ScoredBatch:
-        """The batch with its ref_logprobs and ref_values; scores those of its trajectories that are not yet."""
-        if not all(map(self.has_scored, trajectories)):
-            self._score(batch, trajectories)
-        scores = [trajectory.reference for trajectory in trajectories]
-        return ScoredBatch(
-            **vars(batch),
-            ref_logprobs=torch.cat([score.logprobs for score in scores if score]).to(batch.input_ids.device),
-            ref_values=torch.stack([score.value for score in scores if score]).to(batch.input_ids.device),
-        )
-
-    def _score(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> None:
+    def score(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> None:
+        """Scores the trajectories of the batch. Where the model is sharded, all processes must call this together."""
         stats = self.model(batch)
         logprobs, lse = stats.logprobs.cpu(), stats.lse.cpu()
         bounds = batch.cu_seqlens.tolist()
         for trajectory, start, end in zip(trajectories, bounds, bounds[1:], strict=False):
-            if not self.has_scored(trajectory):
-                value = lse[start] if end > start else torch.zeros(())
-                trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone())
+            value = lse[start] if end > start else torch.zeros(())
+            trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone())
+
+    def fill_in(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> ScoredBatch:
+        """The batch with its ref_logprobs and ref_values, which `score` has found."""
+        scores = [trajectory.reference for trajectory in trajectories]
+        nothing = torch.zeros(0)  # a share of the step may be empty
+        return ScoredBatch(
+            **vars(batch),
+            ref_logprobs=torch.cat([nothing, *(score.logprobs for score in scores if score)]).to(batch.targets.device),
+            ref_values=torch.cat([nothing, *(score.value[None] for score in scores if score)]).to(batch.targets.device),
+        )
+
+    def share_scores(self, trajectories: Sequence[Trajectory], scored_here: Sequence[int], world: World) -> None:
+        """Gives all processes the scores of those `trajectories` that this one has scored: another may get them next."""
+        for scores in world.gather({i: trajectories[i].reference for i in scored_here}):
+            for i, score in scores.items():
+                trajectories[i].reference = score

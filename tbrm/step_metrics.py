@@ -1,4 +1,4 @@
-"""The figures of one training step, summed over its micro-batches without waiting for the device."""
+"""The figures of one training step, summed over its micro-batches and processes without waiting for the device."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from tbrm.data import ScoredBatch, Trajectory
 from tbrm.objectives.base import TrajectoryLoss
+from tbrm.parallel import World
 from tbrm_kernels import TokenStats, segment_sums
 
 
 class StepMetrics:
-    """Adds up micro-batches; `means` is the step's one synchronisation with the device."""
+    """Adds up the micro-batches of this process; `means` is the step's one synchronisation with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.tokens = 0
-        self.trajectories = 0
-        self.actions = 0
+        """Packed tokens: of this process, and of all once `means` has been called."""
+        self._trajectories = 0
+        self._actions = 0
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: ScoredBatch) -> None:
         assert stats.entropy is not None
         self.tokens += len(batch.input_ids)
-        self.trajectories += len(batch.rewards)
-        self.actions += len(batch.targets)
+        self._trajectories += len(batch.rewards)
+        self._actions += len(batch.targets)
         first = batch.cu_seqlens[:-1].long()  # every trajectory of a step has at least one action
         log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
         self._sums += torch.stack(
@@ -40,10 +43,14 @@ class StepMetrics:
             ]
         )
 
-    def means(self) -> dict[str, float]:
-        """Means over trajectories; entropy, in nats, over actions."""
-        n = max(1, self.trajectories)
-        loss, residual, residual_square, value, log_ratio, entropy = self._sums.tolist()
+    def means(self, grad_norm: Tensor, world: World) -> dict[str, float]:
+        """Means over the trajectories of all processes; entropy, in nats, over actions. `grad_norm` [] rides along."""
+        counts = self._sums.new_tensor([self.tokens, self._trajectories, self._actions])
+        rows = world.gather_rows(torch.cat([self._sums, counts, grad_norm.double()[None]])).tolist()
+        *sums, tokens, trajectories, actions, _ = map(sum, zip(*rows, strict=True))
+        loss, residual, residual_square, value, log_ratio, entropy = sums
+        self.tokens = int(tokens)
+        n = max(1, trajectories)
         mean = residual / n
         return {
             "loss": loss / n,
@@ -51,7 +58,8 @@ class StepMetrics:
             "residual_std": max(0.0, residual_square / n - mean * mean) ** 0.5,
             "value_mean": value / n,
             "log_ratio_mean": log_ratio / n,
-            "entropy_mean": entropy / max(1, self.actions),
+            "entropy_mean": entropy / max(1, actions),
+            "grad_norm": rows[0][-1],
         }
 
 

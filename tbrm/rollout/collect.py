@@ -10,6 +10,7 @@ from tbrm.chat import decode, encode_problems
 from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
+from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling, derive_seed
 from tbrm.tasks import Problem, ProblemStream
 
@@ -34,12 +35,14 @@ class RolloutSource:
         tokenizer: PreTrainedTokenizerBase,
         config: RolloutConfig,
         seed: int,
+        world: World = ALONE,
     ) -> None:
         self.stream = stream
         self.engine = engine
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
+        self.world = world
 
     @property
     def position(self) -> int:
@@ -61,7 +64,7 @@ class RolloutSource:
         flat = [(i, response) for i, responses in enumerate(answers) for response in responses]
         with phases("reward"):
             texts = [decode(self.tokenizer, response.token_ids) for _, response in flat]
-            grades = self.stream.task.grade([problems[i] for i, _ in flat], texts)
+            grades = self.world.split(self.stream.task.grade, [problems[i] for i, _ in flat], texts)
 
         collected = Collected([])
         for (i, response), grade in zip(flat, grades, strict=True):

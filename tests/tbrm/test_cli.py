@@ -72,6 +72,24 @@ def test_eval_takes_a_runs_best_checkpoint(trained: Path) -> None:
     assert result["pass_at_k"] == sum(count > 0 for count in right) / 4
 
 
+def test_a_checkpoint_is_a_hugging_face_folder_and_so_is_what_export_makes_of_it(trained: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tbrm.model import resolve_model
+
+    tbrm("export", "run", "exported", cwd=trained)
+    checkpoint = AutoModelForCausalLM.from_pretrained(resolve_model(str(trained / "run")))
+    exported = AutoModelForCausalLM.from_pretrained(trained / "exported")
+    assert exported.config._attn_implementation == "sdpa"
+    assert exported.config.architectures == ["Qwen3ForCausalLM"]
+    for name, tensor in checkpoint.state_dict().items():
+        assert torch.equal(tensor, exported.state_dict()[name])
+    refused = tbrm("export", "run", "exported", cwd=trained, check=False)
+    assert "exported exists already" in refused.stderr
+    refused = tbrm("export", "recipe.yaml", "other", cwd=trained, check=False)
+    assert "recipe.yaml cannot be resumed" in refused.stderr
+
+
 def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
     tbrm("rollout", "recipe.yaml", "--out", "data.jsonl", "--steps", "2", cwd=trained)
     lines = [json.loads(line) for line in (trained / "data.jsonl").read_text().splitlines()]

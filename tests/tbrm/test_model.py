@@ -118,17 +118,3 @@ def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
     policy.logit_scale = 2.0  # as if the model divided its logits under a name we do not know
     with pytest.raises(ValueError, match="LlamaForCausalLM is not supported"):
         policy.check_architecture()
-
-
-def test_a_saved_policy_loads_as_a_plain_transformers_model(tmp_path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from tbrm.tiny import tiny_model, tiny_tokenizer
-
-    tokenizer = tiny_tokenizer()
-    policy = PolicyModel(tiny_model(len(tokenizer), seed=0))
-    policy.save(tmp_path, tokenizer)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config._attn_implementation == "sdpa"
-    for name, tensor in policy.lm.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name])

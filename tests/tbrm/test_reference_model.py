@@ -3,11 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tbrm.data import Trajectory, pack, split_by_tokens
+from tbrm.data import ScoredBatch, Trajectory, pack, split_by_tokens
 from tbrm.model import PolicyModel
 from tbrm.reference_model import ReferenceModel
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.test_model import trajectories
+
+
+def scored(reference: ReferenceModel, items: list[Trajectory]) -> ScoredBatch:
+    batch = pack(items)
+    if not all(map(reference.has_scored, items)):
+        reference.score(batch, items)
+    return reference.fill_in(batch, items)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -18,7 +25,7 @@ def test_log_ratio_is_exactly_zero_at_step_0(architecture: str, precision: torch
     items = trajectories()
     for members in split_by_tokens(items, 20):
         part = [items[i] for i in members]
-        batch = reference.fill_in(pack(part), part)
+        batch = scored(reference, part)
         stats = policy(batch)  # with gradient, unlike the reference's pass
         assert stats.logprobs.requires_grad
         assert torch.equal(stats.logprobs, batch.ref_logprobs)
@@ -31,16 +38,16 @@ def test_each_trajectory_is_scored_once_per_version() -> None:
     forwards = []
     reference.model.register_forward_hook(lambda *_: forwards.append(1))
     items = trajectories()
-    first = reference.fill_in(pack(items), items)
-    again = reference.fill_in(pack(items[::-1]), items[::-1])
+    first = scored(reference, items)
+    again = scored(reference, items[::-1])
     assert len(forwards) == 1
     assert torch.equal(again.ref_values, first.ref_values.flip(0))
 
     with torch.no_grad():
         policy.lm.get_input_embeddings().weight.mul_(1.1)
-    assert torch.equal(reference.fill_in(pack(items), items).ref_logprobs, first.ref_logprobs)  # a copy, not a view
+    assert torch.equal(scored(reference, items).ref_logprobs, first.ref_logprobs)  # a copy, not a view
     reference.reset(policy)
-    renewed = reference.fill_in(pack(items), items)
+    renewed = scored(reference, items)
     assert len(forwards) == 2
     assert reference.version == 1
     assert not torch.equal(renewed.ref_logprobs, first.ref_logprobs)
@@ -51,7 +58,7 @@ def test_the_reference_takes_no_gradient() -> None:
     policy = PolicyModel(make_lm("llama", tied=True))
     reference = ReferenceModel(policy)
     items = [Trajectory([3, 4], [5, 6], 1.0)]
-    batch = reference.fill_in(pack(items), items)
+    batch = scored(reference, items)
     assert not batch.ref_logprobs.requires_grad
     policy(batch).logprobs.sum().backward()
     assert all(p.grad is None for p in reference.model.parameters())

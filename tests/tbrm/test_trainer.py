@@ -19,7 +19,9 @@ from tbrm.evaluate import evaluate
 from tbrm.metrics import is_timing, read_jsonl
 from tbrm.rollout import Sampling
 from tbrm.rollout.record import record
-from tbrm.trainer import Trainer, learning_rate_at, prepare_run_dir
+from tbrm.run_writer import prepare_run_dir
+from tbrm.schedule import learning_rate_at
+from tbrm.trainer import Trainer
 from tbrm_kernels import single_pass
 from tests.tbrm.conftest import tiny_config, tiny_tree
 
@@ -34,7 +36,8 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoints" / "latest" / "model.safetensors")
+    files = (run_dir / "checkpoints" / "latest").glob("*.safetensors")
+    return {f"{path.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -147,9 +150,9 @@ def _count_objective_calls(config, steps: int, monkeypatch: pytest.MonkeyPatch) 
 def gradients_of_one_step(trainer: Trainer) -> dict[str, torch.Tensor]:
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(_learning_rate: float) -> float:
+    def keep(_learning_rate: float, *, skipped: bool) -> None:
+        assert not skipped
         seen.update({name: p.grad.clone() for name, p in trainer.policy.named_parameters()})
-        return 0.0
 
     trainer._update = keep
     trainer.train_step()
@@ -236,14 +239,40 @@ def test_a_step_whose_responses_are_all_dropped_changes_nothing(tmp_path: Path) 
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(tmp_path: Path) -> None:
-    trainer = Trainer(tiny_config(tmp_path))
+def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(tmp_path, trainer__max_skipped=3))
     before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
-    for parameter in trainer.policy.parameters():
-        parameter.grad = torch.full_like(parameter, float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 0: the gradient norm is nan; lower optim.learning_rate"):
-        trainer._update(1e-3)
-    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.state_dict().items())
+    trainer.source = Recorded(trainer.source.collect(1, trainer.phases))
+    with torch.no_grad():  # a weight that makes every logit, and so every loss, NaN
+        norm = trainer.policy.lm.base_model.norm.weight
+        kept = norm.clone()
+        norm.fill_(float("nan"))
+    poisoned = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
+    assert [trainer.train_step()["skipped"] for _ in range(2)] == [1, 1]
+    same = [torch.equal(poisoned[n].nan_to_num(), t.nan_to_num()) for n, t in trainer.policy.state_dict().items()]
+    assert all(same)
+    with torch.no_grad():
+        norm.copy_(kept)
+    assert trainer.train_step()["skipped"] == 0  # a good one between: the count starts anew
+    assert not torch.equal(before["lm.model.norm.weight"], norm)
+    with torch.no_grad():
+        norm.fill_(float("nan"))
+    trainer.train_step()
+    trainer.train_step()
+    with pytest.raises(FloatingPointError, match=r"step 6: the loss is nan .* step number 3 in a row .*max_skipped"):
+        trainer.train_step()
+    [offending] = tmp_path.glob("skipped-step-000006.jsonl")
+    assert len(read_jsonl(offending)) == 8
+
+
+class Recorded:
+    """A source that deals out the same trajectories at every step: a model of NaNs cannot generate."""
+
+    def __init__(self, collected) -> None:
+        self.collected = collected
+
+    def collect(self, step: int, phases: object):
+        return self.collected
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
@@ -262,7 +291,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer__steps=1, evaluation={"prompts": 0})
     Trainer(config).train()
     (tmp_path / "checkpoints" / "latest" / "trainer" / "state.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 1"):
+    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 2"):
         Trainer(config, resume=True)
 
 

@@ -1,0 +1,158 @@
+"""Training over many processes, on PyTorch's own engine (FSDP2, `torchrun`).
+
+What is small is the same on every process: problems, trajectories, rewards, counters. What is large is divided: each
+process keeps a slice of every weight (of its gradient, of the optimiser's moments, of the reference), and answers, grades
+and trains on its share of the step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from tbrm.config import ConfigError, ModelConfig, ParallelConfig
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. Every process makes the same calls in the same order, or all wait until the time limit."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    """(replicate, shard); None for a run of one process without torchrun, which is not sharded."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of `items`: a run of neighbours, so that equal prompts stay together."""
+        return items[self.rank * len(items) // self.size : (self.rank + 1) * len(items) // self.size]
+
+    def gather(self, part: Item) -> list[Item]:
+        """What each process gave, in the order of ranks."""
+        parts: list[Any] = [part] * self.size
+        if self.size > 1:
+            dist.all_gather_object(parts, part)
+        return parts
+
+    def split(self, function: Callable[..., Sequence[Result]], *lists: Sequence[Any]) -> list[Result]:
+        """`function(*lists)`, which gives a result per item, with the items divided over the processes."""
+        mine = function(*map(self.share, lists)) if self.share(lists[0]) else []
+        return [result for part in self.gather(mine) for result in part]
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """[processes, n]: the vector [n] of each process, on its device: nothing waits for it."""
+        if self.size == 1:
+            return row[None]
+        rows = row.new_empty(self.size, *row.shape)
+        dist.all_gather(list(rows), row)
+        return rows
+
+
+ALONE = World()
+
+
+@contextmanager
+def launched(model: ModelConfig, parallel: ParallelConfig) -> Iterator[World]:
+    """The processes that torchrun started, ready to talk to each other; `ALONE` if it started none. Raises ConfigError."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield ALONE
+        return
+    size = int(os.environ["WORLD_SIZE"])
+    shard = parallel.shard or size
+    if size % shard:
+        raise ConfigError(f"parallel.shard: got {shard} for {size} processes; wants 0 or a divisor of {size}")
+    device = model.resolve_device().type
+    if parallel.cpu_offload and device == "cpu":
+        raise ConfigError("parallel.cpu_offload: true, but the model is on the CPU already; set it to false")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Python objects travel over gloo even where tensors go over NCCL.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=parallel.timeout)
+    )
+    try:
+        mesh = init_device_mesh(device, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        yield World(dist.get_rank(), size, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of a model are cut over a mesh: a slice of each on every process.
+
+    Each block is gathered when it runs; the rest (embeddings, last norm, head) for the whole of the model's forward, so a
+    loss that uses the head's weight must be computed within that. Weights and gradients are float32; weights are gathered in
+    `precision`, gradients summed (not averaged) over the processes in float32.
+    """
+
+    mesh: DeviceMesh
+    config: ParallelConfig
+    precision: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return torch.device(self.mesh.device_type)
+
+    @property
+    def weights_device(self) -> torch.device:
+        """Where the slices are kept between passes."""
+        return torch.device("cpu") if self.config.cpu_offload else self.device
+
+    def apply(self, model: nn.Module, blocks: Sequence[nn.Module], *, trained: bool) -> None:
+        """Cuts the weights of `model`, which may be on the meta device. Unless `trained`, no backward pass will follow its
+        forward, and nothing stays gathered after it."""
+        options: dict[str, Any] = {
+            "mesh": self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
+            # Inputs are left alone: rounded rotary angles would misplace tokens.
+            "mp_policy": MixedPrecisionPolicy(self.precision, torch.float32, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy(),
+        }
+        for block in blocks:
+            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward or not trained, **options)
+        fully_shard(model, reshard_after_forward=not trained, **options)
+        for module in _sharded(model):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Within it every process holds all weights of the (trained) model, and may run it, or parts of it, at will."""
+        for module in _sharded(model):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in _sharded(model):
+                module.reshard()
+                keeps = module is model or not self.config.reshard_after_forward
+                module.set_reshard_after_forward(not keeps, recurse=False)
+
+
+def accumulate(model: nn.Module, *, reduce: bool) -> None:
+    """Whether the next backward pass sums the gradients over the processes, or leaves that to a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(reduce)
+
+
+def _sharded(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,97 @@
+"""What a run writes into its folder while it goes, and shows: its metrics, evaluations, samples, progress and result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from tbrm.config import Config, ConfigError, config_to_dict
+from tbrm.evaluate import Evaluation
+from tbrm.metrics import Metric, MetricsLog, Progress
+
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "result.json",
+    "report.html",
+    "wandb_id.txt",
+    "samples",
+    "plots",
+    "tensorboard",
+    "checkpoints",
+)
+"""What a run leaves in its folder."""
+
+
+class RunWriter(AbstractContextManager["RunWriter"]):
+    """Of the process that writes, if `writes`; of any other it does nothing."""
+
+    def __init__(self, config: Config, *, step: int, resumed: bool, writes: bool) -> None:
+        """`step` is that of the checkpoint that the run goes on from, if `resumed`."""
+        self.run_dir = Path(config.run.dir)
+        self._stack = ExitStack()
+        self._writes = writes
+        if not writes:
+            return
+        resolved = config_to_dict(config)
+        self._log = self._stack.enter_context(
+            MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
+        )
+        self._progress = self._stack.enter_context(Progress(config.trainer.steps, done=step))
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+
+    def step(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        if self._writes:
+            self._log.log(step, metrics)
+            self._progress.advance(metrics)
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """The figures, and all responses, of the evaluation after `step` updates."""
+        if not self._writes:
+            return
+        self._log.log_eval(step, result.summary())
+        path = self.run_dir / "samples" / f"step-{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in result.samples))
+        interval = f"{result.ci_low:.1%} to {result.ci_high:.1%}"
+        self.say(f"step {step}: held-out accuracy {result.accuracy:.1%} (95% interval {interval})")
+
+    def say(self, line: str) -> None:
+        if self._writes:
+            self._progress.say(line)
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        if self._writes:
+            (self.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+
+def prepare_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Sees to it that no earlier run is lost unasked. Raises ConfigError."""
+    if overwrite:
+        # Only what a run writes: run.dir may be a folder that holds other things too.
+        for name in RUN_FILES:
+            path = run_dir / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif not resume and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"run.dir: {str(run_dir)!r} holds a run already; give --resume to go on with it, --overwrite to delete it, or "
+            "another run.dir"
+        )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir: {str(run_dir)!r} cannot be made: {error.strerror}") from error

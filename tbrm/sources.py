@@ -1,0 +1,39 @@
+"""Where a run's trajectories come from, as its config says: the policy's own rollouts, or a file of recorded ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.chat import encode_problems
+from tbrm.config import Config, ConfigError
+from tbrm.offline import FileSource, read_trajectories, without_prompts
+from tbrm.parallel import World
+from tbrm.rollout import RolloutEngine
+from tbrm.rollout.collect import RolloutSource
+from tbrm.tasks import Problem, ProblemStream
+
+
+def trajectory_source(
+    config: Config,
+    engine: RolloutEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: list[int],
+    heldout: Sequence[Problem],
+    world: World,
+) -> RolloutSource | FileSource:
+    """Never deals out a trajectory whose problem is held out. Raises ConfigError if a file holds no other."""
+    if config.data.trajectories is None:
+        assert config.task is not None  # the config's validation saw to it
+        stream = ProblemStream(config.task, config.seed, heldout)
+        return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world)
+    recorded = read_trajectories(config.data.trajectories, tokenizer, eos_ids)
+    usable = without_prompts(recorded, encode_problems(tokenizer, heldout))
+    if not usable:
+        raise ConfigError(f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation")
+    if len(usable) < len(recorded) and world.is_main:
+        left_out = len(recorded) - len(usable)
+        print(f"data.trajectories: {left_out} of {len(recorded)} left out: their prompts are held out", file=sys.stderr)
+    return FileSource(usable, config.rollout, config.seed)

@@ -1,0 +1,54 @@
+"""Weights on disk: safetensors files, whole or in the slices of many processes, read slice by slice into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers import PreTrainedModel
+
+
+def read_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fills `tensors` from the safetensors files of `folder`; of a sharded tensor each process reads its slice alone.
+
+    Raises ValueError if a tensor is missing there or has another shape, or a file is damaged.
+    """
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        if name not in found:
+            near = ", ".join(list(found)[:3]) or "nothing"
+            raise ValueError(
+                f"{folder} holds no weight called {name!r} (it holds {near}, ...): save the model anew with transformers' "
+                "save_pretrained, or name another folder"
+            )
+        if found[name].size != tensor.shape:  # type: ignore[union-attr]
+            wanted = list(tensor.shape)
+            raise ValueError(f"{folder}: {name} has shape {list(found[name].size)}, the model's is {wanted}")  # type: ignore[union-attr]
+    reader = HuggingFaceStorageReader(str(folder))
+    alone = not dist.is_initialized()
+    dcp.load({name: tensor.detach() for name, tensor in tensors.items()}, storage_reader=reader, no_dist=alone)
+
+
+def materialise(lm: PreTrainedModel, weights_on: torch.device, device: torch.device) -> None:
+    """Gives a model of the meta device memory: weights, still to be read, on `weights_on`; buffers, with their values, on
+    `device`."""
+    lm.to_empty(device=weights_on)
+    lm.tie_weights()
+    # What is left of transformers' initialisation, with every weight marked as done, is buffers such as rotary angles.
+    for tensor in lm.parameters():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in lm.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    lm.initialize_weights()
+    for module in lm.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

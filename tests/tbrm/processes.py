@@ -1,0 +1,183 @@
+"""Run by torchrun, or alone: one training step of many models and settings, as every number of processes must take it.
+
+    torchrun --nproc-per-node N -m tests.tbrm.processes FOLDER
+
+reads models and trajectories from FOLDER, and writes what it found to FOLDER/N.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
+
+from tbrm.config import Config, ParallelConfig
+from tbrm.data import Trajectory
+from tbrm.parallel import World, launched
+from tbrm.rollout.collect import Collected
+from tbrm.step_metrics import StepMetrics
+from tbrm.trainer import Trainer
+from tbrm_kernels import segment_sums, single_pass
+from tests.tbrm.conftest import tiny_config
+
+MODELS = [f"{name}-{head}" for name in ("llama", "qwen3", "gemma3") for head in ("tied", "untied")]
+MICRO_BATCHES = {1: 100_000, 2: 260, 4: 130}
+"""Forward and backward passes in a step of one process: trainer.batch_tokens that makes so many."""
+
+
+def config_of(folder: Path, world: World, model: str = "qwen3-tied", **settings: Any) -> Config:
+    return tiny_config(
+        folder / f"run-{world.size}",
+        model__name=str(folder / model),
+        data__trajectories=str(folder / "trajectories.jsonl"),
+        rollout__prompts=8,
+        rollout__samples=4,
+        **settings,
+    )
+
+
+class OneStep:
+    """Gradients, metrics and log-ratios of the first step, as often as wanted: no weight ever changes."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.trainer = Trainer(config, world=world)
+        self.passes = 0
+
+    def __call__(self, trajectories: list[Trajectory] | None = None, **settings: Any) -> dict[str, Any]:
+        trainer = self.trainer
+        section = trainer.config.trainer.model_copy(update=settings)
+        trainer.config = trainer.config.model_copy(update={"trainer": section})
+        trainer.state.step = 0
+        if trajectories is None:
+            trainer.source.position = 0
+            for trajectory in trainer.source.trajectories:
+                trajectory.reference = None
+            source = trainer.source
+        else:
+            source = Fixed(trajectories)
+        gradients: dict[str, torch.Tensor] = {}
+        log_ratios: list[float] = [0.0]
+
+        def keep(_learning_rate: float, *, skipped: bool) -> None:
+            assert not skipped
+            for name, weight in trainer.policy.weights().items():
+                if weight.grad is not None:
+                    grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
+                    gradients[name] = grad.clone()
+            trainer.optimizer.zero_grad()
+
+        def spy(metrics: StepMetrics, stats: Any, losses: Any, batch: Any) -> None:
+            ratio = segment_sums(stats.logprobs, batch.cu_seqlens) - segment_sums(batch.ref_logprobs, batch.cu_seqlens)
+            log_ratios.append(ratio.abs().max().item())
+            real(metrics, stats, losses, batch)
+
+        real, StepMetrics.add, trainer._update = StepMetrics.add, spy, keep
+        ours, trainer.source = trainer.source, source
+        try:
+            metrics = trainer.train_step()
+        finally:
+            StepMetrics.add, trainer.source = real, ours
+        largest = max(trainer.world.gather(max(log_ratios)))
+        return {"gradients": gradients, "metrics": metrics, "largest_log_ratio": largest}
+
+
+class Fixed:
+    def __init__(self, trajectories: list[Trajectory]) -> None:
+        self.trajectories = trajectories
+
+    def collect(self, step: int, phases: object) -> Collected:
+        return Collected(self.trajectories)
+
+
+def run(folder: Path, world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for model in MODELS:
+        step = OneStep(config_of(folder, world, model), world)
+        for count, tokens in MICRO_BATCHES.items():
+            found[f"{model}, {count} micro-batches"] = step(batch_tokens=tokens)
+        if model == "qwen3-tied":
+            found |= odd_batches(step)
+            found["gathers"] = gathers(step) if world.mesh else None
+
+    for name, keys in {
+        "shard in pairs": {"shard": min(2, world.size)},
+        "reduce every micro-batch": {"accumulate_sharded": True},
+        "keep gathered": {"reshard_after_forward": False},
+        "checkpointed activations": {"activation_checkpointing": True},
+    }.items():
+        parallel = ParallelConfig(**keys)
+        with launched_again(world, parallel) as meshed:
+            step = OneStep(config_of(folder, world, parallel=keys), meshed)
+            found[name] = step(batch_tokens=130)
+            found[f"{name}, once more"] = step(batch_tokens=130)
+    step = OneStep(config_of(folder, world, model__precision="bfloat16"), world)
+    found["bfloat16"] = step(batch_tokens=130)
+    return found
+
+
+def odd_batches(step: OneStep) -> dict[str, Any]:
+    lone = Trajectory([3, 4, 5], [6, 7, 8], 1.0)
+    masked = [Trajectory([3, 4, i], [6, 7], 1.0, action_mask=[False, False]) for i in range(8)]
+    return {
+        "one trajectory": step([lone]),
+        "all but one masked": step([Trajectory([3, 4, 5], [6, 7, 8], 1.0), *masked]),
+        "all masked": step([*masked]),
+    }
+
+
+def gathers(step: OneStep) -> dict[str, int]:
+    """How often the weights of the head's group, and those of all blocks, are gathered in a step of one micro-batch whose
+    head runs in many chunks."""
+    counts = {"head": 0, "blocks": 0}
+    policy = step.trainer.policy
+    in_head_group = len(list(policy.weights())) - sum(len(list(block.parameters())) for block in policy.blocks)
+    assert isinstance(policy, FSDPModule)
+    real, chunk = _fsdp_param_group.foreach_all_gather, single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY
+    chunks = []
+
+    def count(parameters: list, *arguments: Any) -> Any:
+        counts["head" if len(parameters) == in_head_group else "blocks"] += 1
+        return real(parameters, *arguments)
+
+    objective = type(step.trainer.config.objective)
+    call = objective.__call__
+    objective.__call__ = lambda *arguments: chunks.append(1) or call(*arguments)
+    _fsdp_param_group.foreach_all_gather = count
+    single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY = 4 * 16
+    try:
+        step(batch_tokens=100_000)
+    finally:
+        single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY, _fsdp_param_group.foreach_all_gather = chunk, real
+        objective.__call__ = call
+    return {**counts, "chunks": len(chunks), "n_blocks": len(policy.blocks)}
+
+
+def launched_again(world: World, parallel: ParallelConfig) -> Any:
+    """The same processes with another mesh."""
+    from contextlib import nullcontext
+
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if world.mesh is None:
+        return nullcontext(world)
+    shard = parallel.shard or world.size
+    mesh = init_device_mesh("cpu", (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    return nullcontext(World(world.rank, world.size, mesh))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    config = tiny_config(folder)
+    with launched(config.model, config.parallel) as world:
+        found = run(folder, world)
+        if world.is_main:
+            torch.save(found, folder / f"{world.size}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
