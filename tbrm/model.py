@@ -47,6 +47,8 @@ class PolicyModel(nn.Module):
         self.precision = precision
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(text_config)
+        # The transformer blocks: what is gathered, and what is computed again, as a whole.
+        self.blocks = [module for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())]
         self.sharding: Sharding | None = None
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self._plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
@@ -55,12 +57,6 @@ class PolicyModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.lm.device if self.sharding is None else self.sharding.device
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks: what is gathered, and what is computed again, as a whole."""
-        names = self.lm._no_split_modules or ()
-        return [module for module in self.lm.modules() if type(module).__name__ in names]
 
     def forward(
         self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn | None = None, *, entropy: bool = False
@@ -105,11 +101,12 @@ class PolicyModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """From now on the backward pass computes the activations of each block again, from the block's input."""
-        blocks = set(self.blocks)
+        wrapped = {block: checkpoint_wrapper(block) for block in self.blocks}
         for parent in list(self.lm.modules()):
             for name, child in parent.named_children():
-                if child in blocks:
-                    setattr(parent, name, checkpoint_wrapper(child))
+                if child in wrapped:
+                    setattr(parent, name, wrapped[child])
+        self.blocks = list(wrapped.values())
 
     def shard(self, sharding: Sharding) -> None:
         """Cuts the weights over the processes; those on the meta device are given memory, and are still to be read."""
