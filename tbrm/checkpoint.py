@@ -73,7 +73,7 @@ class Checkpoints:
         self.config = config
         self.world = world
         # A group of its own, since a checkpoint may be written while training uses the other.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -150,9 +150,11 @@ class Checkpoints:
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, dcp.CheckpointException, RuntimeError) as error:
+        except (OSError, dcp.CheckpointException) as error:
+            failures = [why for why, _ in error.failures.values()] if not isinstance(error, OSError) else [error]
+            reason = "; ".join(map(str, failures))
             raise CheckpointError(
-                f"checkpoint {name} cannot be written to {self.folder}: {error}. Earlier ones are as they were: make "
+                f"checkpoint {name} cannot be written to {self.folder}: {reason}. Earlier ones are as they were: make "
                 "room there, and go on from the latest with --resume"
             ) from error
 

@@ -24,13 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         args.command(args)
-    except (ValueError, ModuleNotFoundError, FloatingPointError, InterruptedError) as error:
+    except OSError as error:
+        # A full disk, a folder that may not be written: not ours to mend, and a traceback would not help. A signal, too.
+        print(f"tbrm {args.name}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except (ValueError, ModuleNotFoundError, ArithmeticError, RuntimeError) as error:
         # What our own code raises explains itself, and a traceback would hide it. Anything else is a bug to be seen.
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
             raise
         print(f"tbrm {args.name}: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return 1
     return 0
 
 

@@ -8,6 +8,8 @@ and trains on its share of the step.
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +18,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from tbrm.config import ConfigError, ModelConfig, ParallelConfig
@@ -34,6 +38,7 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None
     """(replicate, shard); None for a run of one process without torchrun, which is not sharded."""
+    timeout: timedelta = timedelta(minutes=30)
 
     @property
     def is_main(self) -> bool:
@@ -83,15 +88,59 @@ def launched(model: ModelConfig, parallel: ParallelConfig) -> Iterator[World]:
         raise ConfigError("parallel.cpu_offload: true, but the model is on the CPU already; set it to false")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=parallel.timeout)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, and must not offer the addresses of processes that died in it.
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     # Python objects travel over gloo even where tensors go over NCCL.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=parallel.timeout)
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
     )
+    roll_call = _RollCall(store, rank, size)
     try:
         mesh = init_device_mesh(device, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
-        yield World(dist.get_rank(), size, mesh)
+        for dimension in ("replicate", "shard"):
+            _set_pg_timeout(timeout, mesh.get_group(dimension))
+        yield World(rank, size, mesh, timeout)
+    except (RuntimeError, dcp.CheckpointException) as error:
+        if missing := _is_of_a_collective(error) and roll_call.missing():
+            raise ProcessLostError(
+                f"rank {rank}: no answer from {missing}: died, or hung for longer than parallel.timeout ({parallel.timeout} "
+                "s). Go on from the last checkpoint with --resume"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+class ProcessLostError(RuntimeError):
+    """A process of the run that the others waited for in vain; the message names it."""
+
+
+class _RollCall:
+    """Finds out, once a collective has failed, which processes are not there any more: those that do not report too."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store = dist.PrefixStore("roll call", store)
+        self._rank, self._others = rank, [other for other in range(size) if other != rank]
+        self._store.set(f"host/{rank}", socket.gethostname())
+
+    def missing(self) -> str:
+        """The ranks, with their machines, that have not failed like this one within some seconds; "" if all have."""
+        self._store.set(f"failed/{self._rank}", "")
+        deadline = time.monotonic() + 10
+        missing = self._others
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.2)
+            missing = [rank for rank in missing if not self._store.check([f"failed/{rank}"])]
+        return ", ".join(f"rank {rank} on {self._store.get(f'host/{rank}').decode()}" for rank in missing)
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection closed")
+    )
 
 
 @dataclass(frozen=True)

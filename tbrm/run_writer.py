@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -93,5 +94,7 @@ def prepare_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
     except OSError as error:
-        raise ConfigError(f"run.dir: {str(run_dir)!r} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"run.dir: {str(run_dir)!r} cannot be written to: {error.strerror}") from error

@@ -26,7 +26,14 @@ from tests.tbrm.processes import MICRO_BATCHES, MODELS
 COUNTS = (2, 4)
 
 
-def torchrun(processes: int, *command: str | Path, check: bool = True, options: tuple[str, ...] = (), **more: Any):
+def torchrun(
+    processes: int,
+    *command: str | Path,
+    check: bool = True,
+    options: tuple[str, ...] = (),
+    timeout: int = 240,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """`python -m COMMAND` in so many processes."""
     launcher = [
         sys.executable,
@@ -36,9 +43,9 @@ def torchrun(processes: int, *command: str | Path, check: bool = True, options: 
         f"--nproc-per-node={processes}",
         *options,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more.pop("env", {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(
-        [*launcher, "-m", *map(str, command)], env=environment, capture_output=True, text=True, timeout=240, **more
+        [*launcher, "-m", *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout
     )
     assert not check or done.returncode == 0, done.stderr
     return done
