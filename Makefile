@@ -6,7 +6,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 SEED   ?= 0
 RUN    ?= runs/demo
 
-.PHONY: install demo test test-gpu lint bench aot clean
+.PHONY: install demo test test-gpu soak lint bench aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -34,6 +34,10 @@ test: $(VENV)/installed
 KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py autograd.py trajectory.py triton.py triton_aot.py)
 test-gpu: $(VENV)/installed
 	TBRM_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest $(KERNEL_TESTS)
+
+# A run of 40 steps killed 20 times, also while it writes checkpoints, must end as if nothing had happened; some minutes.
+soak: $(VENV)/installed
+	SOAK_KILLS=20 SOAK_STEPS=40 $(BIN)/pytest tests/tbrm/test_faults.py -k killed_again_and_again
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -157,7 +157,7 @@ class Trainer:
             "skipped": int(skipped),
             **seconds,
             "tokens_per_second": measured.tokens / sum(seconds.values()),
-            "peak_memory_mib": peak_memory_mib(self.device),
+            "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }
 
     def _micro_batches(self, trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[list[int]]]:
