@@ -76,16 +76,17 @@ ALONE = World()
 @contextmanager
 def launched(model: ModelConfig, parallel: ParallelConfig) -> Iterator[World]:
     """The processes that torchrun started, ready to talk to each other; `ALONE` if it started none. Raises ConfigError."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
-        return
-    size = int(os.environ["WORLD_SIZE"])
+    started = "TORCHELASTIC_RUN_ID" in os.environ
+    size = int(os.environ["WORLD_SIZE"]) if started else 1
     shard = parallel.shard or size
     if size % shard:
         raise ConfigError(f"parallel.shard: got {shard} for {size} processes; wants 0 or a divisor of {size}")
     device = model.resolve_device().type
-    if parallel.cpu_offload and device == "cpu":
-        raise ConfigError("parallel.cpu_offload: true, but the model is on the CPU already; set it to false")
+    if parallel.cpu_offload and not (started and device == "cuda"):
+        raise ConfigError("parallel.cpu_offload: true; wants torchrun (for one process too) and a GPU")
+    if not started:
+        yield ALONE
+        return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=parallel.timeout)

@@ -64,7 +64,6 @@ class OneStep:
         log_ratios: list[float] = [0.0]
 
         def keep(_learning_rate: float, *, skipped: bool) -> None:
-            assert not skipped
             for name, weight in trainer.policy.weights().items():
                 if weight.grad is not None:
                     grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
@@ -127,6 +126,7 @@ def odd_batches(step: OneStep) -> dict[str, Any]:
         "one trajectory": step([lone]),
         "all but one masked": step([Trajectory([3, 4, 5], [6, 7, 8], 1.0), *masked]),
         "all masked": step([*masked]),
+        "one not finite": step([lone, *(Trajectory([3, 4, i], [6, 7], float("nan")) for i in range(2))]),
     }
 
 

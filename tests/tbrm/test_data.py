@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tbrm import data
-from tbrm.data import Trajectory, pack, split_by_tokens
+from tbrm.data import Trajectory, deal, pack, split_by_tokens
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
 
@@ -53,6 +53,28 @@ def test_micro_batches_hold_each_trajectory_once_within_the_budget(items: list[T
     for members in batches:
         tokens = len(pack([items[i] for i in members]).input_ids)
         assert tokens <= budget or len(members) == 1
+
+
+@given(trajectories(), st.integers(1, 40), st.integers(1, 5))
+def test_processes_are_dealt_every_trajectory_once_and_equally_many_micro_batches(
+    items: list[Trajectory], budget: int, processes: int
+) -> None:
+    dealt = deal(items, budget, processes)
+    assert len(dealt) == processes
+    assert len({len(batches) for batches in dealt}) == 1
+    assert sorted(i for batches in dealt for members in batches for i in members) == list(range(len(items)))
+    for members in (members for batches in dealt for members in batches):
+        assert len(pack([items[i] for i in members]).input_ids) <= budget or len(members) == 1
+    if processes == 1:
+        assert dealt[0] == split_by_tokens(items, budget)
+
+
+def test_processes_are_dealt_equally_many_tokens() -> None:
+    lengths = [200, 10, 10, 180, 30, 30, 30, 30, 30, 30, 40, 150, 40, 10, 150, 30]
+    items = [Trajectory([5 + i], [9] * (length - 1), 1.0) for i, length in enumerate(lengths)]
+    shares = [sum(lengths[i] for members in batches for i in members) for batches in deal(items, 10_000, 4)]
+    assert sum(shares) == sum(lengths)
+    assert max(shares) <= 1.2 * sum(lengths) / 4
 
 
 def test_a_shared_prompt_is_packed_once() -> None:

@@ -17,13 +17,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tbrm.config import ConfigError, load_config
 from tbrm.export import export
 from tbrm.metrics import is_timing, read_jsonl
+from tbrm.parallel import launched
 from tbrm.tiny import tiny_tokenizer
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.processes import MICRO_BATCHES, MODELS
 
 COUNTS = (2, 4)
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 
 
 def torchrun(
@@ -137,6 +140,27 @@ def test_a_process_with_nothing_to_do_adds_nothing_and_hangs_nobody(
         assert steps[processes][batch]["metrics"]["loss"] == 0.0
 
 
+@pytest.mark.parametrize("processes", (1, *COUNTS))
+def test_a_loss_that_is_not_finite_anywhere_is_skipped_everywhere(
+    steps: dict[int, dict[str, Any]], processes: int
+) -> None:
+    assert steps[processes]["one not finite"]["metrics"]["skipped"] == 1
+    assert steps[processes]["all masked"]["metrics"]["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("parallel.shard=2", "parallel.shard: got 2 for 1 processes; wants 0 or a divisor of 1"),
+        ("parallel.cpu_offload=true", "wants torchrun .* and a GPU"),
+    ],
+)
+def test_keys_that_cannot_work_here_are_refused(key: str, message: str) -> None:
+    config = load_config(RECIPE, [key])
+    with pytest.raises(ConfigError, match=message), launched(config.model, config.parallel):
+        pass
+
+
 @pytest.mark.parametrize("processes", COUNTS)
 def test_bfloat16_is_as_near_float32_as_in_one_process(steps: dict[int, dict[str, Any]], processes: int) -> None:
     """No further from float32 than one process is in bfloat16, and a little."""
@@ -162,7 +186,6 @@ def test_the_heads_weight_is_gathered_once_a_pass_whatever_the_chunks(
     assert found["blocks"] == 3 * found["n_blocks"]  # forward of both, backward of the policy
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 SHORT = ("trainer.steps=4", "rollout.prompts=6", "rollout.samples=2", "checkpoint.every=2", "evaluation.prompts=5")
 REPLAYED = (
     "objective.name=reval",
