@@ -46,13 +46,12 @@ lint: $(VENV)/installed
 	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
 	MYPYPATH=build/types $(BIN)/mypy -p tbrm_kernels -p tbrm
 
-# Hours for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
+# Over an hour for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	mkdir -p build
-	SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/times.json
-	SHAPES="$(SHAPES)" $(BIN)/python -m bench.peak_memory build/memory.json
-	$(BIN)/python -m bench.table build/times.json build/memory.json bench/results
+	SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/bench.json
+	$(BIN)/python -m bench.table build/bench.json bench/results
 
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+
+_FAILURES = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def _machine() -> str:
@@ -18,3 +21,13 @@ def pytest_report_header() -> str:
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info["torch"] = _machine()
+
+
+@pytest.fixture
+def failures(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
+    """What could not be measured, and why: results too."""
+    return pytestconfig.stash.setdefault(_FAILURES, [])
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    output_json["failures"] = config.stash.get(_FAILURES, [])

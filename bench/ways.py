@@ -46,7 +46,7 @@ def _logits_statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_logits_statistics)
+    return torch.compile(_logits_statistics, dynamic=False)
 
 
 def liger(problem: Problem) -> Tensor:
@@ -94,3 +94,22 @@ WAYS: dict[str, Callable[[Problem], Tensor]] = {
     "TRL kernels": trl,
     "cut-cross-entropy (torch_compile)": cut_cross_entropy,
 }
+
+
+FLOOR, ONE_PRODUCT, SCORING = "floor", "one product", "tbrm: scoring"
+"""Three bare products without a softmax; one of them; and linear_token_stats without gradients, to compare with that one."""
+
+
+def step_of(way: str, problem: Problem) -> Callable[[], object]:
+    """What is timed."""
+    hidden, weight, targets = problem.hidden, problem.weight, problem.targets
+    if way in WAYS:
+        return lambda: WAYS[way](problem).backward()
+    if way == FLOOR:
+        gradient = torch.rand(len(hidden), len(weight), dtype=hidden.dtype)
+        step = lambda: (hidden @ weight.T, gradient @ weight, gradient.T @ hidden)  # noqa: E731
+    elif way == ONE_PRODUCT:
+        step = lambda: hidden @ weight.T  # noqa: E731
+    else:
+        step = lambda: linear_token_stats(hidden, weight, targets)  # noqa: E731
+    return torch.no_grad()(step)

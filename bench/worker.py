@@ -1,0 +1,119 @@
+"""A process for each case: its peak memory is its own, and if it takes more than there is, it alone is killed.
+
+The parent asks with a line on the worker's standard input, the name of one of `Case`'s methods, and gets a line of JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.problem import Problem
+from bench.shapes import DTYPES
+from bench.ways import WAYS, step_of
+
+CHECKED_TOKENS = 64
+SPARE_MIB = 1024  # left to everything else on the machine
+
+
+class WorkerFailed(Exception):
+    """The message is the table's note."""
+
+
+class Worker:
+    """The parent's side."""
+
+    def __init__(self, *case: str) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker", *case],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self._limit_mib = _mib("/proc/meminfo", "MemAvailable") - SPARE_MIB
+
+    def ask(self, question: str) -> dict[str, float]:
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(question + "\n")
+        process.stdin.flush()
+        while not select.select([process.stdout], [], [], 0.05)[0]:
+            if _mib(f"/proc/{process.pid}/status", "VmRSS") > self._limit_mib:
+                raise WorkerFailed(f"out of memory: above {self._limit_mib / 1024:.0f} GiB")
+        if answer := process.stdout.readline():
+            return json.loads(answer)
+        process.wait()
+        self._errors.seek(0)
+        raise WorkerFailed((self._errors.read().strip().splitlines() or [f"signal {-process.returncode}"])[-1][:200])
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+def _mib(path: str, name: str) -> float:
+    lines = Path(path).read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), 0.0)  # a zombie has no VmRSS
+
+
+class Case:
+    """The worker's side."""
+
+    def __init__(self, way: str, vocab: str, tokens: str, dtype: str) -> None:
+        self.way, self.vocab, self.tokens, self.dtype = way, int(vocab), int(tokens), DTYPES[dtype]
+
+    def check(self) -> dict[str, float]:
+        """The errors of the gradients, if the way makes any."""
+        problem = Problem(self.vocab, CHECKED_TOKENS, self.dtype)
+        step_of(self.way, problem)()
+        return problem.gradient_errors() if self.way in WAYS else {}
+
+    def warm_up(self) -> dict[str, float]:
+        """The seconds of a small step whose code has run before."""
+        step = step_of(self.way, Problem(self.vocab, CHECKED_TOKENS, self.dtype))
+        step()
+        start = time.perf_counter()
+        step()
+        return {"seconds": time.perf_counter() - start}
+
+    def prepare(self) -> dict[str, float]:
+        self.problem = Problem(self.vocab, self.tokens, self.dtype)
+        self.step_of_way = step_of(self.way, self.problem)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.before = _mib("/proc/self/status", "VmRSS")
+        return {}
+
+    def step(self) -> dict[str, float]:
+        """What the steps so far have added at most to a process that holds the inputs, gradients included."""
+        self.problem.hidden.grad = self.problem.weight.grad = None
+        self.step_of_way()
+        return {"peak_mib": _mib("/proc/self/status", "VmHWM") - self.before}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    case = Case(*sys.argv[1:])
+    for question in sys.stdin:
+        answers.write(json.dumps(getattr(case, question.strip())()) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
