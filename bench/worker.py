@@ -40,7 +40,6 @@ class Worker:
             stderr=self._errors,
             text=True,
         )
-        self._limit_mib = _mib("/proc/meminfo", "MemAvailable") - SPARE_MIB
 
     def ask(self, question: str) -> dict[str, float]:
         process = self._process
@@ -48,8 +47,9 @@ class Worker:
         process.stdin.write(question + "\n")
         process.stdin.flush()
         while not select.select([process.stdout], [], [], 0.05)[0]:
-            if _mib(f"/proc/{process.pid}/status", "VmRSS") > self._limit_mib:
-                raise WorkerFailed(f"out of memory: above {self._limit_mib / 1024:.0f} GiB")
+            if _mib("/proc/meminfo", "MemAvailable") < SPARE_MIB:
+                taken = _mib(f"/proc/{process.pid}/status", "VmRSS")
+                raise WorkerFailed(f"out of memory: took {taken / 1024:.0f} GiB and more")
         if answer := process.stdout.readline():
             return json.loads(answer)
         process.wait()
