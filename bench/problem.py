@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import Tensor
 
+from bench.shapes import DEVICE
 from tbrm_kernels import linear_token_stats, trajectory_residual
 
 D, N, BETA = 896, 4, 0.002
@@ -17,7 +18,7 @@ D, N, BETA = 896, 4, 0.002
 
 class Problem:
     def __init__(self, vocab: int, tokens: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         self.hidden = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
         self.weight = torch.randn(vocab, D, generator=generator).div_(D**0.5).to(dtype).requires_grad_()
         self.targets = torch.randint(vocab, (tokens,), generator=generator)

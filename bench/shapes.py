@@ -9,6 +9,8 @@ import torch
 
 VOCABULARIES = (32768, 49152, 151936, 262144)
 TOKENS = (256, 1024, 4096)
+DEVICE = torch.device(os.environ.get("BENCH_DEVICE", "cpu"))
+"""Where everything is computed; `make bench-gpu` says "cuda"."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -68,7 +68,8 @@ def trl(problem: Problem) -> Tensor:
 def cut_cross_entropy(problem: Problem) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", impl="torch_compile")
+    impl = "cce" if problem.hidden.is_cuda else "torch_compile"
+    nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", impl=impl)
     return problem.loss_of_logprobs(-nll)
 
 
@@ -92,7 +93,7 @@ WAYS: dict[str, Callable[[Problem], Tensor]] = {
     "torch linear_cross_entropy": torch_linear_cross_entropy,
     "Liger-Kernel": liger,
     "TRL kernels": trl,
-    "cut-cross-entropy (torch_compile)": cut_cross_entropy,
+    "cut-cross-entropy": cut_cross_entropy,
 }
 
 

@@ -16,8 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from bench.problem import Problem
-from bench.shapes import DTYPES
+from bench.shapes import DEVICE, DTYPES
 from bench.ways import WAYS, step_of
 
 CHECKED_TOKENS = 64
@@ -86,8 +88,10 @@ class Case:
         """The seconds of a small step whose code has run before."""
         step = step_of(self.way, Problem(self.vocab, CHECKED_TOKENS, self.dtype))
         step()
+        wait_for_device()
         start = time.perf_counter()
         step()
+        wait_for_device()
         return {"seconds": time.perf_counter() - start}
 
     def prepare(self) -> dict[str, float]:
@@ -96,19 +100,35 @@ class Case:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self.before = _mib("/proc/self/status", "VmRSS")
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.before = taken_mib()
         return {}
 
     def step(self) -> dict[str, float]:
         """What the steps so far have added at most to a process that holds the inputs, gradients included."""
         self.problem.hidden.grad = self.problem.weight.grad = None
         self.step_of_way()
-        return {"peak_mib": _mib("/proc/self/status", "VmHWM") - self.before}
+        wait_for_device()
+        return {"peak_mib": taken_mib(peak=True) - self.before}
+
+
+def wait_for_device() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def taken_mib(*, peak: bool = False) -> float:
+    """Memory of the device where things are computed, that this process takes or at its peak took."""
+    if DEVICE.type == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    return _mib("/proc/self/status", "VmHWM" if peak else "VmRSS")
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
+    torch.set_default_device(DEVICE)
     case = Case(*sys.argv[1:])
     for question in sys.stdin:
         answers.write(json.dumps(getattr(case, question.strip())()) + "\n")
