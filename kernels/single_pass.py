@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +27,7 @@ from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, Token
 from .backends.registry import select
 from .token_stats import TokenStats, check_head, check_targets, operand_dtype
 from .trajectory import check_packing, segment_sums, trajectory_residual
+from .vocab_parallel import VocabSlice
 
 CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 1024, "cuda": 16384}
 """The default of `max_chunk_bytes` by device, times V. On a CPU room for 512 tokens in bfloat16 and 256 in float32 (32 MiB
@@ -63,6 +65,7 @@ def fused_linear_tbrm_loss(
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
+    tp_group: dist.ProcessGroup | None = None,
 ) -> TbrmOutput:
     """The TBRM loss of packed trajectories (arXiv 2505.15311), from hidden states to gradients in a single pass:
 
@@ -98,6 +101,7 @@ def fused_linear_tbrm_loss(
         ignore_index=ignore_index,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
+        tp_group=tp_group,
     )
     nothing = [loss.new_zeros(0)]
     return TbrmOutput(loss, *(torch.cat(parts or nothing) for parts in (residuals, values, sums)))
@@ -119,6 +123,7 @@ def fused_linear_trajectory_loss(
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
+    tp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """The sum of `loss_fn` over chunks of whole trajectories, [], and the statistics of all tokens, which carry no gradient.
 
@@ -140,7 +145,8 @@ def fused_linear_trajectory_loss(
     """
     check_head(hidden, weight, targets, bias)
     options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
-    check_targets(targets, weight.shape[0], ignore_index)
+    part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
+    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     check_packing("targets", targets, cu_seqlens)
     if max_chunk_bytes is None:
         per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
@@ -148,7 +154,9 @@ def fused_linear_trajectory_loss(
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
     chosen = select(backend, hidden.device, options.operand_dtype)
-    plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled())
+    plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled(), part)
+    if part is not None:
+        hidden, targets = part.share_gradient(hidden), part.targets
     loss, *stats = _SinglePass.apply(hidden, weight, bias, targets, plan)
     return loss, TokenStats(*stats)
 
@@ -161,6 +169,7 @@ class _Plan:
     backend: Backend
     max_chunk_bytes: int
     grad_enabled: bool
+    vocab_slice: VocabSlice | None
 
 
 class _SinglePass(torch.autograd.Function):
@@ -198,6 +207,8 @@ def _run(
     options = plan.options
     head = plan.backend.Head(weight, bias, options)
     max_tokens = head.tokens_within(plan.max_chunk_bytes)
+    if plan.vocab_slice is not None:  # all processes must go through the same chunks
+        max_tokens = plan.vocab_slice.fewest(max_tokens)
     into = HeadGrads(hidden, weight, options, needs)
     vector = hidden.new_empty(hidden.shape[0], dtype=options.compute_dtype)
     all_stats = TokenStats(vector, vector.clone(), vector.clone() if options.entropy else None)
@@ -212,13 +223,12 @@ def _run(
             logprobs, stats = chunk.logprobs, chunk.stats
         else:
             logprobs, stats = plan.backend.token_stats_forward(hidden[tokens], weight, bias, targets[tokens], options)
-        part = TokenStats(logprobs, stats.lse, stats.entropy)
+        local = TokenStats(logprobs, stats.lse, stats.entropy)
+        relative = plan.cu_seqlens[first : last + 1] - bounds[first]
+        part_loss, part, row_grads = _loss_and_gradients(plan, local, tokens, relative, first, any(needs))
         for whole, values in zip(all_stats, part, strict=True):
             if whole is not None and values is not None:
                 whole[tokens] = values
-
-        relative = plan.cu_seqlens[first : last + 1] - bounds[first]
-        part_loss, row_grads = _loss_and_gradients(plan.loss_fn, part, relative, first, any(needs))
         loss += part_loss
         if chunk is not None:
             chunk.backward(row_grads, into, tokens, last=tokens.stop == bounds[-1])
@@ -239,11 +249,15 @@ def _whole_trajectories(bounds: list[int], max_tokens: int) -> Iterator[tuple[in
 
 
 def _loss_and_gradients(
-    loss_fn: TrajectoryLossFn, stats: TokenStats, cu_seqlens: Tensor, first: int, differentiate: bool
-) -> tuple[Tensor, RowGrads]:
-    leaves = [None if values is None else values.detach().requires_grad_(differentiate) for values in stats]
+    plan: _Plan, local: TokenStats, tokens: slice, cu_seqlens: Tensor, first: int, differentiate: bool
+) -> tuple[Tensor, TokenStats, RowGrads]:
+    """The loss of a chunk, the statistics over the whole vocabulary, and the loss's derivatives by those of this process."""
+    leaves = [None if values is None else values.detach().requires_grad_(differentiate) for values in local]
     with torch.set_grad_enabled(differentiate):
-        loss = loss_fn(TokenStats(*leaves), cu_seqlens, first)  # type: ignore[arg-type]
+        stats = TokenStats(*leaves)  # type: ignore[arg-type]
+        if plan.vocab_slice is not None:
+            stats = TokenStats(*plan.vocab_slice.combine(*stats, tokens=tokens))
+        loss = plan.loss_fn(stats, cu_seqlens, first)
     if loss.dim() != 0:
         raise ValueError(f"loss_fn returned {list(loss.shape)}: it must return [], the sum over its trajectories")
     inputs = [leaf for leaf in leaves if leaf is not None]
@@ -251,7 +265,8 @@ def _loss_and_gradients(
         grads = list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
     else:  # it does not depend on the statistics
         grads = [torch.zeros_like(leaf) for leaf in inputs]
-    return loss.detach(), RowGrads(*grads, *([None] * (3 - len(grads))))
+    detached = TokenStats(*(None if values is None else values.detach() for values in stats))  # type: ignore[arg-type]
+    return loss.detach(), detached, RowGrads(*grads, *([None] * (3 - len(grads))))
 
 
 def _recompute(

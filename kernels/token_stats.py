@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOptions
 from .backends.registry import select
+from .vocab_parallel import VocabSlice
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -41,6 +43,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     filter_gradients: bool = False,
     backend: str = "auto",
+    tp_group: dist.ProcessGroup | None = None,
 ) -> TokenStats:
     """The statistics of the target tokens under Q = logits / temperature, where
 
@@ -59,6 +62,9 @@ def linear_token_stats(
         row sums to less than u |dL/dlse - dL/dlogprob|, u being the rounding of hidden's dtype (2^-8 for bfloat16).
         Without effect where the entropy has a gradient, and in the other backends.
     backend: "auto", or a name from `backends()`.
+    tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets, and its own rows of
+        weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, by collectives over [T]
+        vectors (`vocab_parallel.py`). The loss must be the same on all of them.
 
     Raises ValueError or TypeError for arguments that do not fit, and RuntimeError for a backend that cannot run here.
     On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
@@ -67,9 +73,13 @@ def linear_token_stats(
     options = TokenStatsOptions(
         operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index, filter_gradients
     )
-    check_targets(targets, weight.shape[0], ignore_index)
+    part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
+    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     chosen = select(backend, hidden.device, options.operand_dtype)
-    return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
+    if part is None:
+        return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
+    hidden = part.share_gradient(hidden)
+    return TokenStats(*part.combine(*_LinearTokenStats.apply(hidden, weight, bias, part.targets, options, chosen)))
 
 
 class _LinearTokenStats(torch.autograd.Function):

@@ -1,0 +1,115 @@
+"""A head whose vocabulary is divided over processes: each holds some rows of the weight, and nobody holds them all.
+
+Every process of the group has the same hidden [T, D] and targets [T], and a slice [V_r, D] of the weight, in the order of
+ranks. It computes the statistics of its slice; those of the whole follow from [T] vectors, by two collectives:
+
+    lse      = log sum_r e^(lse_r)
+    logprobs = Q_target - lse, with Q_target from the process that holds the target
+    entropy  = sum_r w_r (entropy_r - log w_r), with the slice's share of probability w_r = e^(lse_r - lse)
+
+A slice must hold at least one entry that its bias does not mask with -inf.
+
+Backward, the derivatives of the whole give those of the slice without a collective; only hidden's gradient, to which every
+slice adds its part, is summed over the processes, in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class VocabSlice:
+    """This process's part of the vocabulary, and the targets [T] as it sees them."""
+
+    def __init__(self, weight: Tensor, targets: Tensor, ignore_index: int, group: dist.ProcessGroup) -> None:
+        sizes = [0] * dist.get_world_size(group)
+        dist.all_gather_object(sizes, len(weight), group=group)
+        self.group = group
+        self.vocab = sum(sizes)
+        first = sum(sizes[: dist.get_rank(group)])
+        self.kept = targets != ignore_index
+        self.owned = (targets >= first) & (targets < first + len(weight)) & self.kept
+        # Where the target is another's, any entry will do: what is said of it is not used.
+        self.targets = torch.where(self.owned, targets - first, 0).where(self.kept, ignore_index)
+
+    def fewest(self, number: int) -> int:
+        """The smallest of the numbers that the processes give."""
+        numbers = [0] * dist.get_world_size(self.group)
+        dist.all_gather_object(numbers, number, group=self.group)
+        return min(numbers)
+
+    def share_gradient(self, hidden: Tensor) -> Tensor:
+        """hidden itself, whose gradient will be the sum over the slices."""
+        return _SumGradient.apply(hidden, self.group)
+
+    def combine(
+        self, logprobs: Tensor, lse: Tensor, entropy: Tensor | None, tokens: slice | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The statistics over the whole vocabulary from those over this slice, of the given tokens (all if None)."""
+        tokens = tokens or slice(None)
+        return _Combine.apply(logprobs, lse, entropy, self.owned[tokens], self.kept[tokens], self.group)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor,
+        lse: Tensor,
+        entropy: Tensor | None,
+        owned: Tensor,
+        kept: Tensor,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        top = lse.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        share = (lse - top).exp()  # of the largest slice's probability
+        parts = [share, torch.where(owned, logprobs + lse, 0)]
+        if entropy is not None:
+            # A slice of no probability has no say, whatever its own entropy.
+            parts.append(torch.where(share == 0, 0, share * (entropy - (lse - top))))
+        sums = torch.stack(parts)
+        dist.all_reduce(sums, group=group)
+        log_total = sums[0].log()
+        whole_lse = top + log_total
+        whole_logprobs = torch.where(kept, (sums[1] - top) - log_total, 0)
+        whole_entropy = None if entropy is None else torch.where(kept, log_total + sums[2] / sums[0], 0)
+        ctx.save_for_backward(share / sums[0], entropy, whole_entropy, owned, kept)
+        ctx.set_materialize_grads(False)
+        return whole_logprobs, torch.where(kept, whole_lse, 0), whole_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        share, entropy, whole_entropy, owned, kept = ctx.saved_tensors
+        of_logprobs, of_lse, of_entropy = (None if g is None else torch.where(kept, g, 0) for g in grads)
+        grad_logprobs = torch.zeros_like(share) if of_logprobs is None else of_logprobs * owned
+        grad_lse = grad_logprobs.clone()
+        for grad, sign in ((of_lse, 1), (of_logprobs, -1)):
+            if grad is not None:
+                grad_lse += sign * share * grad
+        grad_entropy = None
+        if of_entropy is not None and entropy is not None:
+            grad_entropy = share * of_entropy
+            of_share = torch.where(share == 0, 0, entropy - share.log() - whole_entropy)
+            grad_lse += grad_entropy * of_share
+        return grad_logprobs, grad_lse, grad_entropy, None, None, None
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
