@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tbrm_kernels import TokenStats, backends, fused_linear_trajectory_loss
 from tbrm_kernels.backends import cpu
-from tests.kernels.heads import Head, random_head
+from tests.kernels.heads import Head, assert_as_good_as_plain_torch, random_head
 
 pytestmark = pytest.mark.skipif(not backends("cpu")["cpu"].usable, reason="its kernels are not built")
 
@@ -151,3 +151,9 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
         results.append([loss.detach(), stats.logprobs, stats.lse, *(leaf.grad for leaf in leaves)])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_width_of_several_panels(dtype: torch.dtype) -> None:
+    """640 (Gemma 3 270M), with chunks of ragged strips and a vocabulary that ends within a block and a step."""
+    assert_as_good_as_plain_torch(random_head(150, 1001, 640, dtype), slack=16, entropy=True)
