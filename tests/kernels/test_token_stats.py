@@ -36,9 +36,17 @@ TILES = [pytest.param(None, id="tiles as shipped"), pytest.param((64, 64 * 100),
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "vocab", "width"), SHAPES)
 def test_shapes_and_dtypes(
-    tokens: int, vocab: int, width: int, dtype: torch.dtype, tiles: tuple[int, int] | None, set_tiles: SetTiles
+    tokens: int,
+    vocab: int,
+    width: int,
+    dtype: torch.dtype,
+    tiles: tuple[int, int] | None,
+    set_tiles: SetTiles,
+    backend: str,
 ) -> None:
     if tiles is not None:
+        if backend == "triton":
+            pytest.skip("its tiles are small as they are")
         set_tiles(*tiles)
     assert_as_good_as_plain_torch(random_head(tokens, vocab, width, dtype), entropy=True)
 
