@@ -148,7 +148,7 @@ def gathers(step: OneStep) -> dict[str, int]:
     call = objective.__call__
     objective.__call__ = lambda *arguments: chunks.append(1) or call(*arguments)
     _fsdp_param_group.foreach_all_gather = count
-    single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY = 4 * 16
+    single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 4 * 16}
     try:
         step(batch_tokens=100_000)
     finally:
