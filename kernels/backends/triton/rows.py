@@ -4,6 +4,8 @@ The logits are float32. Their derivatives take their place, in the dtype of the 
 written over the front half of their own row, behind the place from which float32 ones are read.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels' arguments have no types that mypy knows.
 from __future__ import annotations
 
 import torch

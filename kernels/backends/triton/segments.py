@@ -3,6 +3,8 @@
 Sums are in float64 and in a fixed order, as those of `trajectory.py` are, which has the definition.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels' arguments have no types that mypy knows.
 from __future__ import annotations
 
 from typing import Any

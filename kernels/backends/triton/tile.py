@@ -1,5 +1,7 @@
 """What the kernels of this package share: one tile of Q-values, and the loss's derivative with respect to a tile."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels' arguments have no types that mypy knows.
 from __future__ import annotations
 
 import triton
