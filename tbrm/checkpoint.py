@@ -25,6 +25,8 @@ from typing import Self
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -131,8 +133,7 @@ class Checkpoints:
                 if named:
                     path = writing / folder
                     path.mkdir(exist_ok=True)
-                    storage = HuggingFaceStorageWriter(str(path), save_distributed=self.world.size > 1)
-                    dcp.save(dict(named), storage_writer=storage, process_group=self._group, no_dist=not self._group)
+                    self._write_tensors(named, path)
             if not self.world.is_main:
                 return
             manifest = {str(path.relative_to(writing)): _hash(path) for path in _files(writing)}
@@ -146,13 +147,22 @@ class Checkpoints:
                 self._link("best", name)
             self._delete_old()
 
+    def _write_tensors(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        if self.world.size == 1:  # from where they lie; DCP would copy them all first
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            return
+        storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=storage, process_group=self._group)
+
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, dcp.CheckpointException) as error:
-            failures = [why for why, _ in error.failures.values()] if not isinstance(error, OSError) else [error]
-            reason = "; ".join(map(str, failures))
+        except (OSError, SafetensorError, dcp.CheckpointException) as error:
+            found = (
+                [why for why, _ in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
+            )
+            reason = "; ".join(map(str, found))
             raise CheckpointError(
                 f"checkpoint {name} cannot be written to {self.folder}: {reason}. Earlier ones are as they were: make "
                 "room there, and go on from the latest with --resume"

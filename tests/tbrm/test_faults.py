@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path: Pa
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole, symlinks=True)
 
-    weights = folder / "step-000004" / "model-00001-of-00001.safetensors"
+    weights = folder / "step-000004" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)

@@ -148,6 +148,7 @@ def test_hanging_calls_do_not_disturb_others(functions: str) -> None:
 def test_an_interrupted_call_leaves_no_stale_reply(workers: Workers) -> None:
     """Ctrl-C while waiting: the reply of the broken-off call must not be taken for that of the next one."""
     workers.call("pid", seconds=60)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     main_thread = threading.main_thread().ident
     assert main_thread is not None
     threading.Timer(0.3, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
