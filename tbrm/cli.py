@@ -65,7 +65,7 @@ def eval_model(args: argparse.Namespace) -> None:
     from tbrm.config import load_sections
     from tbrm.evaluate import evaluate
     from tbrm.model import load_policy, resolve_model
-    from tbrm.rollout import EmbeddedEngine, Sampling
+    from tbrm.rollout import Sampling, make_engine
 
     temperature = args.temperature if args.temperature is not None else float(args.k > 1)
     settings: dict[str, Any] = {"samples": args.k, "temperature": temperature, "prompts": args.prompts}
@@ -77,7 +77,7 @@ def eval_model(args: argparse.Namespace) -> None:
     problems = task.heldout(chosen.prompts)
     _quiet_libraries()
     policy, tokenizer = load_policy(config)
-    engine = EmbeddedEngine(policy, tokenizer, config.rollout.batch_size)
+    engine = make_engine(config.rollout, policy, tokenizer)
     sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature, config.seed)
     result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling)
     if args.json:

@@ -20,7 +20,6 @@ def trajectory_source(
     config: Config,
     engine: RolloutEngine,
     tokenizer: PreTrainedTokenizerBase,
-    eos_ids: list[int],
     heldout: Sequence[Problem],
     world: World,
 ) -> RolloutSource | FileSource:
@@ -29,7 +28,7 @@ def trajectory_source(
         assert config.task is not None  # the config's validation saw to it
         stream = ProblemStream(config.task, config.seed, heldout)
         return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world)
-    recorded = read_trajectories(config.data.trajectories, tokenizer, eos_ids)
+    recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids)
     usable = without_prompts(recorded, encode_problems(tokenizer, heldout))
     if not usable:
         raise ConfigError(f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation")

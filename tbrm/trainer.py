@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ from tbrm.objectives.base import TrajectoryLoss
 from tbrm.parallel import ALONE, World, accumulate
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
-from tbrm.rollout import EmbeddedEngine, Sampling
+from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
-from tbrm.rollout.split import SplitEngine
 from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.sources import trajectory_source
@@ -60,9 +60,8 @@ class Trainer:
         self.policy, self.tokenizer = load_policy(config, world)
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
-        embedded = EmbeddedEngine(self.policy, self.tokenizer, config.rollout.batch_size)
-        self.engine = SplitEngine(embedded, world)
-        self.source = trajectory_source(config, self.engine, self.tokenizer, embedded.eos_ids, self.heldout, world)
+        self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world)
+        self.source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
         self.replay = ReplayBuffer(config.replay.capacity)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
@@ -85,6 +84,7 @@ class Trainer:
             RunWriter(config, step=state.step, resumed=self.resumed, writes=self.world.is_main) as out,
             Interruption() as interruption,
             self.checkpoints,
+            closing(self.engine),
         ):
             if state.step == 0 and self.heldout:
                 state.accuracy_before = state.best_accuracy = self._evaluate(out)
@@ -213,6 +213,7 @@ class Trainer:
         """Held-out accuracy now; logs it and keeps the responses."""
         settings, step = self.config.evaluation, self.state.step
         assert self.config.task is not None
+        self.engine.update_weights(step)
         sampling = Sampling(
             self.config.rollout.max_new_tokens, settings.temperature, derive_seed("evaluation", self.config.seed, step)
         )

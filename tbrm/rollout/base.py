@@ -23,11 +23,25 @@ class Response:
     token_ids: list[int]
     """The end-of-sequence token included, unless truncated."""
     truncated: bool
+    weight_version: int = 0
+    """The `version` of the weights that made it."""
 
 
 class RolloutEngine(Protocol):
+    eos_ids: list[int]
+    """Every id that ends a response."""
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        """From now on responses come from the policy's weights as they are at this moment, known as `version`: the optimiser
+        steps that led to them. Does nothing if the engine has that version. Returns metrics of the transfer, if it has any."""
+        ...
+
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
         """`samples` responses to each prompt. The same weights and arguments give the same responses."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the engine holds outside of this process's memory. It answers no more after that."""
         ...
 
 

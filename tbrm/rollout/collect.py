@@ -56,6 +56,8 @@ class RolloutSource:
         """The trajectories of one step, which updates the weights from version `step - 1`."""
         config = self.config
         drawn_at = self.position
+        with phases("sync"):
+            transfer = self.engine.update_weights(step - 1)
         with phases("rollout"):
             problems = self.stream.take(config.prompts)
             prompts = encode_problems(self.tokenizer, problems)
@@ -79,12 +81,13 @@ class RolloutSource:
                     reward=config.truncated_reward if fixed else grade.reward,
                     truncated=response.truncated,
                     group=drawn_at + i,
-                    weight_version=step - 1,
+                    weight_version=response.weight_version,
                 )
             )
         collected.metrics = {
             "correct_share": sum(grade.correct for grade in grades) / len(grades),
             "ungraded": sum(grade.failure is not None for grade in grades),
             "dropped": len(grades) - len(collected.trajectories),
+            **transfer,
         }
         return collected

@@ -25,7 +25,15 @@ class EmbeddedEngine:
         text = policy.lm.config.get_text_config()
         layers = getattr(text, "layer_types", None) or [getattr(text, "sliding_window", None) and "sliding_attention"]
         self._may_share_prefix = "sliding_attention" not in layers
+        self._version = 0
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        self._version = version  # the weights are the policy's own
+        return {}
+
+    def close(self) -> None:
+        pass
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
@@ -96,8 +104,8 @@ class EmbeddedEngine:
     def _response(self, ids: list[int]) -> Response:
         for length, token in enumerate(ids, start=1):
             if token in self.eos_ids:
-                return Response(ids[:length], truncated=False)
-        return Response(ids, truncated=True)
+                return Response(ids[:length], truncated=False, weight_version=self._version)
+        return Response(ids, truncated=True, weight_version=self._version)
 
 
 @contextmanager

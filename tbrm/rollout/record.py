@@ -12,7 +12,7 @@ from tbrm.config import Config, ConfigError
 from tbrm.metrics import Phases
 from tbrm.model import load_policy
 from tbrm.rollout.collect import RolloutSource
-from tbrm.rollout.embedded import EmbeddedEngine
+from tbrm.rollout.engines import make_engine
 from tbrm.tasks import ProblemStream
 
 
@@ -22,7 +22,7 @@ def record(config: Config, out: Path, steps: int) -> int:
     if config.task is None:
         raise ConfigError("task: missing; rollouts need problems to answer")
     policy, tokenizer = load_policy(config)
-    engine = EmbeddedEngine(policy, tokenizer, config.rollout.batch_size)
+    engine = make_engine(config.rollout, policy, tokenizer)
     stream = ProblemStream(config.task, config.seed, config.task.heldout(config.evaluation.prompts))
     source = RolloutSource(stream, engine, tokenizer, config.rollout, config.seed)
     phases = Phases(policy.device)

@@ -15,6 +15,13 @@ class SplitEngine:
     def __init__(self, engine: RolloutEngine, world: World) -> None:
         self.engine = engine
         self.world = world
+        self.eos_ids = engine.eos_ids
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        return self.engine.update_weights(version)
+
+    def close(self) -> None:
+        self.engine.close()
 
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
         if self.world.rank > 0:  # else the n-th prompt of every share would draw the same random numbers

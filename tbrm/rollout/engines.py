@@ -1,0 +1,19 @@
+"""The engine that a recipe names."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.config import RolloutConfig
+from tbrm.model import PolicyModel
+from tbrm.parallel import ALONE, World
+from tbrm.rollout.base import RolloutEngine
+from tbrm.rollout.embedded import EmbeddedEngine
+from tbrm.rollout.split import SplitEngine
+
+
+def make_engine(
+    config: RolloutConfig, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, world: World = ALONE
+) -> RolloutEngine:
+    """`rollout.engine` for the policy; of several processes each answers its share of the prompts."""
+    return SplitEngine(EmbeddedEngine(policy, tokenizer, config.batch_size), world)
