@@ -1,7 +1,7 @@
 // Hidden's gradient where operands are multiplied as float32: [T, D] = derivatives[V, T]^T weight[V, D].
 //
 // Each thread has its own tiles of the result and goes through the vocabulary alone, kDepth rows at a time: it lays out
-// what its tiles need of both operands as the product wants them, and multiplies. Waiting for the other threads at each
+// what its tiles need of the operands as the product wants them, and multiplies. Waiting for the other threads at each
 // step, to share that work, was a little slower, and many times slower where a core is shared with another process.
 #pragma once
 
@@ -18,7 +18,7 @@
 namespace tbrm {
 
 constexpr int64_t kDepth = 256;
-constexpr int64_t kTileTokens = 64;
+constexpr int64_t kTileTokens = 128;
 constexpr int64_t kTileWidth = 64;
 
 // [rows, lanes], lanes a multiple of kStrip -> [lanes, rows]
@@ -48,16 +48,28 @@ void hidden_gradient(const float* derivatives, int64_t lanes, const at::Tensor& 
     const int64_t t_end = first == last ? std::min(lanes, ((end - 1) % down + 1) * kTileTokens) : lanes;
     const int64_t ld = kDepth + 32;  // not a power of 2, so that rows do not share cache sets
     const std::unique_ptr<float[]> left(new float[(t_end - t_begin) * ld]);
-    PackedMatrix<float> right(std::min(kDepth, V), columns, width);
+    // A float32 weight is multiplied as it lies, unless its rows are whole pages apart and would share cache sets.
+    const bool direct = std::is_same_v<W, float> && ld_w % 1024 != 0;
+    PackedMatrix<float> copy(direct ? 0 : std::min(kDepth, V), columns, width);
     for (int64_t v0 = 0; v0 < V; v0 += kDepth) {
       const int64_t rows = std::min(kDepth, V - v0);
       transpose(derivatives + v0 * lanes + t_begin, lanes, rows, t_end - t_begin, left.get(), ld);
-      right.pack(rows, columns,
-                 [&](int64_t v, int64_t d) { return static_cast<float>(w[(v0 + v) * ld_w + d_begin + d]); });
+      if (!direct) {
+        copy.pack(rows, columns,
+                  [&](int64_t v, int64_t d) { return static_cast<float>(w[(v0 + v) * ld_w + d_begin + d]); });
+      }
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t panel = tile / down, d0 = panel * width, t0 = tile % down * kTileTokens;
-        right.multiply(left.get() + (t0 - t_begin) * ld, ld, std::min(kTileTokens, T - t0), panel - first,
-                       std::min(width, D - d0), out + t0 * D + d0, D, /*add=*/v0 > 0);
+        const float* tokens = left.get() + (t0 - t_begin) * ld;
+        const int64_t M = std::min(kTileTokens, T - t0), N = std::min(width, D - d0);
+        float* tile_out = out + t0 * D + d0;
+        if constexpr (std::is_same_v<W, float>) {
+          if (direct) {
+            multiply(tokens, ld, w + v0 * ld_w + d0, ld_w, M, N, rows, tile_out, D, /*add=*/v0 > 0);
+            continue;
+          }
+        }
+        copy.multiply(tokens, ld, M, panel - first, N, tile_out, D, /*add=*/v0 > 0);
       }
     }
   });

@@ -27,6 +27,13 @@ struct Product {
   static int64_t padded(int64_t k) { return divup(k, step) * step; }
 };
 
+// A [M, K] and B [K, N], which is laid out as PackedMatrix does it: for float32, row by row.
+template <typename P>
+void multiply(const P* A, int64_t lda, const P* B, int64_t ldb, int64_t M, int64_t N, int64_t K, float* C, int64_t ldc,
+              bool add) {
+  at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, A, B, C, /*is_vnni=*/Product<P>::step > 1);
+}
+
 template <typename P>
 class PackedMatrix {
  public:
@@ -63,8 +70,7 @@ class PackedMatrix {
   // C[M, columns] (+)= A[M, K] times the first `columns` columns of a panel.
   void multiply(const P* A, int64_t lda, int64_t M, int64_t panel, int64_t columns, float* C, int64_t ldc,
                 bool add) const {
-    at::native::cpublas::brgemm(M, columns, K_, lda, width_, ldc, add, A, data_.get() + panel * width_ * K_, C,
-                                /*is_vnni=*/Product<P>::step > 1);
+    tbrm::multiply(A, lda, data_.get() + panel * width_ * K_, width_, M, columns, K_, C, ldc, add);
   }
 
  private:

@@ -154,6 +154,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_a_width_of_several_panels(dtype: torch.dtype) -> None:
-    """640 (Gemma 3 270M), with chunks of ragged strips and a vocabulary that ends within a block and a step."""
-    assert_as_good_as_plain_torch(random_head(150, 1001, 640, dtype), slack=16, entropy=True)
+@pytest.mark.parametrize("width", [640, 1024], ids=["640: Gemma 3 270M", "1024: float32 rows are a page apart"])
+def test_a_width_of_several_panels(dtype: torch.dtype, width: int) -> None:
+    """With chunks of ragged strips and a vocabulary that ends within a block and a step."""
+    assert_as_good_as_plain_torch(random_head(150, 1001, width, dtype), slack=16, entropy=True)
