@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,10 @@ def eval_model(args: argparse.Namespace) -> None:
     problems = task.heldout(chosen.prompts)
     _quiet_libraries()
     policy, tokenizer = load_policy(config)
-    engine = make_engine(config.rollout, policy, tokenizer)
     sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature, config.seed)
-    result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling)
+    with closing(make_engine(config.rollout, policy, tokenizer)) as engine:
+        engine.update_weights(0)
+        result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling)
     if args.json:
         Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
     shown = {"model": args.model, "task": task.name, "decoding": _decoding(chosen.temperature), **result.summary()}

@@ -59,8 +59,37 @@ class DataConfig(Section):
     )
 
 
+class VllmConfig(Section):
+    addresses: list[str] = Field(
+        [],
+        description="Running servers, such as http://10.0.0.7:8000 (docs/rollouts.md has their command); none: we start them.",
+    )
+    servers: int = Field(1, ge=1, description="Servers to start, where no addresses are given.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of vLLM's model. auto: model.precision.")
+    kv_cache_gib: float = Field(2.0, gt=0, description="Memory for keys and values on a CPU, in GiB.")
+    gpu_memory: float = Field(0.45, gt=0, le=1, description="Share of the GPU's memory that vLLM may use in all.")
+    options: dict[str, Any] = Field(
+        {},
+        description="More options of vLLM, by its own names, such as {max_model_len: 4096, tensor_parallel_size: 2}.",
+    )
+    weights_dir: str | None = Field(
+        None,
+        description="Where weights are handed over; all servers must see it. None: shared memory, else the temporary folder.",
+    )
+    start_timeout: int = Field(300, ge=1, description="Seconds within which a server must be up, or up again.")
+    request_timeout: int = Field(600, ge=1, description="Seconds that a server may take over one answer.")
+    max_logprob_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean difference to our log-probs after a sync. None: 0.001 in float32, 0.2 in bfloat16.",
+    )
+
+
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (transformers' generate).")
+    engine: Literal["embedded", "vllm", "vllm_colocated"] = Field(
+        "embedded",
+        description="What generates: embedded (transformers), vllm (servers) or vllm_colocated (vLLM in our process).",
+    )
     prompts: int = Field(16, ge=1, description="Problems per step.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
     max_new_tokens: int = Field(
@@ -72,6 +101,7 @@ class RolloutConfig(Section):
         "reward", description="A truncated response: its verifier's reward, the fixed reward below, or dropped."
     )
     truncated_reward: float = Field(0.0, description="The reward of a truncated response when truncated is 'fixed'.")
+    vllm: VllmConfig = VllmConfig()
 
 
 class ReplayConfig(Section):
@@ -177,6 +207,10 @@ class Config(Section):
         if self.data.trajectories and self.replay.capacity:
             raise ValueError(
                 "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+            )
+        if self.rollout.vllm.addresses and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"rollout.vllm.addresses is set but rollout.engine is {self.rollout.engine!r}: set it to vllm"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(

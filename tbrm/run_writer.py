@@ -28,6 +28,7 @@ RUN_FILES = (
     "plots",
     "tensorboard",
     "checkpoints",
+    "engine",
 )
 """What a run leaves in its folder."""
 

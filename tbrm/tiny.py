@@ -38,9 +38,9 @@ def tiny_model(vocabulary: int, seed: int) -> Qwen3ForCausalLM:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM computes on a CPU
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=0,

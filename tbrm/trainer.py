@@ -60,7 +60,7 @@ class Trainer:
         self.policy, self.tokenizer = load_policy(config, world)
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
-        self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world)
+        self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world, run_dir=self.run_dir)
         self.source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
         self.replay = ReplayBuffer(config.replay.capacity)
         self.optimizer = torch.optim.AdamW(

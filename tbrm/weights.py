@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -36,6 +39,34 @@ def read_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     reader = HuggingFaceStorageReader(str(folder))
     alone = not dist.is_initialized()
     dcp.load({name: tensor.detach() for name, tensor in tensors.items()}, storage_reader=reader, no_dist=alone)
+
+
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+
+
+@torch.no_grad()
+def write_whole(tensors: Mapping[str, Tensor], path: Path | None, dtype: torch.dtype) -> None:
+    """Writes one safetensors file, floating point numbers as `dtype`. Sharded tensors are gathered one at a time, so no
+    process ever holds the model; all processes call this, and those that only help to gather have no path."""
+
+    def stored(tensor: Tensor) -> torch.dtype:
+        return dtype if tensor.is_floating_point() else tensor.dtype
+
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * stored(tensor).itemsize
+        kind = _SAFETENSORS_TYPES[stored(tensor)]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") if path else nullcontext() as file:
+        if file is not None:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if file is not None:
+                file.write(whole.to("cpu", stored(tensor)).flatten().view(torch.uint8).numpy().data)
 
 
 def materialise(lm: PreTrainedModel, weights_on: torch.device, device: torch.device) -> None:

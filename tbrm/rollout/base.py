@@ -25,6 +25,8 @@ class Response:
     truncated: bool
     weight_version: int = 0
     """The `version` of the weights that made it."""
+    logprobs: list[float] | None = None
+    """Log-prob of each token, as the engine sampled it; None if the engine does not say."""
 
 
 class RolloutEngine(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.config import RolloutConfig
+from tbrm.config import ConfigError, RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine
@@ -13,7 +15,26 @@ from tbrm.rollout.split import SplitEngine
 
 
 def make_engine(
-    config: RolloutConfig, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, world: World = ALONE
+    config: RolloutConfig,
+    policy: PolicyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World = ALONE,
+    *,
+    run_dir: Path = Path(),
 ) -> RolloutEngine:
-    """`rollout.engine` for the policy; of several processes each answers its share of the prompts."""
-    return SplitEngine(EmbeddedEngine(policy, tokenizer, config.batch_size), world)
+    """`rollout.engine` for the policy; of several processes each answers its share of the prompts. What servers say goes to
+    a folder of `run_dir`. Raises ConfigError or ModuleNotFoundError."""
+    engine: RolloutEngine
+    if config.engine == "vllm":
+        from tbrm.rollout.vllm.engine import VllmEngine
+
+        engine = VllmEngine(config, policy, tokenizer, run_dir / "engine", world)
+    elif config.engine == "vllm_colocated":
+        from tbrm.rollout.vllm.colocated import ColocatedEngine
+
+        if world.mesh is not None:
+            raise ConfigError("rollout.engine: vllm_colocated wants one process, without torchrun; use vllm")
+        engine = ColocatedEngine(config, policy, tokenizer)
+    else:
+        engine = EmbeddedEngine(policy, tokenizer, config.batch_size)
+    return SplitEngine(engine, world)

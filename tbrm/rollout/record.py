@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,12 +23,12 @@ def record(config: Config, out: Path, steps: int) -> int:
     if config.task is None:
         raise ConfigError("task: missing; rollouts need problems to answer")
     policy, tokenizer = load_policy(config)
-    engine = make_engine(config.rollout, policy, tokenizer)
+    engine = make_engine(config.rollout, policy, tokenizer, run_dir=Path(config.run.dir))
     stream = ProblemStream(config.task, config.seed, config.task.heldout(config.evaluation.prompts))
     source = RolloutSource(stream, engine, tokenizer, config.rollout, config.seed)
     phases = Phases(policy.device)
     written = 0
-    with out.open("w") as file:
+    with closing(engine), out.open("w") as file:
         for step in tqdm(range(1, steps + 1), disable=None, desc="rollout", unit="batch"):
             collected = source.collect(step, phases)
             for problem, trajectory in zip(collected.problems, collected.trajectories, strict=True):

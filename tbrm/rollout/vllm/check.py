@@ -1,0 +1,54 @@
+"""The check after each sync: does the engine compute what the trainer computes?
+
+The engine continues a fixed prompt by a few sampled tokens, and the trainer's own log-probs of these tokens are compared
+with the engine's. Sampled ones, for the likeliest token's log-prob may be near 0 under any weights. The prompt is longer
+than a block of vLLM's prefix cache, and the same each time, so keys and values of old weights show too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.data import Trajectory, pack
+from tbrm.model import PolicyModel
+from tbrm.rollout.base import Response
+from tbrm.rollout.vllm.server import sampling_params
+
+_TEXT = "Weights that are sent must be the weights that answer: one step behind, and 2 + 2 is what it was yesterday. "
+_PROMPT_TOKENS = 160
+_NEW_TOKENS = 32
+_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+class StaleWeightsError(RuntimeError):
+    """The engine's log-probs are not those of the policy."""
+
+
+class SyncCheck:
+    def __init__(self, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, limit: float | None) -> None:
+        self.policy = policy
+        self.limit = limit
+        ids: list[int] = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+        self.prompt = (ids * (1 + _PROMPT_TOKENS // len(ids)))[:_PROMPT_TOKENS]
+        self.sampling = sampling_params(1, _NEW_TOKENS, policy.temperature, seed=0, stop_ids=[])
+
+    @torch.no_grad()
+    def __call__(self, responses: Sequence[Response], dtype: torch.dtype) -> dict[str, float]:
+        """Metrics of responses to `prompt`, one from each engine, whose models are of `dtype`. All processes call it, with
+        the same responses. Raises StaleWeightsError."""
+        batch = pack([Trajectory(self.prompt, response.token_ids, 0.0) for response in responses])
+        ours = self.policy(batch.to(self.policy.device)).logprobs.float().cpu()
+        theirs = torch.tensor([logprob for response in responses for logprob in response.logprobs or []])
+        gaps = (ours - theirs).abs().view(len(responses), -1)
+        mean = gaps.mean(1).max().item()
+        limit = self.limit or max(_LIMITS[dtype], _LIMITS[self.policy.precision])
+        if not mean <= limit:
+            raise StaleWeightsError(
+                f"after the weights were sent, vLLM's log-probs differ from the trainer's by {mean:.3g} in the mean, over "
+                f"{_NEW_TOKENS} tokens; rollout.vllm.max_logprob_gap allows {limit:g}. It answers with stale or wrong weights, "
+                "and training on its answers would go wrong in silence: do not raise the limit before you know why"
+            )
+        return {"sync/logprob_gap_mean": mean, "sync/logprob_gap_max": gaps.max().item()}

@@ -1,0 +1,147 @@
+"""`rollout.engine: vllm_colocated`: vLLM in the trainer's own process. No server to start, no weights through a file; but a
+call that hangs cannot be ended, so for long runs take `vllm`."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.config import RolloutConfig
+from tbrm.model import PolicyModel
+from tbrm.rollout.base import Response, Sampling, derive_seed
+from tbrm.rollout.embedded import end_token_ids
+from tbrm.rollout.vllm.check import SyncCheck
+from tbrm.rollout.vllm.handover import Handover, engine_dtype
+from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment
+from tbrm.rollout.vllm.server import sampling_params
+
+
+class ColocatedEngine:
+    """On a GPU vLLM sleeps between calls: weights go to the CPU's memory, that of keys and values is given back."""
+
+    def __init__(self, config: RolloutConfig, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_installed()
+        self.config = config
+        self.policy = policy
+        self.eos_ids = end_token_ids(policy.lm, tokenizer)
+        self._dtype = engine_dtype(config.vllm, policy)
+        self._sleeps = policy.device.type == "cuda"
+        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device)
+        self._check = SyncCheck(policy, tokenizer, config.vllm.max_logprob_gap)
+        self._handover: Handover | None = None
+        self._guard: FolderGuard | None = None
+        self._llm: Any = None
+        self._version = -1
+        self._sync_metrics: dict[str, float] = {}
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        if version == self._version:
+            return self._sync_metrics
+        if self._handover is None:
+            self._handover = Handover(self.policy, self._dtype)
+            self._llm = self._start(self._handover)
+        with self._awake():
+            weights = ((name, weight.detach()) for name, weight in self._handover.weights().items())
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            # Else what it has computed of known prompts would stay that of the old weights.
+            self._llm.reset_prefix_cache()
+        self._version = version
+        probes = self._generate([self._check.prompt], [self._check.sampling])[0]
+        self._sync_metrics = self._check(probes, self._dtype)
+        return self._sync_metrics
+
+    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
+        params = []
+        for i, prompt in enumerate(prompts):
+            room = self._llm.model_config.max_model_len - len(prompt)
+            seed = derive_seed(sampling.seed, i, 0)
+            length = min(room, sampling.max_new_tokens)
+            params.append(sampling_params(samples, length, sampling.temperature, seed, self.eos_ids))
+        return self._generate(prompts, params)
+
+    def close(self) -> None:
+        if self._guard is not None:
+            self._guard.stop()
+        if self._handover is not None:
+            self._handover.close()
+        if self._llm is not None:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            self._llm = None
+            cleanup_dist_env_and_memory()
+
+    def _generate(self, prompts: Sequence[list[int]], params: Sequence[dict[str, Any]]) -> list[list[Response]]:
+        from vllm import SamplingParams
+
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        with self._awake():
+            outputs = self._llm.generate(inputs, [SamplingParams(**each) for each in params], use_tqdm=False)
+        return [[self._response(choice) for choice in output.outputs] for output in outputs]
+
+    def _response(self, choice: Any) -> Response:
+        token_ids = list(choice.token_ids)
+        logprobs = [step[token].logprob for token, step in zip(token_ids, choice.logprobs, strict=True)]
+        return Response(token_ids, choice.finish_reason == "length", self._version, logprobs)
+
+    def _start(self, handover: Handover) -> Any:
+        assert handover.folder is not None
+        self._guard = FolderGuard(handover.folder)
+        handover.write()
+        os.environ.update(environment(self.config.vllm), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        with _process_left_as_it_was(), _temporary_files_in(handover.folder):
+            from vllm import LLM
+
+            llm = LLM(str(handover.folder), enable_sleep_mode=self._sleeps, **self._options)
+        (handover.folder / "model.safetensors").unlink()  # from now on weights go from memory to memory
+        if self._sleeps:
+            llm.sleep()
+        return llm
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        if self._sleeps:
+            self._llm.wake_up()
+        try:
+            yield
+        finally:
+            if self._sleeps:
+                self._llm.sleep()
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@contextmanager
+def _process_left_as_it_was() -> Iterator[None]:
+    """vLLM takes the process for its own: it seeds the global generators, binds threads to cores, and turns
+    torch.set_num_threads off. Training's numbers must not depend on the engine. (Its process group stays until close.)"""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    states = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_default_dtype(states[2])

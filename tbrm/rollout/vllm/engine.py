@@ -1,0 +1,227 @@
+"""`rollout.engine: vllm`: rollouts by vLLM servers, which we start, or whose addresses we are given.
+
+Every process of a run talks to all servers; weights go to them from the main one. Whatever becomes of a server, an answer
+counts once and was made by the weights that were wanted: each says which made it, and one that is lost is asked for again,
+with the same seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.config import ConfigError, RolloutConfig
+from tbrm.model import PolicyModel
+from tbrm.parallel import ALONE, World
+from tbrm.rollout.base import Response, Sampling, derive_seed
+from tbrm.rollout.embedded import end_token_ids
+from tbrm.rollout.vllm.check import SyncCheck
+from tbrm.rollout.vllm.handover import Handover, engine_dtype
+from tbrm.rollout.vllm.keeper import Keeper, publish
+from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options
+from tbrm.rollout.vllm.server import Server, ServerError, sampling_params
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One request: up to `count` responses to a prompt."""
+
+    index: int
+    prompt: list[int]
+    sampling: dict[str, object]
+
+
+class VllmEngine:
+    """Nothing is started before the first weights are sent: training on recorded trajectories needs no server."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        policy: PolicyModel,
+        tokenizer: PreTrainedTokenizerBase,
+        log_dir: Path,
+        world: World = ALONE,
+    ) -> None:
+        self.config = config.vllm
+        self.batch_size = config.batch_size
+        self.policy = policy
+        self.log_dir = log_dir
+        self.world = world
+        self.eos_ids = end_token_ids(policy.lm, tokenizer)
+        self._check = SyncCheck(policy, tokenizer, config.vllm.max_logprob_gap)
+        self._dtype = engine_dtype(config.vllm, policy)
+        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device)
+        if not config.vllm.addresses:
+            check_installed()
+            if len(set(world.gather(socket.gethostname()))) > 1:
+                raise ConfigError(
+                    "rollout.vllm.addresses: missing; a run of several machines does not start servers itself"
+                )
+        self._run_id = secrets.token_hex(4)  # servers may have weights of other runs, by the same version
+        self._handover: Handover | None = None
+        self._guard: FolderGuard | None = None
+        self._keepers: list[Keeper] = []
+        self._servers: list[Server] = []
+        self._max_model_len = 0
+        self._version = -1
+        self._sync_metrics: dict[str, float] = {}
+        self._reissued = 0
+        self._count_lock = threading.Lock()
+        self._closed = False
+
+    def update_weights(self, version: int) -> dict[str, float]:
+        if version != self._version:
+            if self._handover is None:
+                self._handover = Handover(self.policy, self._dtype, self.config.weights_dir, owner=self.world.is_main)
+                self._servers = self._on_main(self._prepare)
+            self._handover.write()
+            self._max_model_len, probes = self._on_main(lambda: self._publish(version))
+            self._version = version
+            self._sync_metrics = self._check(probes, self._dtype)
+        restarts, reissued = map(sum, zip(*self.world.gather((self._restarts, self._reissued)), strict=True))
+        return {**self._sync_metrics, "engine/restarts": restarts, "engine/reissued": reissued}
+
+    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
+        count = min(samples, self.batch_size)  # vLLM wants no more of one request
+        jobs = [
+            _Job(i, prompt, self._sampling_params(prompt, min(count, samples - drawn), drawn, i, sampling))
+            for i, prompt in enumerate(prompts)
+            for drawn in range(0, samples, count)
+        ]
+        # As many requests as keep the servers busy; more would wait there, against the time limit.
+        in_flight = min(len(jobs), max(1, 2 * self.batch_size // count) * len(self._servers))
+        threads = ThreadPoolExecutor(max(1, in_flight))
+        try:
+            answers = list(threads.map(self._answer, jobs))
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+        responses: list[list[Response]] = [[] for _ in prompts]
+        for job, answer in zip(jobs, answers, strict=True):
+            responses[job.index] += answer
+        return responses
+
+    def close(self) -> None:
+        self._closed = True
+        for keeper in self._keepers:
+            keeper.close()
+        if self._guard is not None:
+            self._guard.stop()
+        if self._handover is not None:
+            self._handover.close()
+
+    def _sampling_params(
+        self, prompt: list[int], count: int, drawn: int, index: int, sampling: Sampling
+    ) -> dict[str, object]:
+        room = self._max_model_len - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"a prompt has {len(prompt)} tokens, and vLLM's model takes {self._max_model_len} with the response: shorten "
+                "the task's prompts, or raise rollout.vllm.options.max_model_len"
+            )
+        seed = derive_seed(sampling.seed, index, drawn)
+        return sampling_params(count, min(room, sampling.max_new_tokens), sampling.temperature, seed, self.eos_ids)
+
+    def _answer(self, job: _Job) -> list[Response]:
+        """The responses to one request, from whichever server gives them."""
+        wanted = self._version
+        deadline = None
+        for attempt in itertools.count(job.index + self.world.rank):
+            server = self._servers[attempt % len(self._servers)]
+            try:
+                return [
+                    replace(response, weight_version=self._oldest(tags, wanted))
+                    for response, tags in server.generate(job.prompt, job.sampling)
+                ]
+            except ServerError as error:
+                deadline = deadline or time.monotonic() + self.config.start_timeout
+                if self._closed or time.monotonic() > deadline:
+                    raise ServerError(
+                        f"no vLLM server has answered for rollout.vllm.start_timeout ({self.config.start_timeout} s). The last "
+                        f"failure: {error}{''.join(keeper.last_words() for keeper in self._keepers)}"
+                    ) from error
+                if isinstance(error.__cause__, TimeoutError):
+                    self._restart(server)
+            with self._count_lock:
+                self._reissued += 1
+            time.sleep(0.5)
+        raise AssertionError
+
+    def _oldest(self, tags: set[str], wanted: int) -> int:
+        """The version of the oldest of the weights that made a response. Raises ServerError if they are too old."""
+        versions = []
+        for tag in tags:
+            run, _, version = tag.rpartition("-")
+            if run != self._run_id or int(version) < wanted:
+                raise ServerError(f"a server answered with weights {tag!r} instead of {self._tag(wanted)!r}")
+            versions.append(int(version))
+        return min(versions)
+
+    def _tag(self, version: int) -> str:
+        return f"{self._run_id}-{version}"
+
+    def _restart(self, server: Server) -> None:
+        for keeper in self._keepers:
+            if keeper.server is server:
+                keeper.restart()
+
+    @property
+    def _restarts(self) -> int:
+        return sum(keeper.restarts for keeper in self._keepers)
+
+    def _prepare(self) -> list[Server]:
+        """The servers, each with a keeper; nothing runs yet."""
+        assert self._handover is not None and self._handover.folder is not None
+        folder, config = self._handover.folder, self.config
+        addresses = config.addresses or [str(folder / f"{number}.socket") for number in range(config.servers)]
+        if config.addresses:
+            self._guard = FolderGuard(folder)
+        for number, address in enumerate(addresses):
+            start = None if config.addresses else self._starter(folder, number, Path(address))
+            self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout), folder, start))
+        return [keeper.server for keeper in self._keepers]
+
+    def _starter(self, folder: Path, number: int, path: Path) -> Callable[[], ServerProcess]:
+        log = self.log_dir / f"vllm-{number}.log"
+        return lambda: ServerProcess(folder, path, self._options, self.config, log)
+
+    def _publish(self, version: int) -> tuple[int, list[Response]]:
+        """Has the servers load the weights. Returns the longest that they all take, and each one's answer to the check."""
+        tag, seconds = self._tag(version), self.config.start_timeout
+        deadline = time.monotonic() + seconds
+        while True:
+            publish(self._keepers, tag, wait_for_all=self._version < 0, seconds=deadline - time.monotonic())
+            probes = []
+            for keeper in self._keepers:
+                try:
+                    [(response, tags)] = keeper.server.generate(self._check.prompt, self._check.sampling)
+                    probes += [response] if tags == {tag} else []
+                except ServerError as error:  # it died just now: its keeper sees to it
+                    keeper.failure = error
+            if probes:
+                return min(keeper.max_model_len for keeper in self._keepers if keeper.max_model_len), probes
+            time.sleep(0.5)
+
+    def _on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives on the main process, on all of them; where it fails there, it fails on all."""
+        outcome: tuple[Result | None, Exception | None] = None, None
+        if self.world.is_main:
+            try:
+                outcome = work(), None
+            except Exception as error:
+                outcome = None, error
+        result, failure = self.world.gather(outcome)[0]
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]

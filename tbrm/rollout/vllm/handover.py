@@ -1,0 +1,64 @@
+"""The folder through which weights go to vLLM: a Hugging Face folder, which a server may also start from."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tbrm.config import VllmConfig
+from tbrm.model import PolicyModel
+from tbrm.weights import write_whole
+
+
+def engine_dtype(config: VllmConfig, policy: PolicyModel) -> torch.dtype:
+    dtype: torch.dtype = policy.precision if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype
+
+
+class Handover:
+    """Made on every process, as each has slices of the weights to give; only the main one, the `owner`, has the folder."""
+
+    def __init__(
+        self, policy: PolicyModel, dtype: torch.dtype, parent: str | None = None, *, owner: bool = True
+    ) -> None:
+        """The folder is made in `parent`; None: in shared memory, if that has room, else in the temporary folder."""
+        self.policy = policy
+        self.dtype = dtype
+        self.folder: Path | None = None
+        if owner:
+            size = sum(weight.numel() * self.dtype.itemsize for weight in self.weights().values())
+            self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size)))
+            policy.save_config(self.folder)
+
+    def write(self) -> None:
+        """Puts the policy's weights, as they are now, in the place of the last ones, in one move. All processes call it."""
+        if self.folder is None:
+            write_whole(self.weights(), None, self.dtype)
+            return
+        unfinished = self.folder / "unfinished"
+        write_whole(self.weights(), unfinished, self.dtype)
+        unfinished.rename(self.folder / "model.safetensors")
+
+    def weights(self) -> dict[str, Tensor]:
+        """What vLLM must be sent, by its names in the transformers model."""
+        weights: dict[str, Tensor] = dict(self.policy.weights())
+        if "lm_head.weight" not in weights:
+            # A tied head goes by the embedding's name, but on a CPU vLLM has a copy of it, which would stay as it was.
+            lm = self.policy.lm
+            embedding = next(name for name, module in lm.named_modules() if module is lm.get_input_embeddings())
+            weights["lm_head.weight"] = weights[f"{embedding}.weight"]
+        return weights
+
+    def close(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _roomy(size: int) -> str | None:
+    """Shared memory, if it has room for so many bytes; else tempfile's choice."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > size else None

@@ -1,0 +1,126 @@
+"""Keeps servers alive and up to date: one thread per server, on the main process alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tbrm.rollout.vllm.process import ServerProcess
+from tbrm.rollout.vllm.server import RefusedError, Server, ServerError
+
+_POLL_SECONDS = 1.0
+_QUICK = 10.0
+"""Seconds for an answer that takes no work."""
+
+
+class Keeper:
+    """Looks after one server: starts it again if it is ours and ended; and whenever it has other weights than it should
+    (new ones are out, it is new, it comes back from the dead), has it load those of the folder."""
+
+    def __init__(self, server: Server, folder: Path, start: Callable[[], ServerProcess] | None) -> None:
+        """`start` makes the process of a server of ours; one given by address has none."""
+        self.server = server
+        self.has = ""
+        """The tag of the weights that it is known to have."""
+        self.failure: Exception | None = None
+        """Why it does not have those it should, once that is known."""
+        self.restarts = 0
+        self.max_model_len = 0
+        self._wanted = ""
+        self._folder = folder
+        self._start = start
+        self._process: ServerProcess | None = None
+        self._was_up = False
+        self._closed = False
+        self._lock = threading.Lock()  # of the process's start and end
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def want(self, tag: str) -> None:
+        """From now on the server should have the weights that lie in the folder, and call them `tag`."""
+        self.failure = None
+        self._wanted = tag
+        self._wake.set()
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def restart(self) -> None:
+        """Ends a server of ours that does not answer; what it was asked fails, and a new one comes."""
+        with self._lock:
+            if self._process is not None:
+                self._process.stop()
+
+    def last_words(self) -> str:
+        return f"\n{self._process.last_words()}" if self._process else ""
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether trying longer makes no sense: it cannot be used, or has never come up."""
+        return isinstance(self.failure, RefusedError) or (
+            not self._was_up and self._process is not None and self._process.ended
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.stop()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(_QUICK)
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._tend()
+            except (ServerError, RefusedError, OSError) as error:
+                self.has, self.failure = "", error
+            self._wake.wait(_POLL_SECONDS)
+            self._wake.clear()
+
+    def _tend(self) -> None:
+        if self._start is not None and not self._is_running(self._start):
+            return
+        tag = self._wanted
+        if self.server.weights(timeout=_QUICK) != tag:
+            self.max_model_len = self.server.max_model_len()
+            try:
+                self.server.load(self._folder, tag)
+            except ServerError:
+                self.restart()  # whatever is wrong with it, it has no good weights now
+                raise
+        self._was_up = True
+        self.has = tag
+
+    def _is_running(self, start: Callable[[], ServerProcess]) -> bool:
+        with self._lock:
+            if self._closed or self.hopeless:
+                return False
+            if self._process is None:
+                self._process = start()
+            elif self._process.ended:
+                self._process.stop()
+                self._process = start()
+                self.restarts += 1
+            return True
+
+
+def publish(keepers: Sequence[Keeper], tag: str, *, wait_for_all: bool, seconds: float) -> None:
+    """Returns when the servers have the weights: all of them, or those that can be had now, at least one. Raises
+    ServerError or RefusedError, with what the server said, if there is none within `seconds`."""
+    for keeper in keepers:
+        keeper.want(tag)
+    deadline = time.monotonic() + seconds
+    while not all(keeper.has == tag for keeper in keepers):
+        has = [keeper.has == tag for keeper in keepers]
+        if any(has) and not wait_for_all and all(h or k.failure for h, k in zip(has, keepers, strict=True)):
+            return
+        lost = [keeper for keeper in keepers if keeper.hopeless]
+        if lost or time.monotonic() > deadline:
+            keeper = (lost or [k for k in keepers if k.has != tag])[0]
+            when = "" if lost else f" within rollout.vllm.start_timeout ({seconds:g} s)"
+            kind = RefusedError if isinstance(keeper.failure, RefusedError) else ServerError
+            raise kind(f"vLLM has no weights{when}: {keeper.failure or 'it did not start'}{keeper.last_words()}")
+        time.sleep(0.02)

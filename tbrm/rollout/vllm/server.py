@@ -1,0 +1,134 @@
+"""How to talk to a vLLM server: the requests that rollouts need, each with a time limit and the server's own words if it
+fails."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tbrm.rollout.base import Response
+
+SUPPORTED = ((0, 32), (0, 34))
+"""Versions of vLLM from the first to before the second: its interface changes between releases."""
+
+
+class ServerError(RuntimeError):
+    """A server that gave no answer, or a failure; the message holds its own words. Another try may succeed."""
+
+
+class RefusedError(ValueError):
+    """A request that no server of this kind will ever answer."""
+
+
+def check_version(version: str, where: str) -> None:
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    if not SUPPORTED[0] <= tuple(int(part) for part in version.split(".")[:2]) < SUPPORTED[1]:
+        raise RefusedError(f"{where} is vLLM {version}; wants vllm>={low},<{high}: pip install 'vllm>={low},<{high}'")
+
+
+@dataclass(frozen=True)
+class Server:
+    address: str
+    """http://host:port, or the path of a Unix socket."""
+    timeout: float
+    """Seconds for an answer."""
+
+    def call(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
+        """The JSON that the server answers. Raises ServerError or RefusedError."""
+        connection = _connect(self.address, timeout or self.timeout)
+        try:
+            headers = {"content-type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            reply = connection.getresponse()
+            status, text = reply.status, reply.read().decode(errors="replace")
+        except TimeoutError as error:
+            raise ServerError(f"{self.address}{path}: no answer within {connection.timeout:g} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{self.address}{path}: {error or type(error).__name__}") from error
+        finally:
+            connection.close()
+        if status >= 500:
+            raise ServerError(f"{self.address}{path} answered {status}: {text[:2000]}")
+        if status >= 400:
+            raise RefusedError(f"{self.address}{path} answered {status}: {text[:2000]}")
+        return json.loads(text) if text else None
+
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its response together. Raises RefusedError if it is no server that we can use."""
+        check_version(self.call("GET", "/version")["version"], self.address)
+        length: int = self.call("GET", "/v1/models")["data"][0]["max_model_len"]
+        return length
+
+    def weights(self, *, timeout: float) -> str:
+        """The tag of the weights that it has."""
+        tag: str = self.call("GET", "/weight_info", timeout=timeout)["weight_version"]
+        return tag
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Takes the weights of `folder`, without a restart. Requests that came before are answered before; those that come
+        meanwhile, afterwards. If it fails half-way, the server has no good weights, and claims none."""
+        self.call("POST", "/pause?mode=wait")
+        self.call("POST", "/update_weight_version", {"new_version": "half-loaded"})
+        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.call("POST", "/collective_rpc", arguments)
+        # Else what it has computed of known prompts would stay that of the old weights.
+        if not self.call("POST", "/reset_prefix_cache")["success"]:
+            raise ServerError(f"{self.address} did not reset its prefix cache")
+        self.call("POST", "/update_weight_version", {"new_version": tag})
+        self.call("POST", "/resume")
+
+    def generate(self, prompt: Sequence[int], sampling: dict[str, Any]) -> list[tuple[Response, set[str]]]:
+        """Responses, and for each the tags of the weights that made it."""
+        body = {"token_ids": list(prompt), "sampling_params": sampling}
+        choices = self.call("POST", "/inference/v1/generate", body)["choices"]
+        return [(_response(choice), {span["version"] for span in choice["weight_versions"]}) for choice in choices]
+
+
+def sampling_params(
+    count: int, max_tokens: int, temperature: float, seed: int, stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """vLLM's SamplingParams, the same for servers and in process: no truncation, and no end but those that are named."""
+    return {
+        "n": count,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "top_p": 1.0,
+        "top_k": 0,
+        "stop_token_ids": list(stop_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def _response(choice: dict[str, Any]) -> Response:
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise ServerError(f"a response ended with finish_reason {choice['finish_reason']!r}")
+    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+    return Response(choice["token_ids"], truncated=choice["finish_reason"] == "length", logprobs=logprobs)
+
+
+def _connect(address: str, timeout: float) -> http.client.HTTPConnection:
+    if not address.startswith("http"):
+        return _UnixConnection(address, timeout)
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.netloc, timeout=timeout)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
