@@ -66,7 +66,7 @@ class VllmConfig(Section):
     )
     servers: int = Field(1, ge=1, description="Servers to start, where no addresses are given.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of vLLM's model. auto: model.precision.")
-    kv_cache_gib: float = Field(2.0, gt=0, description="Memory for keys and values on a CPU, in GiB.")
+    kv_cache_gib: int = Field(2, ge=1, description="Memory for keys and values on a CPU, in GiB.")
     gpu_memory: float = Field(0.45, gt=0, le=1, description="Share of the GPU's memory that vLLM may use in all.")
     options: dict[str, Any] = Field(
         {},

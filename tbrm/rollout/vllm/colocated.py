@@ -22,7 +22,7 @@ from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.check import SyncCheck
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
 from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment
-from tbrm.rollout.vllm.server import sampling_params
+from tbrm.rollout.vllm.server import room, sampling_params
 
 
 class ColocatedEngine:
@@ -62,17 +62,14 @@ class ColocatedEngine:
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
         params = []
         for i, prompt in enumerate(prompts):
-            room = self._llm.model_config.max_model_len - len(prompt)
             seed = derive_seed(sampling.seed, i, 0)
-            length = min(room, sampling.max_new_tokens)
+            length = room(prompt, sampling.max_new_tokens, self._llm.model_config.max_model_len)
             params.append(sampling_params(samples, length, sampling.temperature, seed, self.eos_ids))
         return self._generate(prompts, params)
 
     def close(self) -> None:
         if self._guard is not None:
             self._guard.stop()
-        if self._handover is not None:
-            self._handover.close()
         if self._llm is not None:
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 

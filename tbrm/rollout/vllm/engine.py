@@ -29,7 +29,7 @@ from tbrm.rollout.vllm.check import SyncCheck
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options
-from tbrm.rollout.vllm.server import Server, ServerError, sampling_params
+from tbrm.rollout.vllm.server import Server, ServerError, room, sampling_params
 
 Result = TypeVar("Result")
 
@@ -88,15 +88,25 @@ class VllmEngine:
                 self._servers = self._on_main(self._prepare)
             self._handover.write()
             self._max_model_len, probes = self._on_main(lambda: self._publish(version))
-            self._version = version
             self._sync_metrics = self._check(probes, self._dtype)
+            self._version = version
         restarts, reissued = map(sum, zip(*self.world.gather((self._restarts, self._reissued)), strict=True))
         return {**self._sync_metrics, "engine/restarts": restarts, "engine/reissued": reissued}
 
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
         count = min(samples, self.batch_size)  # vLLM wants no more of one request
         jobs = [
-            _Job(i, prompt, self._sampling_params(prompt, min(count, samples - drawn), drawn, i, sampling))
+            _Job(
+                i,
+                prompt,
+                sampling_params(
+                    min(count, samples - drawn),
+                    room(prompt, sampling.max_new_tokens, self._max_model_len),
+                    sampling.temperature,
+                    derive_seed(sampling.seed, i, drawn),
+                    self.eos_ids,
+                ),
+            )
             for i, prompt in enumerate(prompts)
             for drawn in range(0, samples, count)
         ]
@@ -118,20 +128,6 @@ class VllmEngine:
             keeper.close()
         if self._guard is not None:
             self._guard.stop()
-        if self._handover is not None:
-            self._handover.close()
-
-    def _sampling_params(
-        self, prompt: list[int], count: int, drawn: int, index: int, sampling: Sampling
-    ) -> dict[str, object]:
-        room = self._max_model_len - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"a prompt has {len(prompt)} tokens, and vLLM's model takes {self._max_model_len} with the response: shorten "
-                "the task's prompts, or raise rollout.vllm.options.max_model_len"
-            )
-        seed = derive_seed(sampling.seed, index, drawn)
-        return sampling_params(count, min(room, sampling.max_new_tokens), sampling.temperature, seed, self.eos_ids)
 
     def _answer(self, job: _Job) -> list[Response]:
         """The responses to one request, from whichever server gives them."""
@@ -185,8 +181,7 @@ class VllmEngine:
         assert self._handover is not None and self._handover.folder is not None
         folder, config = self._handover.folder, self.config
         addresses = config.addresses or [str(folder / f"{number}.socket") for number in range(config.servers)]
-        if config.addresses:
-            self._guard = FolderGuard(folder)
+        self._guard = FolderGuard(folder)
         for number, address in enumerate(addresses):
             start = None if config.addresses else self._starter(folder, number, Path(address))
             self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout), folder, start))
@@ -202,6 +197,8 @@ class VllmEngine:
         deadline = time.monotonic() + seconds
         while True:
             publish(self._keepers, tag, wait_for_all=self._version < 0, seconds=deadline - time.monotonic())
+            length = min(keeper.max_model_len for keeper in self._keepers if keeper.max_model_len)
+            room(self._check.prompt, 1, length)
             probes = []
             for keeper in self._keepers:
                 try:
@@ -210,7 +207,7 @@ class VllmEngine:
                 except ServerError as error:  # it died just now: its keeper sees to it
                     keeper.failure = error
             if probes:
-                return min(keeper.max_model_len for keeper in self._keepers if keeper.max_model_len), probes
+                return length, probes
             time.sleep(0.5)
 
     def _on_main(self, work: Callable[[], Result]) -> Result:

@@ -1,10 +1,10 @@
 """Sees to it that nothing outlives the trainer: neither a server, nor its shared memory, nor the weights handed over to it.
 
-    python guard.py FOLDER [COMMAND ...]
+    python guard.py server COMMAND ...
+    python guard.py folder FOLDER
 
-It leads a process group, runs the command in that group, and is given a pipe as its stdin. When the command ends, so does
-what is left of the group. When the pipe closes, which it does however the trainer is gone, the group ends too, and FOLDER is
-deleted, unless the trainer has said "keep" before.
+It is given a pipe as its stdin, which closes when the trainer is gone, however it went. Then the folder is deleted. Of a
+server, the guard leads the process group, which it ends then, or when the command ends by itself, for workers may hang on.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ PATIENCE = 10.0
 """Seconds for the group to end when asked: only then does vLLM take its shared memory with it."""
 
 
-def main(folder: str, *command: str) -> None:
+def main(kind: str, *arguments: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # not ignored, which the command would inherit
-    threading.Thread(target=watch_trainer, args=[folder]).start()
-    if command:
-        code = subprocess.Popen(command, stdin=subprocess.DEVNULL).wait()
+    if kind == "folder":
+        sys.stdin.buffer.read()
+        while Path(arguments[0]).exists():  # a server that is still there may write into it meanwhile
+            shutil.rmtree(arguments[0], ignore_errors=True)
+            time.sleep(0.05)
+    else:
+        threading.Thread(target=watch_trainer).start()
+        code = subprocess.Popen(arguments, stdin=subprocess.DEVNULL).wait()
         print(f"the server ended with exit code {code}", flush=True)
         end_group()
 
 
-def watch_trainer(folder: str) -> None:
-    said = sys.stdin.buffer.read()
-    if said != b"keep":
-        shutil.rmtree(folder, ignore_errors=True)
+def watch_trainer() -> None:
+    sys.stdin.buffer.read()
     end_group()
 
 

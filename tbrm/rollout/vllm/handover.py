@@ -53,10 +53,6 @@ class Handover:
             weights["lm_head.weight"] = weights[f"{embedding}.weight"]
         return weights
 
-    def close(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
 
 def _roomy(size: int) -> str | None:
     """Shared memory, if it has room for so many bytes; else tempfile's choice."""

@@ -84,14 +84,15 @@ class Keeper:
         if self._start is not None and not self._is_running(self._start):
             return
         tag = self._wanted
-        if self.server.weights(timeout=_QUICK) != tag:
+        found = self.server.weights(timeout=_QUICK)
+        self._was_up = True
+        if found != tag:
             self.max_model_len = self.server.max_model_len()
             try:
                 self.server.load(self._folder, tag)
             except ServerError:
                 self.restart()  # whatever is wrong with it, it has no good weights now
                 raise
-        self._was_up = True
         self.has = tag
 
     def _is_running(self, start: Callable[[], ServerProcess]) -> bool:

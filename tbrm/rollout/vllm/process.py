@@ -64,7 +64,7 @@ class ServerProcess:
         command += ["--uds", str(socket), "--enable-scale-out", "--disable-uvicorn-access-log", *_arguments(options)]
         # The dev mode has the calls that replace weights. The socket's folder is ours alone, so nobody else can make them.
         self._guard = _start_guard(
-            folder, command, log, environment(config) | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+            ["server", *command], log, environment(config) | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
         )
 
     @property
@@ -83,19 +83,19 @@ class ServerProcess:
 
 
 class FolderGuard:
-    """Deletes the folder when we are gone, where no server of ours has a guard that does."""
+    """Deletes the folder when it is stopped, or we are gone."""
 
     def __init__(self, folder: Path) -> None:
-        self._guard = _start_guard(folder, [], None, {})
+        self._guard = _start_guard(["folder", str(folder)], None, {})
 
     def stop(self) -> None:
         _stop_guard(self._guard)
 
 
-def _start_guard(folder: Path, command: list[str], log: Path | None, env: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start_guard(arguments: list[str], log: Path | None, env: dict[str, str]) -> subprocess.Popen[bytes]:
     with log.open("ab") if log else open(os.devnull, "wb") as out:
         return subprocess.Popen(
-            [sys.executable, "-S", guard.__file__, str(folder), *command],
+            [sys.executable, "-S", guard.__file__, *arguments],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -105,11 +105,9 @@ def _start_guard(folder: Path, command: list[str], log: Path | None, env: dict[s
 
 
 def _stop_guard(process: subprocess.Popen[bytes]) -> None:
-    """Returns when the guard's whole group is gone."""
+    """Returns when the guard, and what it guards, are gone."""
     assert process.stdin is not None
-    with suppress(OSError, ValueError):  # it is gone, or was stopped before
-        process.stdin.write(b"keep")
-        process.stdin.close()
+    process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(2 * guard.PATIENCE)
     with suppress(ProcessLookupError):  # what is left, should the guard itself have been killed

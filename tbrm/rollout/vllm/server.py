@@ -77,7 +77,8 @@ class Server:
         self.call("POST", "/update_weight_version", {"new_version": "half-loaded"})
         arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self.call("POST", "/collective_rpc", arguments)
-        # Else what it has computed of known prompts would stay that of the old weights.
+        # Else what it has computed of known prompts would stay that of the old weights. (A pause does it too, but not for ever:
+        # that is marked as deprecated.)
         if not self.call("POST", "/reset_prefix_cache")["success"]:
             raise ServerError(f"{self.address} did not reset its prefix cache")
         self.call("POST", "/update_weight_version", {"new_version": tag})
@@ -106,6 +107,17 @@ def sampling_params(
         "logprobs": 0,
         "detokenize": False,
     }
+
+
+def room(prompt: Sequence[int], wanted: int, max_model_len: int) -> int:
+    """How many of the `wanted` tokens vLLM's model can add to the prompt. Raises ValueError if none."""
+    left = max_model_len - len(prompt)
+    if left < 1:
+        raise ValueError(
+            f"a prompt has {len(prompt)} tokens, and vLLM's model takes {max_model_len} with the response: shorten prompts, "
+            "or raise max_model_len in rollout.vllm.options"
+        )
+    return min(wanted, left)
 
 
 def _response(choice: dict[str, Any]) -> Response:

@@ -1,0 +1,347 @@
+"""A real vLLM server on the CPU, driven by the trainer's own code. A start takes most of the time here, so tests share one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tbrm.config import config_to_dict
+from tbrm.metrics import read_jsonl
+from tbrm.rollout import Sampling
+from tbrm.rollout.split import SplitEngine
+from tbrm.rollout.vllm import handover
+from tbrm.rollout.vllm.check import StaleWeightsError
+from tbrm.rollout.vllm.engine import VllmEngine
+from tbrm.rollout.vllm.server import RefusedError, Server, ServerError, _connect, check_version
+from tbrm.trainer import Trainer
+from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+class Left:
+    """What a server could leave behind: its group of processes, and their files."""
+
+    def __init__(self, group: int, folder: Path) -> None:
+        self.group = group
+        self.paths = {folder}
+        for process in self.processes():
+            maps = Path(f"/proc/{process}/maps").read_text()
+            self.paths |= {Path(name) for name in re.findall(r"/dev/shm/\S+", maps)}
+        assert self.processes()
+        assert len(self.paths) > 1
+
+    @classmethod
+    def of(cls, engine: VllmEngine) -> Left:
+        return cls(engine._keepers[0]._process._guard.pid, engine._handover.folder)
+
+    def processes(self) -> list[int]:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, group = stat.read_text().rpartition(") ")[2].split()[:3]
+            except OSError:
+                continue
+            found += [int(stat.parent.name)] if int(group) == self.group and state != "Z" else []
+        return found
+
+    def nothing(self) -> bool:
+        return not self.processes() and not any(path.exists() for path in self.paths)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def kill_worker(engine: VllmEngine) -> None:
+    """SIGKILL to the process that computes."""
+    group = engine._keepers[0]._process._guard.pid
+    for process in Left.of(engine).processes():
+        if "VLLM::Worker" in Path(f"/proc/{process}/cmdline").read_text():
+            assert os.getpgid(process) == group
+            os.kill(process, signal.SIGKILL)
+
+
+def engine_of(trainer: Trainer) -> VllmEngine:
+    assert isinstance(trainer.engine, SplitEngine)
+    assert isinstance(trainer.engine.engine, VllmEngine)
+    return trainer.engine.engine
+
+
+@torch.no_grad()
+def change_weights(trainer: Trainer) -> None:
+    for parameter in trainer.policy.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    """After one training step of a model with a tied head."""
+    folder = tmp_path_factory.mktemp("tied")
+    trainer = Trainer(vllm_config(folder / "run", save_model(folder / "model", tied=True)))
+    metrics = trainer.train_step()
+    assert metrics["sync/logprob_gap_max"] < 1e-4
+    assert metrics["engine/restarts"] == metrics["engine/reissued"] == 0
+    left = Left.of(engine_of(trainer))
+    yield trainer
+    left = Left.of(engine_of(trainer))
+    trainer.engine.close()
+    assert left.nothing()
+
+
+@pytest.fixture
+def engine(trainer: Trainer) -> Iterator[VllmEngine]:
+    """With weights of its own for each test."""
+    engine = engine_of(trainer)
+    change_weights(trainer)
+    engine.update_weights(engine._version + 1)
+    return engine
+
+
+def test_after_a_training_step_the_engine_is_the_new_model(trainer: Trainer) -> None:
+    engine = engine_of(trainer)
+    assert {response.weight_version for [response] in engine.generate(PROMPTS, 1, Sampling(4))} == {0}
+    metrics = engine.update_weights(1)
+    assert metrics["sync/logprob_gap_max"] < 1e-4
+    assert_answers_are_the_policys(engine, trainer.policy)
+    assert {response.weight_version for [response] in engine.generate(PROMPTS, 1, Sampling(4))} == {1}
+    assert engine.update_weights(1) == metrics
+
+
+def test_equal_arguments_give_equal_responses(engine: VllmEngine) -> None:
+    first = engine.generate(PROMPTS, 70, Sampling(6, seed=5))  # more than one request to a prompt: batch_size is 64
+    again = engine.generate(PROMPTS, 70, Sampling(6, seed=5))
+    assert [[r.token_ids for r in rs] for rs in first] == [[r.token_ids for r in rs] for rs in again]
+    assert [len(responses) for responses in first] == [70] * len(PROMPTS)
+    assert len({tuple(r.token_ids) for r in first[0]}) > 35
+    other = engine.generate(PROMPTS, 70, Sampling(6, seed=6))
+    assert [r.token_ids for r in first[0]] != [r.token_ids for r in other[0]]
+
+
+def test_every_eos_id_ends_a_response(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "eos_ids", list(range(3, 40)))
+    responses = [r for rs in engine.generate(PROMPTS, 8, Sampling(12, seed=1)) for r in rs]
+    assert len({r.token_ids[-1] for r in responses if not r.truncated}) > 3
+    for r in responses:
+        assert not any(token in engine.eos_ids for token in r.token_ids[:-1])
+        assert r.truncated == (r.token_ids[-1] not in engine.eos_ids)
+
+
+def test_a_prompt_that_leaves_no_room_is_named(engine: VllmEngine) -> None:
+    with pytest.raises(ValueError, match="a prompt has 600 tokens, and vLLM's model takes 512 with the response"):
+        engine.generate([[5] * 600], 1, Sampling(4))
+    [[response]] = engine.generate([[5] * 510], 1, Sampling(4))
+    assert len(response.token_ids) <= 2
+
+
+@pytest.mark.parametrize("left_out", ["weights", "head", "cache"])
+def test_stale_weights_stop_the_run(
+    trainer: Trainer, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, left_out: str
+) -> None:
+    """None of them sent; all but the head, of which vLLM has a copy; all, but what was computed with the old ones kept."""
+    # A pause empties the cache, too, as long as vLLM has it so.
+    skipped = {"weights": ["/collective_rpc"], "cache": ["/pause?mode=wait", "/reset_prefix_cache"]}.get(left_out, [])
+    call, weights = Server.call, handover.Handover.weights
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Server,
+            "call",
+            lambda s, m, path, *a, **k: {"success": True} if path in skipped else call(s, m, path, *a, **k),
+        )
+        if left_out == "head":
+            patch.setattr(
+                handover.Handover, "weights", lambda s: {k: v for k, v in weights(s).items() if k != "lm_head.weight"}
+            )
+        change_weights(trainer)
+        trainer.state.step = engine._version + 1
+        with pytest.raises(StaleWeightsError, match="stale or wrong weights"):
+            trainer.train_step()
+    engine.update_weights(engine._version + 2)
+    assert_answers_are_the_policys(engine, trainer.policy)
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Stands in for a vLLM that breaks and is mended: hands requests on to the real one, or answers 500."""
+
+    server: Door
+
+    def do_GET(self) -> None:
+        self.answer(None)
+
+    def do_POST(self) -> None:
+        self.answer(self.rfile.read(int(self.headers.get("content-length", 0))))
+
+    def answer(self, body: bytes | None) -> None:
+        status, text = 500, b"out of luck"
+        if not self.server.broken:
+            connection = _connect(self.server.target, 60)
+            connection.request(self.command, self.path, body, {"content-type": "application/json"})
+            reply = connection.getresponse()
+            status, text = reply.status, reply.read()
+        self.send_response(status)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Door(ThreadingHTTPServer):
+    broken = False
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), Proxy)
+        self.target = target
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def door_to(engine: VllmEngine) -> Iterator[Door]:
+    door = Door(engine._servers[0].address)
+    threading.Thread(target=door.serve_forever).start()
+    keeper = engine._keepers[0]
+    keeper._tend = lambda: None  # else two trainers would fight over the server
+    try:
+        yield door
+    finally:
+        del keeper._tend
+        door.shutdown()
+        door.server_close()
+
+
+def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
+    trainer: Trainer, engine: VllmEngine, tmp_path: Path
+) -> None:
+    expected = [r.token_ids for [r] in engine.generate(PROMPTS, 1, Sampling(12, seed=3))]
+    with door_to(engine) as first, door_to(engine) as second:
+        addresses = [first.address, second.address]
+        config = vllm_config(tmp_path, tmp_path, addresses=addresses, start_timeout=30).rollout
+        visitor = VllmEngine(config, trainer.policy, trainer.tokenizer, tmp_path)
+        try:
+            second.broken = True
+            with pytest.raises(ServerError, match="answered 500: out of luck"):
+                visitor.config = config.vllm.model_copy(update={"start_timeout": 2})
+                visitor.update_weights(0)
+            second.broken = False
+            visitor.update_weights(0)
+            second.broken = True
+            visitor.update_weights(1)  # one is enough
+            assert [r.token_ids for [r] in visitor.generate(PROMPTS, 1, Sampling(12, seed=3))] == expected
+            assert visitor._reissued > 0
+            first.broken = True
+            threading.Timer(2.0, setattr, [second, "broken", False]).start()
+            visitor.config = config.vllm
+            assert [r.token_ids for [r] in visitor.generate(PROMPTS, 1, Sampling(12, seed=3))] == expected
+            second.broken = True
+            visitor.config = config.vllm.model_copy(update={"start_timeout": 1})
+            begun = time.monotonic()
+            with pytest.raises(ServerError, match=r"no vLLM server has answered .* answered 500: out of luck"):
+                visitor.generate(PROMPTS, 1, Sampling(12, seed=3))
+            assert time.monotonic() - begun < 30
+        finally:
+            visitor.close()
+        assert not visitor._handover.folder.exists()
+    change_weights(trainer)
+    engine.update_weights(engine._version + 1)
+    assert_answers_are_the_policys(engine, trainer.policy)
+
+
+def test_a_server_killed_during_a_request_is_replaced_and_asked_again(engine: VllmEngine) -> None:
+    arguments = PROMPTS * 4, 8, Sampling(40, seed=9)
+    expected = [[r.token_ids for r in rs] for rs in engine.generate(*arguments)]
+    before = engine.update_weights(engine._version)
+    left = Left.of(engine)
+    threading.Timer(0.1, kill_worker, [engine]).start()
+    answers = engine.generate(*arguments)
+    assert [[r.token_ids for r in rs] for rs in answers] == expected
+    assert {r.weight_version for rs in answers for r in rs} == {engine._version}
+    after = engine.update_weights(engine._version)
+    assert after["engine/restarts"] == before["engine/restarts"] + 1
+    assert after["engine/reissued"] > before["engine/reissued"]
+    assert not left.processes()
+    assert not any(path.exists() for path in left.paths - {engine._handover.folder})
+
+
+def test_a_head_of_its_own_and_a_server_killed_during_a_sync_and_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=False)))
+    engine = engine_of(trainer)
+    call, step, left = Server.call, Trainer.train_step, []
+
+    def killed_once(server: Server, method: str, path: str, *arguments: object, **options: object) -> object:
+        if path == "/collective_rpc" and not left:
+            left.append(Left.of(engine))
+            kill_worker(engine)
+        return call(server, method, path, *arguments, **options)
+
+    def train_step(trainer: Trainer) -> dict[str, float]:
+        metrics = step(trainer)
+        assert metrics["engine/restarts"] == 1
+        trainer.engine.update_weights(1)
+        assert_answers_are_the_policys(trainer.engine, trainer.policy)
+        left.append(Left.of(engine))
+        raise KeyError("out of the blue")
+
+    monkeypatch.setattr(Server, "call", killed_once)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(KeyError, match="out of the blue"):
+        trainer.train()
+    assert len(left) == 2
+    assert all(each.nothing() for each in left)
+
+
+def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=True))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**config_to_dict(config), "trainer": {"steps": 100_000}}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tbrm", "train", recipe], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: process.poll() is None and metrics.exists() and read_jsonl(metrics))
+    children = [
+        (int(path.parent.name), (path.parent / "cmdline").read_text().split("\0"))
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.read_text().rpartition(") ")[2].split()[1] == str(process.pid)
+    ]
+    [guard] = [pid for pid, command in children if "server" in command]
+    [folder] = [Path(command[-2]) for _, command in children if "folder" in command]
+    left = Left(guard, folder)
+    process.kill()
+    process.wait()
+    wait_until(left.nothing, 30)
+
+
+def test_a_server_that_does_not_come_up_shows_its_own_error(tmp_path: Path) -> None:
+    config = vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=True), options={"max_model_len": 10**9})
+    trainer = Trainer(config)
+    with pytest.raises(ServerError, match=r"(?s)vllm-0.log ends with:.*max_model_len"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(RefusedError, match=rf"it is vLLM {re.escape(version)}; wants vllm>=0.32,<0.34"):
+        check_version(version, "it")
+    check_version("0.33.1rc1", "it")

@@ -1,0 +1,54 @@
+"""What the tests of vLLM share: small models that it can compute on a CPU, and runs of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3ForCausalLM
+
+from tbrm.config import Config
+from tbrm.data import Trajectory, pack
+from tbrm.model import PolicyModel
+from tbrm.rollout import RolloutEngine, Sampling
+from tbrm.tiny import tiny_model, tiny_tokenizer
+from tests.tbrm.conftest import tiny_config
+from tests.tbrm.test_rollout import greedy_by_hand
+
+# Longer than a block of the prefix cache, so that keys and values of old weights would be used again.
+OPTIONS = {"block_size": 32}
+PROMPTS = [[5, *range(6, 60), last] for last in (7, 8, 9)] + [[11, 12]]
+
+
+def save_model(folder: Path, *, tied: bool) -> Path:
+    """The tiny model with weights so large that greedy responses say something, and a head of its own if not `tied`."""
+    config = tiny_model(len(tiny_tokenizer()), seed=0).config
+    config.tie_word_embeddings = tied
+    torch.manual_seed(1)
+    lm = Qwen3ForCausalLM(config)
+    for parameter in lm.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    lm.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def vllm_config(run_dir: Path, model: Path, engine: str = "vllm", **vllm: Any) -> Config:
+    settings = {"kv_cache_gib": 1, "start_timeout": 240, "request_timeout": 120, "options": OPTIONS, **vllm}
+    return tiny_config(
+        run_dir, model__name=str(model), rollout__engine=engine, rollout__vllm=settings, evaluation={"prompts": 0}
+    )
+
+
+@torch.no_grad()
+def assert_answers_are_the_policys(engine: RolloutEngine, policy: PolicyModel) -> None:
+    """Greedy responses are those of the transformers model, token for token, and the log-probs of sampled ones, too."""
+    for prompt, [response] in zip(PROMPTS, engine.generate(PROMPTS, 1, Sampling(12, temperature=0)), strict=True):
+        assert response.token_ids == greedy_by_hand(policy, prompt, engine.eos_ids, 12)
+        assert response.truncated == (response.token_ids[-1] not in engine.eos_ids)
+    for prompt, responses in zip(PROMPTS, engine.generate(PROMPTS, 3, Sampling(12, policy.temperature)), strict=True):
+        for response in responses:
+            ours = policy(pack([Trajectory(prompt, response.token_ids, 0.0)])).logprobs
+            torch.testing.assert_close(torch.tensor(response.logprobs), ours, atol=1e-4, rtol=0)
