@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from tbrm.config import ModelConfig
+from tbrm.rollout.vllm.process import check_installed
 from tbrm_kernels import backends
 
 _OPTIONAL = {
     "flash_attn": ("flash-attn", "gpu", "variable-length attention on a GPU"),
     "liger_kernel": ("liger-kernel", "gpu", "fused RMSNorm, RoPE and SwiGLU on a GPU"),
-    "vllm": ("vllm", "vllm", "fast rollouts"),
     "wandb": ("wandb", "wandb", "logging.wandb"),
     "math_verify": ("math-verify", "math", "the verifier math_verify"),
     "pyarrow": ("pyarrow", "parquet", "tasks from Parquet files"),
@@ -41,6 +41,7 @@ def examine() -> list[tuple[str, str, str]]:
         rows.append((f"kernels: {name}", "yes" if status.usable else "no", status.reason))
     for module, (package, extra, purpose) in _OPTIONAL.items():
         rows.append(_package(module, package, extra, purpose))
+    rows.append(_vllm())
     for compiler in ("c++", "nvcc"):
         path = shutil.which(compiler)
         rows.append((compiler, "yes" if path else "no", path or "not on PATH"))
@@ -56,6 +57,13 @@ def _gpus() -> list[tuple[str, str, str]]:
         (f"cuda:{i}", "yes", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
         for i, p in enumerate(properties)
     ]
+
+
+def _vllm() -> tuple[str, str, str]:
+    try:
+        return "vllm", "yes", f"{check_installed()}, for rollout.engine=vllm"
+    except (ModuleNotFoundError, ValueError) as error:
+        return "vllm", "no", str(error)
 
 
 def _package(module: str, package: str, extra: str, purpose: str) -> tuple[str, str, str]:

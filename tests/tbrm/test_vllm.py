@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from tbrm.checkpoint import Checkpoint
 from tbrm.config import config_to_dict
 from tbrm.metrics import read_jsonl
 from tbrm.rollout import Sampling
@@ -27,6 +28,7 @@ from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.server import RefusedError, Server, ServerError, _connect, check_version
 from tbrm.trainer import Trainer
+from tests.tbrm.conftest import RECIPES
 from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -76,6 +78,20 @@ def kill_worker(engine: VllmEngine) -> None:
         if "VLLM::Worker" in Path(f"/proc/{process}/cmdline").read_text():
             assert os.getpgid(process) == group
             os.kill(process, signal.SIGKILL)
+
+
+def guards_of(trainer: int, kind: str) -> list[tuple[int, list[str]]]:
+    """Process ids and commands of what guards a trainer's servers, or its folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(") ")[2].split()[1]
+            command = (folder / "cmdline").read_text().split("\0")[:-1]
+        except OSError:
+            continue
+        if parent == str(trainer) and kind in command:
+            found.append((int(folder.name), command))
+    return found
 
 
 def engine_of(trainer: Trainer) -> VllmEngine:
@@ -219,19 +235,17 @@ class Door(ThreadingHTTPServer):
 def door_to(engine: VllmEngine) -> Iterator[Door]:
     door = Door(engine._servers[0].address)
     threading.Thread(target=door.serve_forever).start()
-    keeper = engine._keepers[0]
-    keeper._tend = lambda: None  # else two trainers would fight over the server
     try:
         yield door
     finally:
-        del keeper._tend
         door.shutdown()
         door.server_close()
 
 
 def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
-    trainer: Trainer, engine: VllmEngine, tmp_path: Path
+    trainer: Trainer, engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine._keepers[0], "_tend", lambda: None)  # else two trainers would fight over the server
     expected = [r.token_ids for [r] in engine.generate(PROMPTS, 1, Sampling(12, seed=3))]
     with door_to(engine) as first, door_to(engine) as second:
         addresses = [first.address, second.address]
@@ -261,6 +275,7 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
         finally:
             visitor.close()
         assert not visitor._handover.folder.exists()
+    monkeypatch.undo()
     change_weights(trainer)
     engine.update_weights(engine._version + 1)
     assert_answers_are_the_policys(engine, trainer.policy)
@@ -320,17 +335,56 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: process.poll() is None and metrics.exists() and read_jsonl(metrics))
-    children = [
-        (int(path.parent.name), (path.parent / "cmdline").read_text().split("\0"))
-        for path in Path("/proc").glob("[0-9]*/stat")
-        if path.read_text().rpartition(") ")[2].split()[1] == str(process.pid)
-    ]
-    [guard] = [pid for pid, command in children if "server" in command]
-    [folder] = [Path(command[-2]) for _, command in children if "folder" in command]
+    [(guard, _)] = guards_of(process.pid, "server")
+    [(_, command)] = guards_of(process.pid, "folder")
+    folder = Path(command[-1])
     left = Left(guard, folder)
     process.kill()
     process.wait()
     wait_until(left.nothing, 30)
+
+
+@pytest.mark.skipif("SOAK_VLLM" not in os.environ, reason="some minutes: make soak-vllm")
+def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
+    """Another of its processes each time."""
+    steps, kills = (
+        200,
+        {20: "VLLM::Worker", 60: "api_server", 100: "VLLM::EngineCore", 140: "guard.py", 180: "VLLM::Worker"},
+    )
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "tbrm",
+        "train",
+        str(RECIPES / "tiny.yaml"),
+        f"run.dir={run}",
+        f"trainer.steps={steps}",
+    ]
+    process = subprocess.Popen(
+        [*command, "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=1", "evaluation.every=0"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def steps_done() -> int:
+        assert process.poll() in (None, 0)
+        return len(read_jsonl(run / "metrics.jsonl")) if (run / "metrics.jsonl").exists() else 0
+
+    left = []
+    for step, victim in kills.items():
+        wait_until(lambda step=step: steps_done() >= step, 600)
+        [(guard, _)] = guards_of(process.pid, "server")
+        [(_, command)] = guards_of(process.pid, "folder")
+        left.append(Left(guard, Path(command[-1])))
+        name = [pid for pid in left[-1].processes() if victim in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(name[0], signal.SIGKILL)
+    assert process.wait(600) == 0
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert {(row["trajectories"], row["dropped"], row["staleness_mean"]) for row in rows} == {(128, 0, 0)}
+    assert rows[-1]["engine/restarts"] == len(kills)
+    assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.position == 16 * steps
+    assert all(each.nothing() for each in left)
 
 
 def test_a_server_that_does_not_come_up_shows_its_own_error(tmp_path: Path) -> None:

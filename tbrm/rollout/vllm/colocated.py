@@ -49,7 +49,7 @@ class ColocatedEngine:
         if self._handover is None:
             self._handover = Handover(self.policy, self._dtype)
             self._llm = self._start(self._handover)
-        with self._awake():
+        with self._awake(), _process_left_as_it_was():
             weights = ((name, weight.detach()) for name, weight in self._handover.weights().items())
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             # Else what it has computed of known prompts would stay that of the old weights.
@@ -80,7 +80,7 @@ class ColocatedEngine:
         from vllm import SamplingParams
 
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        with self._awake():
+        with self._awake(), _process_left_as_it_was():
             outputs = self._llm.generate(inputs, [SamplingParams(**each) for each in params], use_tqdm=False)
         return [[self._response(choice) for choice in output.outputs] for output in outputs]
 

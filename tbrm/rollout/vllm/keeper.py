@@ -33,6 +33,7 @@ class Keeper:
         self._start = start
         self._process: ServerProcess | None = None
         self._was_up = False
+        self._answers = False  # and has done so since it was started last
         self._closed = False
         self._lock = threading.Lock()  # of the process's start and end
         self._wake = threading.Event()
@@ -84,8 +85,13 @@ class Keeper:
         if self._start is not None and not self._is_running(self._start):
             return
         tag = self._wanted
-        found = self.server.weights(timeout=_QUICK)
-        self._was_up = True
+        try:
+            found = self.server.weights(timeout=_QUICK)
+        except ServerError as error:
+            if self._answers and not isinstance(error.__cause__, TimeoutError):
+                self.restart()  # it is there, but broken: it may never end by itself
+            raise
+        self._was_up = self._answers = True
         if found != tag:
             self.max_model_len = self.server.max_model_len()
             try:
@@ -104,6 +110,7 @@ class Keeper:
             elif self._process.ended:
                 self._process.stop()
                 self._process = start()
+                self._answers = False
                 self.restarts += 1
             return True
 

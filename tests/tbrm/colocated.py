@@ -1,0 +1,69 @@
+"""Run in a process of its own, for vLLM leaves its mark on the one it runs in: training with it.
+
+python -m tests.tbrm.colocated FOLDER tied
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tbrm.rollout.vllm.check import StaleWeightsError
+from tbrm.rollout.vllm.colocated import ColocatedEngine
+from tbrm.trainer import Trainer
+from tests.tbrm.vllm_runs import assert_answers_are_the_policys, save_model, vllm_config
+
+
+def state_of_process() -> dict[str, object]:
+    return {
+        "torch": torch.random.get_rng_state().tolist(),
+        "random": random.getstate(),
+        "numpy": str(np.random.get_state()),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "cores": os.sched_getaffinity(0),
+    }
+
+
+def main(folder: Path, tied: bool) -> None:
+    torch.set_num_threads(1)
+    trainer = Trainer(vllm_config(folder / "run", save_model(folder / "model", tied=tied), "vllm_colocated"))
+    engine: ColocatedEngine = trainer.engine.engine
+    torch.manual_seed(5)
+    before = state_of_process()
+    trainer.engine.update_weights(0)
+    after = state_of_process()
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, changed
+    torch.set_num_threads(2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+    metrics = trainer.train_step()
+    assert metrics["sync/logprob_gap_max"] < 1e-4
+    assert trainer.engine.update_weights(1)["sync/logprob_gap_max"] < 1e-4
+    assert_answers_are_the_policys(trainer.engine, trainer.policy)
+
+    rpc = engine._llm.collective_rpc
+    engine._llm.collective_rpc = lambda *_, **__: None
+    trainer.train_step()
+    with pytest.raises(StaleWeightsError):
+        trainer.engine.update_weights(2)
+    engine._llm.collective_rpc = rpc
+    trainer.engine.update_weights(2)
+    assert_answers_are_the_policys(trainer.engine, trainer.policy)
+
+    handed_over = engine._handover.folder
+    trainer.engine.close()
+    assert not handed_over.exists()
+    assert not torch.distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] == "tied")

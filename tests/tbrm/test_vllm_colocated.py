@@ -1,0 +1,20 @@
+"""vLLM in the trainer's process; each in a process of its own, which it will have to itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_after_a_training_step_vllm_in_the_process_is_the_new_model(tmp_path: Path, head: str) -> None:
+    command = [sys.executable, "-m", "tests.tbrm.colocated", str(tmp_path), head]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
