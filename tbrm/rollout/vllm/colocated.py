@@ -54,9 +54,9 @@ class ColocatedEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             # Else what it has computed of known prompts would stay that of the old weights.
             self._llm.reset_prefix_cache()
-        self._version = version
         probes = self._generate([self._check.prompt], [self._check.sampling])[0]
         self._sync_metrics = self._check(probes, self._dtype)
+        self._version = version
         return self._sync_metrics
 
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:

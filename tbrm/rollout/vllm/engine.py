@@ -134,23 +134,27 @@ class VllmEngine:
         wanted = self._version
         deadline = None
         for attempt in itertools.count(job.index + self.world.rank):
-            server = self._servers[attempt % len(self._servers)]
+            number = attempt % len(self._servers)
+            server = self._servers[number]
+            keeper = self._keepers[number] if self._keepers else None
+            generation = keeper.restarts if keeper else 0
             try:
                 return [
                     replace(response, weight_version=self._oldest(tags, wanted))
                     for response, tags in server.generate(job.prompt, job.sampling)
                 ]
             except ServerError as error:
-                deadline = deadline or time.monotonic() + self.config.start_timeout
+                if deadline is None:
+                    deadline = time.monotonic() + self.config.start_timeout
+                    with self._count_lock:
+                        self._reissued += 1
                 if self._closed or time.monotonic() > deadline:
                     raise ServerError(
                         f"no vLLM server has answered for rollout.vllm.start_timeout ({self.config.start_timeout} s). The last "
                         f"failure: {error}{''.join(keeper.last_words() for keeper in self._keepers)}"
                     ) from error
-                if isinstance(error.__cause__, TimeoutError):
-                    self._restart(server)
-            with self._count_lock:
-                self._reissued += 1
+                if keeper and isinstance(error.__cause__, TimeoutError):
+                    keeper.restart(generation)
             time.sleep(0.5)
         raise AssertionError
 
@@ -166,11 +170,6 @@ class VllmEngine:
 
     def _tag(self, version: int) -> str:
         return f"{self._run_id}-{version}"
-
-    def _restart(self, server: Server) -> None:
-        for keeper in self._keepers:
-            if keeper.server is server:
-                keeper.restart()
 
     @property
     def _restarts(self) -> int:

@@ -10,16 +10,18 @@ server, the guard leads the process group, which it ends then, or when the comma
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PATIENCE = 10.0
-"""Seconds for the group to end when asked: only then does vLLM take its shared memory with it."""
+"""Seconds for the group to end when asked."""
 
 
 def main(kind: str, *arguments: str) -> None:
@@ -42,23 +44,30 @@ def watch_trainer() -> None:
 
 
 def end_group() -> None:
+    """Ends the others of the group, by force if asking does not help, and the guard itself."""
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
-    while others_in_group() and time.monotonic() < deadline:
+    shared: set[str] = set()
+    while others := others_in_group():
+        for pid in others:
+            with suppress(OSError):  # it has just ended
+                shared.update(re.findall(r"/dev/shm/[^/\s]+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    os.killpg(0, signal.SIGKILL)
+    for path in shared:  # vLLM takes its shared memory with it, but not when one of its processes was killed
+        Path(path).unlink(missing_ok=True)
+    os._exit(0)
 
 
-def others_in_group() -> bool:
+def others_in_group() -> list[int]:
+    found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, _, rest = path.read_text().partition(" (")
-        except OSError:  # it has just ended
-            continue
-        state, _, group = rest.rpartition(") ")[2].split()[:3]
-        if int(group) == os.getpgrp() and int(pid) != os.getpid() and state != "Z":
-            return True
-    return False
+        with suppress(OSError):
+            state, _, group = path.read_text().rpartition(") ")[2].split()[:3]
+            if int(group) == os.getpgrp() and state != "Z":
+                found.append(int(path.parent.name))
+    return [pid for pid in found if pid != os.getpid()]
 
 
 if __name__ == "__main__":

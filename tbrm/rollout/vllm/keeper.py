@@ -47,10 +47,11 @@ class Keeper:
         if not self._thread.is_alive():
             self._thread.start()
 
-    def restart(self) -> None:
-        """Ends a server of ours that does not answer; what it was asked fails, and a new one comes."""
+    def restart(self, generation: int) -> None:
+        """Ends a server of ours that does not answer; what it was asked fails, and a new one comes. `generation` is what
+        `restarts` was when it was asked: many requests may find out, but the new one shall live."""
         with self._lock:
-            if self._process is not None:
+            if self._process is not None and self.restarts == generation:
                 self._process.stop()
 
     def last_words(self) -> str:
@@ -89,7 +90,7 @@ class Keeper:
             found = self.server.weights(timeout=_QUICK)
         except ServerError as error:
             if self._answers and not isinstance(error.__cause__, TimeoutError):
-                self.restart()  # it is there, but broken: it may never end by itself
+                self.restart(self.restarts)  # it is there, but broken: it may never end by itself
             raise
         self._was_up = self._answers = True
         if found != tag:
@@ -97,7 +98,7 @@ class Keeper:
             try:
                 self.server.load(self._folder, tag)
             except ServerError:
-                self.restart()  # whatever is wrong with it, it has no good weights now
+                self.restart(self.restarts)  # whatever is wrong with it, it has no good weights now
                 raise
         self.has = tag
 

