@@ -49,7 +49,7 @@ soak: $(VENV)/installed
 
 # 200 steps with a vLLM server that is killed 5 times: nothing lost, nothing counted twice, nothing left behind; some minutes.
 soak-vllm: $(VENV)/installed
-	SOAK_VLLM=1 $(BIN)/pytest tests/tbrm/test_vllm.py -k soak
+	SOAK_VLLM=5 $(BIN)/pytest tests/tbrm/test_vllm.py -k soak
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

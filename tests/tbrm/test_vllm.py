@@ -114,7 +114,6 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     metrics = trainer.train_step()
     assert metrics["sync/logprob_gap_max"] < 1e-4
     assert metrics["engine/restarts"] == metrics["engine/reissued"] == 0
-    left = Left.of(engine_of(trainer))
     yield trainer
     left = Left.of(engine_of(trainer))
     trainer.engine.close()
@@ -282,11 +281,13 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
 
 
 def test_a_server_killed_during_a_request_is_replaced_and_asked_again(engine: VllmEngine) -> None:
-    arguments = PROMPTS * 4, 8, Sampling(40, seed=9)
+    arguments = PROMPTS * 4, 8, Sampling(300, seed=9)
+    begun = time.monotonic()
     expected = [[r.token_ids for r in rs] for rs in engine.generate(*arguments)]
+    took = time.monotonic() - begun
     before = engine.update_weights(engine._version)
     left = Left.of(engine)
-    threading.Timer(0.1, kill_worker, [engine]).start()
+    threading.Timer(took / 4, kill_worker, [engine]).start()
     answers = engine.generate(*arguments)
     assert [[r.token_ids for r in rs] for rs in answers] == expected
     assert {r.weight_version for rs in answers for r in rs} == {engine._version}
