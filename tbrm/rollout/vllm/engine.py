@@ -69,7 +69,8 @@ class VllmEngine:
                 raise ConfigError(
                     "rollout.vllm.addresses: missing; a run of several machines does not start servers itself"
                 )
-        self._run_id = secrets.token_hex(4)  # servers may have weights of other runs, by the same version
+        # Servers may have weights of other runs, by the same version.
+        self._run_id = world.gather(secrets.token_hex(4))[0]
         self._handover: Handover | None = None
         self._guard: FolderGuard | None = None
         self._keepers: list[Keeper] = []
