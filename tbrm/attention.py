@@ -43,11 +43,7 @@ def packed_attention(
         allowed = segment.allowed
         if sliding_window is not None and sliding_window < k.shape[2]:
             allowed = _within_window(segment, sliding_window, query.device)
-        if softcap is None:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scaling)
-        else:
-            out = _softcapped_attention(q, k, v, allowed, scaling, softcap)
-        outputs.append(out)
+        outputs.append(attend(q, k, v, allowed, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -63,9 +59,19 @@ def _within_window(segment: Segment, window: int, device: torch.device) -> Tenso
     return allowed & (position[:, None] - key_position[None, :] < window)
 
 
-def _softcapped_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float | None, softcap: float
+def attend(
+    query: Tensor,  # [batch, heads, queries, head_dim]
+    key: Tensor,  # [batch, heads, keys, head_dim]
+    value: Tensor,  # [batch, heads, keys, head_dim]
+    allowed: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
 ) -> Tensor:
+    """Attention to what is allowed (bool, broadcast over scores [batch, heads, queries, keys]), or to earlier tokens."""
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling
+        )
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if allowed is None:
