@@ -22,11 +22,14 @@ def draw(
     """Tokens [R] drawn from softmax(logits / temperature), each by one uniform number, and their log-probs [R] float32.
 
     The inverse of the cumulative distribution, found in two steps: in which block of the vocabulary, then where in it. So
-    the vocabulary is gone through once, and only the sums of blocks and a single block are summed up, in float64.
+    the vocabulary is gone through once, and only the sums of blocks and a single block are summed up, in float64. Float32
+    logits are overwritten.
     """
-    scores = logits.float() / temperature
+    scores = logits.float().div_(temperature)
     exps = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-    exps = pad(exps, (0, -exps.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    if missing := -exps.shape[1] % _BLOCK:
+        exps = pad(exps, (0, missing))
+    exps = exps.unflatten(1, (-1, _BLOCK))
     sums = exps.sum(dim=-1)
     cumulative = sums.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]

@@ -21,6 +21,7 @@ from tbrm.model import PolicyModel
 from tbrm.rollout.base import Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
+from tbrm.rollout.packed_weights import packed_weights
 
 PROMPT_TOKENS = 4096
 """Of prompts that are read in one pass, at most, unless a single one is longer."""
@@ -48,7 +49,10 @@ class EmbeddedEngine:
         # Prompts of one length enter together, equal ones side by side.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         waiting = deque(_Row(tuple(prompts[i]), i, sample) for i in order for sample in range(samples))
-        with self.policy.generation_mode(CACHED_ATTENTION) as lm:
+        with (
+            self.policy.generation_mode(CACHED_ATTENTION) as lm,
+            packed_weights(lm, self.policy.precision),
+        ):
             batch = _Batch(self.policy, lm, min(self.batch_size, len(waiting)), self.eos_ids, sampling)
             if waiting:
                 batch.read_prefix(prompts[0][: common_prefix(prompts)])
