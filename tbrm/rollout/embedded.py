@@ -178,11 +178,11 @@ class _Batch:
         count = len(self.rows)
         ids, positions = self._token[:count], self._position[:count]
         span = max((len(row.prompt) + row.written for row in self.rows), default=0)
-        self._cache.reserve(max([span, *(group.start + group.length for group in prompts)]))
+        self._cache.reserve(max([span, *(group.stop for group in prompts)]))
         reading = Reading(self._cache, positions, span, prompts)
         if prompts:
             ids = torch.cat([ids, torch.tensor(prompt_ids, device=self._device)])
-            columns = [torch.arange(g.start, g.start + g.length, device=self._device).repeat(g.count) for g in prompts]
+            columns = [torch.arange(g.start, g.stop, device=self._device).repeat(g.count) for g in prompts]
             positions = torch.cat([positions, *columns])
         if not len(ids):
             return

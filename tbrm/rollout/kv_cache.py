@@ -21,7 +21,7 @@ CACHED_ATTENTION = "tbrm_cached"
 
 
 class KeyValueCache:
-    """[rows, kv_heads, columns, head_dim] keys and values of each layer, in memory that grows with the longest row."""
+    """[rows, columns, kv_heads, head_dim] keys and values of each layer, in memory that grows with the longest row."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -36,11 +36,11 @@ class KeyValueCache:
         for layer, stored in self._layers.items():
             wider = tuple(self._empty(x) for x in stored)
             for old, new in zip(stored, wider, strict=True):
-                new[:, :, : old.shape[2]] = old
+                new[:, : old.shape[1]] = old
             self._layers[layer] = wider[0], wider[1]
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values, for heads like those of `key` and `value` [1, kv_heads, T, head_dim]."""
+        """The layer's keys and values, for heads like those of `key` and `value` [T, kv_heads, head_dim]."""
         if index not in self._layers:
             # Autocast leaves rotated keys in float32; values are in the precision of the products.
             self._layers[index] = self._empty(key.to(value.dtype)), self._empty(value)
@@ -50,11 +50,11 @@ class KeyValueCache:
         """Copies the first `columns` tokens of rows to other rows."""
         for stored in self._layers.values():
             for x in stored:
-                x[targets, :, :columns] = x[sources, :, :columns]
+                x[targets, :columns] = x[sources, :columns]
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: what is masked must still be finite.
-        return like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[3])
+        return like.new_zeros(self.rows, self.columns, *like.shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,16 @@ class Prompts:
     start: int
     length: int
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
     def allowed(self, window: int | None, device: torch.device) -> Tensor | None:
-        """[length, start + length] bool, which columns a token sees; None where it is simply those before and its own."""
-        narrow = window is not None and window < self.start + self.length
+        """[length, stop] bool, which columns a token sees; None where it is simply those before and its own."""
+        narrow = window is not None and window < self.stop
         if not self.start and not narrow:
             return None
-        ones = torch.ones(self.length, self.start + self.length, dtype=torch.bool, device=device)
+        ones = torch.ones(self.length, self.stop, dtype=torch.bool, device=device)
         seen = ones.tril(self.start)
         return seen.triu(self.start - window + 1) if window is not None else seen
 
@@ -111,30 +115,29 @@ def cached_attention(
 ) -> tuple[Tensor, None]:
     """The signature is that of transformers' attention functions; returns ([1, T, heads, head_dim], None)."""
     assert isinstance(module.layer_idx, int)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
     keys, values = reading.cache.layer(module.layer_idx, key, value)
     kv_heads = key.shape[1]
     groups = query.shape[1] // kv_heads
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, head_dim]
     outputs = []
     at = len(reading.positions)
     if at:
         rows = torch.arange(at, device=query.device)
-        keys[rows, :, reading.positions] = key[:at].to(keys.dtype)
-        values[rows, :, reading.positions] = value[:at]
+        keys[rows, reading.positions] = key[:at].to(keys.dtype)
+        values[rows, reading.positions] = value[:at]
         # The heads that share keys are so many queries to them: nothing is repeated.
         q = query[:at].reshape(at, kv_heads, groups, -1)
-        seen = (x[:at, :, : reading.span] for x in (keys, values))
+        seen = (x[:at, : reading.span].transpose(1, 2) for x in (keys, values))
         outputs.append(attend(q, *seen, reading.seen(sliding_window), scaling, softcap).flatten(1, 2))
     for prompts in reading.prompts:
-        rows, stop = slice(prompts.first, prompts.first + prompts.count), prompts.start + prompts.length
+        rows, columns = slice(prompts.first, prompts.first + prompts.count), slice(prompts.start, prompts.stop)
         own = slice(at, at + prompts.count * prompts.length)
         at = own.stop
-        q, k, v = (x[own].unflatten(0, (prompts.count, prompts.length)).transpose(1, 2) for x in (query, key, value))
-        keys[rows, :, prompts.start : stop] = k
-        values[rows, :, prompts.start : stop] = v
-        seen = (x[rows, :, :stop].repeat_interleave(groups, dim=1) for x in (keys, values))
-        out = attend(q, *seen, prompts.allowed(sliding_window, query.device), scaling, softcap)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        q, k, v = (x[own].unflatten(0, (prompts.count, prompts.length)) for x in (query, key, value))
+        keys[rows, columns], values[rows, columns] = k, v
+        seen = (x[rows, : prompts.stop].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (keys, values))
+        allowed = prompts.allowed(sliding_window, query.device)
+        outputs.append(attend(q.transpose(1, 2), *seen, allowed, scaling, softcap).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
