@@ -25,6 +25,8 @@ from tbrm.rollout.packed_weights import packed_weights
 
 PROMPT_TOKENS = 4096
 """Of prompts that are read in one pass, at most, unless a single one is longer."""
+TOKENS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
+"""Tokens written before the host learns which responses have ended: on a GPU it must wait for that."""
 
 
 class EmbeddedEngine:
@@ -95,8 +97,6 @@ class _Batch:
         self._cache = KeyValueCache(capacity)
         self._prefix = 0
         self._eos_ids = torch.tensor(eos_ids, device=self._device)
-        # On a GPU the host must wait to learn what has ended; so many tokens are written between two looks.
-        self._tokens_between_looks = 1 if self._device.type == "cpu" else 8
 
         self._token = torch.zeros(capacity, dtype=torch.int64, device=self._device)  # the one to be read next
         self._position = torch.zeros_like(self._token)  # where it stands
@@ -123,7 +123,7 @@ class _Batch:
             self._let_in(waiting)
         else:
             left = min(self._sampling.max_new_tokens - row.written for row in self.rows)
-            for _ in range(min(left, self._tokens_between_looks)):
+            for _ in range(min(left, TOKENS_BETWEEN_LOOKS.get(self._device.type, 1))):
                 self._read()
         return self._let_go()
 
