@@ -2,8 +2,8 @@
 
     python -m bench.rollouts bench/results/rollouts.md
 
-Each way runs in a process of its own, on the model and the processes' threads that training would use. Its greedy responses
-are compared with those of `generate` first; in float32 a way whose responses differ gets no figure.
+Each way runs in a process of its own, on the model and device that training would use. Its greedy responses are compared
+with those of `generate`; in float32 a way whose responses differ gets no figure.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bench.conftest import _machine
+from bench.conftest import machine
 from tbrm.chat import encode_messages, encode_problems
-from tbrm.config import Config, ConfigError, load_config
+from tbrm.config import Config, load_config
 from tbrm.model import PolicyModel, load_policy
 from tbrm.rollout import Sampling, make_engine
 from tbrm.tasks import ProblemStream
@@ -84,25 +85,26 @@ def plain_generate(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batc
     return generate
 
 
-def engine(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> Generate:
-    made = make_engine(config.rollout, policy, tokenizer)
-    made.update_weights(0)
-    return lambda prompts, sampling: [answers[0].token_ids for answers in made.generate(prompts, 1, sampling)]
-
-
 def measure(way: str, precision: str) -> dict[str, Any]:
     """By workload: the greedy responses, and tokens and seconds of each round, sampled."""
-    config = load_config(RECIPE, [f"model.precision={precision}"])
-    if way != "generate":
-        config = load_config(RECIPE, [f"model.precision={precision}", f"rollout.engine={way}"])
+    named = [] if way == "generate" else [f"rollout.engine={way}"]
+    config = load_config(RECIPE, [f"model.precision={precision}", *named])
     policy, tokenizer = load_policy(config)
-    generate = (
-        plain_generate(policy, tokenizer, config.rollout.batch_size)
-        if way == "generate"
-        else engine(policy, tokenizer, config)
-    )
+    cases = workloads(config, tokenizer)
+    if way == "generate":
+        return timed(plain_generate(policy, tokenizer, config.rollout.batch_size), cases)
+    with closing(make_engine(config.rollout, policy, tokenizer)) as engine:
+        engine.update_weights(0)
+
+        def generate(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+            return [answers[0].token_ids for answers in engine.generate(prompts, 1, sampling)]
+
+        return timed(generate, cases)
+
+
+def timed(generate: Generate, cases: dict[str, tuple[list[list[int]], Sampling]]) -> dict[str, Any]:
     found = {}
-    for name, (prompts, sampling) in workloads(config, tokenizer).items():
+    for name, (prompts, sampling) in cases.items():
         greedy = generate(prompts, Sampling(sampling.max_new_tokens, temperature=0))
         rounds = []
         for seed in range(ROUNDS):
@@ -123,7 +125,7 @@ def run(way: str, precision: str) -> dict[str, Any] | str:
     return found
 
 
-def table(found: dict[str, dict[str, Any] | str]) -> list[str]:
+def table(found: dict[str, dict[str, Any] | str], precision: str) -> list[str]:
     plain = found["generate"]
     if isinstance(plain, str):
         raise RuntimeError(f"generate: {plain}")
@@ -147,10 +149,9 @@ def table(found: dict[str, dict[str, Any] | str]) -> list[str]:
                 lines.append(f"| {WAYS[way]} | not measured: {result} | | |")
                 continue
             equal = sum(a == b for a, b in zip(result[name]["greedy"], case["greedy"], strict=True))
-            lines.append(
-                f"| {WAYS[way]} | {speed_of[way]:.0f} | {speed_of[way] / speed_of['generate']:.2f} "
-                f"| {equal} of {len(case['greedy'])} |"
-            )
+            same = equal == len(lengths) or precision != "float32"
+            speed = f"{speed_of[way]:.0f} | {speed_of[way] / speed_of['generate']:.2f}" if same else "other responses |"
+            lines.append(f"| {WAYS[way]} | {speed} | {equal} of {len(lengths)} |")
         lines.append("")
     return lines
 
@@ -163,13 +164,13 @@ def main() -> None:
     config = load_config(RECIPE)
     auto = str(config.model.resolve_precision()).removeprefix("torch.")
     lines = [
-        f"Made by `make bench-rollouts` on {_machine()}: {config.model.name}, {config.rollout.batch_size} responses at a time.",
+        f"Made by `make bench-rollouts` on {machine()}: {config.model.name}, {config.rollout.batch_size} responses at a time.",
         f"Sampled; median of {ROUNDS} rounds. `generate` has its weights in the precision named.",
         "",
     ]
     for precision in dict.fromkeys(("float32", auto)):
         found = {way: run(way, precision) for way in WAYS}
-        lines += [f"## {precision}", "", *table(found)]
+        lines += [f"## {precision}", "", *table(found, precision)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines))
     print(out.read_text())

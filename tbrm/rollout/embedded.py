@@ -212,9 +212,7 @@ class _Batch:
     def _let_go(self) -> list[tuple[_Row, list[int], list[float] | None]]:
         """Takes out the rows that are finished; the last ones move to where they were."""
         ended = self._ended[: len(self.rows)].tolist()
-        finished = [
-            i for i, row in enumerate(self.rows) if ended[i] or row.written == self._sampling.max_new_tokens
-        ]
+        finished = [i for i, row in enumerate(self.rows) if ended[i] or row.written == self._sampling.max_new_tokens]
         if not finished:
             return []
         rows = [self.rows[i] for i in finished]

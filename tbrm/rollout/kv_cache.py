@@ -122,22 +122,23 @@ def cached_attention(
     outputs = []
     at = len(reading.positions)
     if at:
-        rows = torch.arange(at, device=query.device)
-        keys[rows, reading.positions] = key[:at].to(keys.dtype)
-        values[rows, reading.positions] = value[:at]
+        each = torch.arange(at, device=query.device)
+        keys[each, reading.positions] = key[:at].to(keys.dtype)
+        values[each, reading.positions] = value[:at]
         # The heads that share keys are so many queries to them: nothing is repeated.
         q = query[:at].reshape(at, kv_heads, groups, -1)
-        seen = (x[:at, : reading.span].transpose(1, 2) for x in (keys, values))
-        outputs.append(attend(q, *seen, reading.seen(sliding_window), scaling, softcap).flatten(1, 2))
+        k, v = (x[:at, : reading.span].transpose(1, 2) for x in (keys, values))
+        outputs.append(attend(q, k, v, reading.seen(sliding_window), scaling, softcap).flatten(1, 2))
     for prompts in reading.prompts:
         rows, columns = slice(prompts.first, prompts.first + prompts.count), slice(prompts.start, prompts.stop)
         own = slice(at, at + prompts.count * prompts.length)
         at = own.stop
         q, k, v = (x[own].unflatten(0, (prompts.count, prompts.length)) for x in (query, key, value))
         keys[rows, columns], values[rows, columns] = k, v
-        seen = (x[rows, : prompts.stop].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (keys, values))
+        k, v = (x[rows, : prompts.stop].transpose(1, 2).repeat_interleave(groups, dim=1) for x in (keys, values))
         allowed = prompts.allowed(sliding_window, query.device)
-        outputs.append(attend(q.transpose(1, 2), *seen, allowed, scaling, softcap).transpose(1, 2).flatten(0, 1))
+        out = attend(q.transpose(1, 2), k, v, allowed, scaling, softcap)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None], None
 
 
