@@ -35,11 +35,13 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # Split, not sliced: the gradient of a slice is as long as the batch, and there are as many slices as segments.
+    lengths = [segment.stop - segment.start for segment in segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for segment in segments:
-        q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
-        if segment.prefix:
-            k, v = (torch.cat([x[:, :, : segment.prefix], own], dim=2) for x, own in ((key, k), (value, v)))
+    for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+        if segment.prefix:  # it is the first segment
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
         allowed = segment.allowed
         if sliding_window is not None and sliding_window < k.shape[2]:
             allowed = _within_window(segment, sliding_window, query.device)
