@@ -6,6 +6,7 @@ Works on any device; sliding windows (Gemma, Mistral) and score soft-capping (Ge
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The signature is that of transformers' attention functions; returns ([1, T, heads, head_dim], None)."""
+    if query.device.type == "cpu":
+        value = value.to(query.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -45,8 +48,15 @@ def packed_attention(
         allowed = segment.allowed
         if sliding_window is not None and sliding_window < k.shape[2]:
             allowed = _within_window(segment, sliding_window, query.device)
-        outputs.append(attend(q, k, v, allowed, scaling, softcap))
+        with _precise(query.device):
+            outputs.append(attend(q, k, v, allowed, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _precise(device: torch.device) -> AbstractContextManager[object]:
+    """On the CPU, products in the type of the queries, which are float32 under autocast too, once rotated: torch takes several
+    times as long for the gradients of short segments in bfloat16."""
+    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
 def _within_window(segment: Segment, window: int, device: torch.device) -> Tensor:
