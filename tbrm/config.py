@@ -60,7 +60,7 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (transformers' generate).")
+    engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (the policy itself).")
     prompts: int = Field(16, ge=1, description="Problems per step.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
     max_new_tokens: int = Field(

@@ -99,6 +99,13 @@ class PolicyModel(nn.Module):
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             yield
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of last hidden states [..., D], as the model itself computes them, in generation mode."""
+        logits: Tensor = self.lm.get_output_embeddings()(hidden)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def checkpoint_activations(self) -> None:
         """From now on the backward pass computes the activations of each block again, from the block's input."""
         wrapped = {block: checkpoint_wrapper(block) for block in self.blocks}
@@ -137,9 +144,9 @@ class PolicyModel(nn.Module):
         return twin
 
     @contextmanager
-    def generation_mode(self) -> Iterator[PreTrainedModel]:
-        """The transformers model with its usual attention, for `generate`; on every process all of it."""
-        self.lm.set_attn_implementation(self._plain_attention)
+    def generation_mode(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
+        """The transformers model with its usual attention, or that of the given name; on every process all of it."""
+        self.lm.set_attn_implementation(attention or self._plain_attention)
         try:
             with self.autocast(), self.sharding.gathered(self) if self.sharding else nullcontext():
                 yield self.lm

@@ -25,6 +25,8 @@ class Response:
     truncated: bool
     weight_version: int = 0
     """The `version` of the weights that made it."""
+    logprobs: list[float] | None = None
+    """Of each token, at the sampling temperature, as the engine computed it; None if greedy."""
 
 
 class RolloutEngine(Protocol):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tbrm.config import Config, ParallelConfig
 from tbrm.data import Trajectory
 from tbrm.parallel import World, launched
+from tbrm.rollout import EmbeddedEngine, Sampling
 from tbrm.rollout.collect import Collected
 from tbrm.step_metrics import StepMetrics
 from tbrm.trainer import Trainer
@@ -28,6 +29,8 @@ from tests.tbrm.conftest import tiny_config
 MODELS = [f"{name}-{head}" for name in ("llama", "qwen3", "gemma3") for head in ("tied", "untied")]
 MICRO_BATCHES = {1: 100_000, 2: 260, 4: 130}
 """Forward and backward passes in a step of one process: trainer.batch_tokens that makes so many."""
+
+PROMPTS = [[1, 5], [1, 5, 6, 7], [1, 8, 9, 10, 11, 12], [1, 5, 6]]
 
 
 def config_of(folder: Path, world: World, model: str = "qwen3-tied", **settings: Any) -> Config:
@@ -99,6 +102,9 @@ def run(folder: Path, world: World) -> dict[str, Any]:
         step = OneStep(config_of(folder, world, model), world)
         for count, tokens in MICRO_BATCHES.items():
             found[f"{model}, {count} micro-batches"] = step(batch_tokens=tokens)
+        engine = EmbeddedEngine(step.trainer.policy, step.trainer.tokenizer, batch_size=3)
+        answers = engine.generate(PROMPTS, 2, Sampling(max_new_tokens=12, temperature=0))
+        found[f"{model}, greedy"] = [[r.token_ids for r in responses] for responses in answers]
         if model == "qwen3-tied":
             found |= odd_batches(step)
             found["gathers"] = gathers(step) if world.mesh else None

@@ -186,6 +186,12 @@ def test_the_heads_weight_is_gathered_once_a_pass_whatever_the_chunks(
     assert found["blocks"] == 3 * found["n_blocks"]  # forward of both, backward of the policy
 
 
+@pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sharded_policy_answers_as_a_whole_one(steps: dict[int, dict[str, Any]], model: str, processes: int) -> None:
+    assert steps[processes][f"{model}, greedy"] == steps[1][f"{model}, greedy"]
+
+
 SHORT = ("trainer.steps=4", "rollout.prompts=6", "rollout.samples=2", "checkpoint.every=2", "evaluation.prompts=5")
 REPLAYED = (
     "objective.name=reval",
