@@ -107,6 +107,10 @@ class ParallelConfig(Section):
         ge=0,
         description="Processes over which the weights are cut; 0: all. Fewer: groups that hold the same slices.",
     )
+    vocab_parallel: bool = Field(
+        False,
+        description="Never gather embedding and head: each process computes with its slice of the vocabulary, for all.",
+    )
     reshard_after_forward: bool = Field(
         True, description="Give a block's gathered weights back after its forward; off: more memory, fewer gathers."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tbrm.config import Config, ModelConfig
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.parallel import ALONE, Sharding, World
 from tbrm.tiny import tiny_model, tiny_tokenizer
+from tbrm.vocab_parallel import DividedVocabulary, VocabParallelPass
 from tbrm.weights import materialise, read_weights
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
@@ -50,6 +51,8 @@ class PolicyModel(nn.Module):
         # The transformer blocks: what is gathered, and what is computed again, as a whole.
         self.blocks = [module for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())]
         self.sharding: Sharding | None = None
+        self.vocabulary: DividedVocabulary | None = None
+        """Embedding and head, where the vocabulary is divided over processes."""
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self._plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
         lm.set_attn_implementation(PACKED_ATTENTION)
@@ -64,10 +67,13 @@ class PolicyModel(nn.Module):
         """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`; given `loss_fn`, what
         `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
         with self.autocast():
-            head = self._head_inputs(batch)
-            if loss_fn is None:
-                return linear_token_stats(**head, entropy=entropy)
-            return fused_linear_trajectory_loss(**head, cu_seqlens=batch.cu_seqlens, loss_fn=loss_fn, entropy=True)
+            if self.vocabulary is None:
+                return self._head(self._hidden(batch), batch.targets, batch.cu_seqlens, loss_fn, entropy)
+            together = VocabParallelPass(self.vocabulary, batch)
+            hidden = together.gather(self._hidden(batch, together.embed()))
+            loss_of_mine = together.loss_of_mine(loss_fn) if loss_fn else None
+            found = self._head(hidden, together.targets, together.cu_seqlens, loss_of_mine, entropy, together)
+            return together.mine(found) if isinstance(found, TokenStats) else (found[0], together.mine(found[1]))
 
     def trajectory_loss(self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn) -> tuple[Tensor, TokenStats]:
         """The sum of `loss_fn` over the batch's trajectories, in a single pass over the head (see
@@ -75,23 +81,39 @@ class PolicyModel(nn.Module):
         loss_and_stats: tuple[Tensor, TokenStats] = self(batch, loss_fn)
         return loss_and_stats
 
-    def _head_inputs(self, batch: TrajectoryBatch) -> dict[str, Any]:
+    def _hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
+        """[A, D]: the hidden states that predict the batch's actions."""
+        tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
         backbone = self.lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            segments=batch.segments,
-            use_cache=False,
+            **tokens, position_ids=batch.position_ids[None], segments=batch.segments, use_cache=False
         )
+        hidden: Tensor = backbone.last_hidden_state[0, batch.action_rows]
+        return hidden
+
+    def _head(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        loss_fn: TrajectoryLossFn | None,
+        entropy: bool,
+        together: VocabParallelPass | None = None,
+    ) -> TokenStats | tuple[Tensor, TokenStats]:
+        """What the head says of the targets: all of it, or the group of processes `together`."""
         head = self.lm.get_output_embeddings()
-        return {
-            "hidden": backbone.last_hidden_state[0, batch.action_rows],
-            "weight": head.weight,
-            "targets": batch.targets,
-            "bias": head.bias,
+        weight, bias = head.weight, head.bias
+        if together is not None:
+            weight, bias = together.rows(weight), None if bias is None else together.rows(bias)
+        options: dict[str, Any] = {
+            "bias": bias,
             "temperature": self.temperature,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
+            "tp_group": None if together is None else together.group,
         }
+        if loss_fn is None:
+            return linear_token_stats(hidden, weight, targets, entropy=entropy, **options)
+        return fused_linear_trajectory_loss(hidden, weight, targets, cu_seqlens, loss_fn, entropy=True, **options)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -117,7 +139,10 @@ class PolicyModel(nn.Module):
             )
         on_meta = self.lm.device.type == "meta"
         trained = any(parameter.requires_grad for parameter in self.parameters())
-        sharding.apply(self, self.blocks, trained=trained)
+        if sharding.config.vocab_parallel:
+            self.vocabulary = DividedVocabulary(self.lm, sharding.weights_mesh)
+        divided = self.vocabulary.parameters if self.vocabulary else set()
+        sharding.apply(self, self.blocks, trained=trained, divided=divided)
         if on_meta:
             materialise(self.lm, sharding.weights_device, sharding.device)
         if sharding.precision is not torch.float32:
@@ -141,7 +166,12 @@ class PolicyModel(nn.Module):
         """The transformers model with its usual attention, for `generate`; on every process all of it."""
         self.lm.set_attn_implementation(self._plain_attention)
         try:
-            with self.autocast(), self.sharding.gathered(self) if self.sharding else nullcontext():
+            with ExitStack() as stack:
+                stack.enter_context(self.autocast())
+                if self.sharding is not None:
+                    stack.enter_context(self.sharding.gathered(self))
+                if self.vocabulary is not None:
+                    stack.enter_context(self.vocabulary.gathered(self.precision, self.device))
                 yield self.lm
         finally:
             self.lm.set_attn_implementation(PACKED_ATTENTION)

@@ -167,18 +167,25 @@ class Sharding:
         """Where the slices are kept between passes."""
         return torch.device("cpu") if self.config.cpu_offload else self.device
 
-    def apply(self, model: nn.Module, blocks: Sequence[nn.Module], *, trained: bool) -> None:
-        """Cuts the weights of `model`, which may be on the meta device. Unless `trained`, no backward pass will follow its
-        forward, and nothing stays gathered after it."""
+    @property
+    def weights_mesh(self) -> DeviceMesh:
+        """Over which each weight lies: without the dimension that holds copies, where there is but one."""
+        return self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
+
+    def apply(
+        self, model: nn.Module, blocks: Sequence[nn.Module], *, trained: bool, divided: set[nn.Parameter]
+    ) -> None:
+        """Cuts the weights of `model`, which may be on the meta device, but for those that are `divided` already. Unless
+        `trained`, no backward pass will follow its forward, and nothing stays gathered after it."""
         options: dict[str, Any] = {
-            "mesh": self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
+            "mesh": self.weights_mesh,
             # Inputs are left alone: rounded rotary angles would misplace tokens.
             "mp_policy": MixedPrecisionPolicy(self.precision, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy(),
         }
         for block in blocks:
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward or not trained, **options)
-        fully_shard(model, reshard_after_forward=not trained, **options)
+        fully_shard(model, reshard_after_forward=not trained, ignored_params=divided, **options)
         for module in _sharded(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums

@@ -185,6 +185,8 @@ class Trainer:
 
     def _clip_gradients(self) -> Tensor:
         """Scales the gradients down to the largest norm allowed; returns the norm that they had, []."""
+        if self.policy.vocabulary is not None:
+            self.policy.vocabulary.sum_over_copies()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

@@ -15,6 +15,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tbrm.config import Config, ParallelConfig
 from tbrm.data import Trajectory
@@ -96,26 +98,39 @@ class Fixed:
 def run(folder: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for model in MODELS:
-        step = OneStep(config_of(folder, world, model), world)
-        for count, tokens in MICRO_BATCHES.items():
-            found[f"{model}, {count} micro-batches"] = step(batch_tokens=tokens)
-        if model == "qwen3-tied":
-            found |= odd_batches(step)
-            found["gathers"] = gathers(step) if world.mesh else None
+        for divided in (False, True):
+            step = OneStep(config_of(folder, world, model, parallel={"vocab_parallel": divided}), world)
+            what = f"{model}, vocabulary divided" if divided else model
+            for count, tokens in MICRO_BATCHES.items():
+                found[f"{what}, {count} micro-batches"] = step(batch_tokens=tokens)
+            if world.mesh:
+                found[f"{what}, whole heads"] = whole_heads(step)
+            if model == "qwen3-tied":
+                found |= {f"{name}, vocabulary divided" if divided else name: x for name, x in odd_batches(step).items()}
+                if world.mesh and not divided:
+                    found["gathers"] = gathers(step)
 
     for name, keys in {
         "shard in pairs": {"shard": min(2, world.size)},
         "reduce every micro-batch": {"accumulate_sharded": True},
         "keep gathered": {"reshard_after_forward": False},
         "checkpointed activations": {"activation_checkpointing": True},
+        "vocabulary divided in pairs": {"vocab_parallel": True, "shard": min(2, world.size)},
+        "vocabulary divided, all else too": {
+            "vocab_parallel": True,
+            "accumulate_sharded": True,
+            "reshard_after_forward": False,
+            "activation_checkpointing": True,
+        },
     }.items():
         parallel = ParallelConfig(**keys)
         with launched_again(world, parallel) as meshed:
             step = OneStep(config_of(folder, world, parallel=keys), meshed)
             found[name] = step(batch_tokens=130)
             found[f"{name}, once more"] = step(batch_tokens=130)
-    step = OneStep(config_of(folder, world, model__precision="bfloat16"), world)
-    found["bfloat16"] = step(batch_tokens=130)
+    for name, divided in {"bfloat16": False, "bfloat16, vocabulary divided": True}.items():
+        settings = {"model__precision": "bfloat16", "parallel": {"vocab_parallel": divided}}
+        found[name] = OneStep(config_of(folder, world, **settings), world)(batch_tokens=130)
     return found
 
 
@@ -155,6 +170,32 @@ def gathers(step: OneStep) -> dict[str, int]:
         single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY, _fsdp_param_group.foreach_all_gather = chunk, real
         objective.__call__ = call
     return {**counts, "chunks": len(chunks), "n_blocks": len(policy.blocks)}
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.seen += [x.shape for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+        return result
+
+
+def whole_heads(step: OneStep) -> int:
+    """How many tensors of the whole head's or embedding's shape come to be on this process from a step's beginning until its
+    gradients are clipped."""
+    trainer, clip = step.trainer, step.trainer._clip_gradients
+    shape = trainer.policy.lm.get_output_embeddings().weight.shape
+    counts = []
+    with Shapes() as shapes:
+        trainer._clip_gradients = lambda: (clip(), counts.append(shapes.seen.count(shape)))[0]
+        step(batch_tokens=100_000)
+    del trainer._clip_gradients
+    return counts[0]
 
 
 def launched_again(world: World, parallel: ParallelConfig) -> Any:

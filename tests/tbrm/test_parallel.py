@@ -106,21 +106,39 @@ def assert_same_step(ours: dict[str, Any], theirs: dict[str, Any], tolerance: fl
 
 @pytest.mark.parametrize("processes", COUNTS)
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 @pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
 def test_loss_and_gradients_do_not_depend_on_processes_or_micro_batches(
-    steps: dict[int, dict[str, Any]], model: str, micro_batches: int, processes: int
+    steps: dict[int, dict[str, Any]], model: str, vocabulary: str, micro_batches: int, processes: int
 ) -> None:
     whole = steps[1][f"{model}, 1 micro-batches"]
     assert whole["metrics"]["loss"] > 0
     for count in (1, processes):
-        step = steps[count][f"{model}, {micro_batches} micro-batches"]
+        step = steps[count][f"{model}{vocabulary}, {micro_batches} micro-batches"]
         assert_same_step(step, whole)
         assert step["largest_log_ratio"] == 0.0  # of every trajectory, exactly
 
 
+@pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_with_its_vocabulary_divided_no_process_holds_a_whole_head(
+    steps: dict[int, dict[str, Any]], model: str, processes: int
+) -> None:
+    assert steps[processes][f"{model}, whole heads"] > 0
+    assert steps[processes][f"{model}, vocabulary divided, whole heads"] == 0
+
+
 @pytest.mark.parametrize("processes", (1, *COUNTS))
 @pytest.mark.parametrize(
-    "setting", ["shard in pairs", "reduce every micro-batch", "keep gathered", "checkpointed activations"]
+    "setting",
+    [
+        "shard in pairs",
+        "reduce every micro-batch",
+        "keep gathered",
+        "checkpointed activations",
+        "vocabulary divided in pairs",
+        "vocabulary divided, all else too",
+    ],
 )
 def test_no_key_of_parallel_changes_the_step(steps: dict[int, dict[str, Any]], setting: str, processes: int) -> None:
     whole = steps[1]["qwen3-tied, 1 micro-batches"]
@@ -129,23 +147,26 @@ def test_no_key_of_parallel_changes_the_step(steps: dict[int, dict[str, Any]], s
 
 
 @pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 @pytest.mark.parametrize("batch", ["one trajectory", "all but one masked", "all masked"])
 def test_a_process_with_nothing_to_do_adds_nothing_and_hangs_nobody(
-    steps: dict[int, dict[str, Any]], batch: str, processes: int
+    steps: dict[int, dict[str, Any]], batch: str, vocabulary: str, processes: int
 ) -> None:
-    assert_same_step(steps[processes][batch], steps[1][batch])
+    ours = steps[processes][batch + vocabulary]
+    assert_same_step(ours, steps[1][batch])
     if batch == "all but one masked":
-        assert_same_step(steps[processes][batch], steps[1]["one trajectory"])
+        assert_same_step(ours, steps[1]["one trajectory"])
     if batch == "all masked":
-        assert steps[processes][batch]["metrics"]["loss"] == 0.0
+        assert ours["metrics"]["loss"] == 0.0
 
 
 @pytest.mark.parametrize("processes", (1, *COUNTS))
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 def test_a_loss_that_is_not_finite_anywhere_is_skipped_everywhere(
-    steps: dict[int, dict[str, Any]], processes: int
+    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
 ) -> None:
-    assert steps[processes]["one not finite"]["metrics"]["skipped"] == 1
-    assert steps[processes]["all masked"]["metrics"]["skipped"] == 0
+    assert steps[processes]["one not finite" + vocabulary]["metrics"]["skipped"] == 1
+    assert steps[processes]["all masked" + vocabulary]["metrics"]["skipped"] == 0
 
 
 @pytest.mark.parametrize(
@@ -162,9 +183,13 @@ def test_keys_that_cannot_work_here_are_refused(key: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("processes", COUNTS)
-def test_bfloat16_is_as_near_float32_as_in_one_process(steps: dict[int, dict[str, Any]], processes: int) -> None:
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+def test_bfloat16_is_as_near_float32_as_in_one_process(
+    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
+) -> None:
     """No further from float32 than one process is in bfloat16, and a little."""
-    exact, alone, ours = steps[1]["qwen3-tied, 1 micro-batches"], steps[1]["bfloat16"], steps[processes]["bfloat16"]
+    exact, alone = steps[1]["qwen3-tied, 1 micro-batches"], steps[1]["bfloat16"]
+    ours = steps[processes][f"bfloat16{vocabulary}"]
 
     def error(step: dict[str, Any]) -> float:
         gaps = [step["gradients"][name] - gradient for name, gradient in exact["gradients"].items()]
