@@ -52,6 +52,16 @@ class ModelConfig(Section):
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
 
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, description="Of the adapters (pip install 'tbrm[lora]'); 0: all weights are trained.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is scaled by alpha / rank.")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Linear layers that get an adapter; lm_head is one where it is not tied to the embedding.",
+    )
+
+
 class DataConfig(Section):
     trajectories: str | None = Field(
         None,
@@ -156,6 +166,7 @@ class Config(Section):
     run: RunConfig
     seed: int = Field(0, ge=0, description="Of the problems drawn, the sampling, and the tiny model's weights.")
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     task: SerializeAsAny[Task] | None = Field(
         None, description="What is learnt. Keys beside `name` are the task's own."
     )
@@ -181,6 +192,15 @@ class Config(Section):
         if self.data.trajectories and self.replay.capacity:
             raise ValueError(
                 "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+            )
+        if self.lora.rank and self.model.name == "tiny":
+            raise ValueError(
+                "lora.rank is set but model.name is 'tiny', which no adapter can name as its base: save a model to a folder"
+            )
+        if self.lora.rank and self.objective.reset_reference_every:
+            raise ValueError(
+                f"objective.reset_reference_every is {self.objective.reset_reference_every} but lora.rank is set: the "
+                "reference is the model without its adapters, and cannot move; set one of the two to 0"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(

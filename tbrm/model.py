@@ -24,6 +24,7 @@ from transformers import (
 from tbrm.attention import PACKED_ATTENTION
 from tbrm.config import Config, ModelConfig
 from tbrm.data import Trajectory, TrajectoryBatch, pack
+from tbrm.lora import Adapters, adapted_weight, has_adapters, is_adapter, load_merged, saved_name
 from tbrm.parallel import ALONE, Sharding, World
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.vocab_parallel import DividedVocabulary, VocabParallelPass
@@ -51,6 +52,8 @@ class PolicyModel(nn.Module):
         # The transformer blocks: what is gathered, and what is computed again, as a whole.
         self.blocks = [module for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())]
         self.sharding: Sharding | None = None
+        self.adapters: Adapters | None = None
+        """Which are all that is trained, if there are any."""
         self.vocabulary: DividedVocabulary | None = None
         """Embedding and head, where the vocabulary is divided over processes."""
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
@@ -102,8 +105,11 @@ class PolicyModel(nn.Module):
         """What the head says of the targets: all of it, or the group of processes `together`."""
         head = self.lm.get_output_embeddings()
         weight, bias = head.weight, head.bias
-        if together is not None:
-            weight, bias = together.rows(weight), None if bias is None else together.rows(bias)
+        if together is None:
+            weight = adapted_weight(head, weight)
+        else:
+            weight = adapted_weight(head, together.rows(weight), together.entries)
+            bias = None if bias is None else together.rows(bias)
         options: dict[str, Any] = {
             "bias": bias,
             "temperature": self.temperature,
@@ -206,12 +212,23 @@ class PolicyModel(nn.Module):
             )
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Every weight once, by the first of its names in the transformers model: a tied head goes by the embedding's."""
+        """Every weight of the transformers model once, by the first of its names: a tied head goes by the embedding's. Adapters
+        are none of them."""
         named: dict[int, tuple[str, nn.Parameter]] = {}
-        # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
-        for name, weight in self.state_dict(keep_vars=True).items():
-            named.setdefault(id(weight), (name.removeprefix("lm."), weight))
+        for name, weight in self._state().items():
+            if not is_adapter(name):
+                named.setdefault(id(weight), (name.replace(".base_layer.", "."), weight))
         return dict(named.values())
+
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """All weights or, where there are adapters, those of the adapters alone, by the names that peft gives them."""
+        if self.adapters is None:
+            return self.weights()
+        return {saved_name(name): weight for name, weight in self._state().items() if is_adapter(name)}
+
+    def _state(self) -> dict[str, nn.Parameter]:
+        # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
+        return {name.removeprefix("lm."): weight for name, weight in self.state_dict(keep_vars=True).items()}
 
     def save_config(self, folder: Path) -> None:
         """Writes what a Hugging Face folder holds beside weights and tokenizer."""
@@ -225,10 +242,18 @@ class PolicyModel(nn.Module):
 def load_model(
     config: ModelConfig, seed: int, *, meta: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model.
+    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model. A folder of
+    LoRA adapters is the model they were made for, with them added to its weights.
 
     With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
     """
+    if has_adapters(config.name):
+        if meta:
+            raise ValueError(
+                f"model.name: {config.name!r} holds adapters, which one process must add to the model before several can share "
+                "it: `tbrm export` writes the sum as a Hugging Face folder"
+            )
+        return load_merged(config, lambda base: load_model(base, seed))
     lm: Any  # transformers' types do not cover what its Auto classes return
     tokenizer: Any
     if config.name == "tiny":
@@ -263,7 +288,9 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     lm, tokenizer = load_model(config.model, config.seed, meta=in_slices or world.mesh is not None)
     unread = lm.device.type == "meta"
     device, precision = config.model.resolve_device(), config.model.resolve_precision()
+    adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
     policy = PolicyModel(lm, temperature=config.rollout.temperature, precision=precision)
+    policy.adapters = adapters
     if config.parallel.activation_checkpointing:
         policy.checkpoint_activations()
     if world.mesh is not None:
@@ -274,6 +301,8 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
         policy = policy.to(device)
     if unread:
         read_weights(policy.weights(), _weights_folder(config.model))
+    if adapters is not None:
+        adapters.reset()
     policy.check_architecture()
     return policy, tokenizer
 

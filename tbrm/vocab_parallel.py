@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import PreTrainedModel
 
 from tbrm.data import TrajectoryBatch
+from tbrm.lora import base_layer
 from tbrm_kernels import TokenStats, TrajectoryLossFn
 from tbrm_kernels.vocab_parallel import sum_gradient
 
@@ -41,7 +42,7 @@ class DividedVocabulary:
         self.padding, self.embedding.padding_idx = self.embedding.padding_idx, None
         self._names = [
             (module, name)
-            for module in (self.embedding, lm.get_output_embeddings())
+            for module in (self.embedding, base_layer(lm.get_output_embeddings()))
             for name, _ in module.named_parameters(recurse=False)
         ]
         entries, processes = self.embedding.num_embeddings, self.group.size()
@@ -110,6 +111,9 @@ class VocabParallelPass:
         first = sum(len(bounds) - 1 for _, bounds in shares[:rank])
         self._trajectories = range(first, first + len(mine[1]) - 1)
         self._own_actions = slice(sum(self._actions[:rank]), sum(self._actions[: rank + 1]))
+        per_process = -(-vocabulary.embedding.num_embeddings // self.group.size())
+        self.entries = slice(rank * per_process, (rank + 1) * per_process)
+        """Of the vocabulary, this process's."""
         self.cu_seqlens = batch.cu_seqlens.new_tensor(self._bounds)
         self.targets = _gather(batch.targets, self._actions, self.group)
 
@@ -117,8 +121,9 @@ class VocabParallelPass:
         """What the model's embedding says of the batch's tokens, [T, D]."""
         embedding, weight = self._vocabulary.embedding, self._vocabulary.embedding.weight
         ids = _gather(self._input_ids, self._tokens, self.group)
-        first = self.group.rank() * -(-len(weight) // self.group.size())
-        rows = _Lookup.apply(self.rows(weight), ids, first, self._vocabulary.padding, self._tokens, self.group)
+        rows = _Lookup.apply(
+            self.rows(weight), ids, self.entries.start, self._vocabulary.padding, self._tokens, self.group
+        )
         # Through the module all the same, which may scale: its weight is now what was found, a row for each token.
         positions = torch.arange(len(rows), device=rows.device)
         embedded: Tensor = torch.func.functional_call(embedding, {"weight": rows}, (positions,))
@@ -143,9 +148,7 @@ class VocabParallelPass:
 
         def loss(stats: TokenStats, cu_seqlens: Tensor, first: int) -> Tensor:
             shared = _shared(stats, self.group)
-            own = range(
-                max(first, self._trajectories.start), min(first + len(cu_seqlens) - 1, self._trajectories.stop)
-            )
+            own = range(max(first, self._trajectories.start), min(first + len(cu_seqlens) - 1, self._trajectories.stop))
             nothing = shared[:, :0].sum()  # yet what the others' derivatives come through
             if not own:
                 return nothing

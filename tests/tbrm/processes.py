@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -66,7 +66,7 @@ class OneStep:
         log_ratios: list[float] = [0.0]
 
         def keep(_learning_rate: float, *, skipped: bool) -> None:
-            for name, weight in trainer.policy.weights().items():
+            for name, weight in trainer.policy.trained_weights().items():
                 if weight.grad is not None:
                     grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
                     gradients[name] = grad.clone()
@@ -106,7 +106,9 @@ def run(folder: Path, world: World) -> dict[str, Any]:
             if world.mesh:
                 found[f"{what}, whole heads"] = whole_heads(step)
             if model == "qwen3-tied":
-                found |= {f"{name}, vocabulary divided" if divided else name: x for name, x in odd_batches(step).items()}
+                found |= {
+                    f"{name}, vocabulary divided" if divided else name: x for name, x in odd_batches(step).items()
+                }
                 if world.mesh and not divided:
                     found["gathers"] = gathers(step)
 
@@ -128,10 +130,28 @@ def run(folder: Path, world: World) -> dict[str, Any]:
             step = OneStep(config_of(folder, world, parallel=keys), meshed)
             found[name] = step(batch_tokens=130)
             found[f"{name}, once more"] = step(batch_tokens=130)
+    lora = {"rank": 4, "targets": ["q_proj", "down_proj", "lm_head"]}
+    for divided in (False, True):
+        step = OneStep(config_of(folder, world, "qwen3-untied", lora=lora, parallel={"vocab_parallel": divided}), world)
+        what = "adapters, vocabulary divided" if divided else "adapters"
+        found[what] = step(batch_tokens=130)
+        learn_something(step)
+        found[f"{what}, later"] = step(batch_tokens=130)
     for name, divided in {"bfloat16": False, "bfloat16, vocabulary divided": True}.items():
         settings = {"model__precision": "bfloat16", "parallel": {"vocab_parallel": divided}}
         found[name] = OneStep(config_of(folder, world, **settings), world)(batch_tokens=130)
     return found
+
+
+@torch.no_grad()
+def learn_something(step: OneStep) -> None:
+    """Adapters whose B is not zero any more."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in step.trainer.policy.trained_weights().items():
+        value = torch.randn(weight.shape, generator=generator) * 0.1
+        if "lora_B" in name:
+            mesh = [weight.device_mesh, weight.placements] if isinstance(weight, DTensor) else None
+            weight.copy_(distribute_tensor(value, *mesh, src_data_rank=None) if mesh else value)
 
 
 def odd_batches(step: OneStep) -> dict[str, Any]:
@@ -181,7 +201,9 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.seen += [x.shape for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+        self.seen += [
+            x.shape for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
+        ]
         return result
 
 

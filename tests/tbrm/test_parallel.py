@@ -146,6 +146,21 @@ def test_no_key_of_parallel_changes_the_step(steps: dict[int, dict[str, Any]], s
     assert_same_step(steps[processes][f"{setting}, once more"], whole)
 
 
+@pytest.mark.parametrize("processes", (1, *COUNTS))
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+def test_adapters_the_heads_too_learn_the_same_on_any_number_of_processes(
+    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
+) -> None:
+    for when in ("", ", later"):
+        ours = steps[processes][f"adapters{vocabulary}{when}"]
+        assert_same_step(ours, steps[1][f"adapters{when}"])
+        assert (ours["largest_log_ratio"] == 0.0) == (when == "")
+        idle = {name for name, gradient in ours["gradients"].items() if not gradient.any()}
+        # Until B is something else than zero, A has no say.
+        assert idle == {name for name in ours["gradients"] if "lora_A" in name and when == ""}
+        assert len(ours["gradients"]) == 2 * (3 + 3 + 1)
+
+
 @pytest.mark.parametrize("processes", COUNTS)
 @pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 @pytest.mark.parametrize("batch", ["one trajectory", "all but one masked", "all masked"])
@@ -248,10 +263,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_run_repeats_itself_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """With replay, a reference that moves on, and sharded checkpoints of both."""
+@pytest.mark.parametrize("divided", ["false", "true"])
+def test_a_run_repeats_itself_and_resumes_bit_for_bit(divided: str, tmp_path: Path) -> None:
+    """With replay, a reference that moves on, and sharded checkpoints of both; the vocabulary divided or not."""
     run = tmp_path / "run"
-    train = ("tbrm", "train", RECIPE, *SHORT, *REPLAYED)
+    train = ("tbrm", "train", RECIPE, *SHORT, *REPLAYED, f"parallel.vocab_parallel={divided}")
     done = torchrun(2, *train, f"run.dir={run}")
     assert done.stdout.count("held-out accuracy") == 2  # the main process alone speaks
     whole = rows(run)
@@ -266,10 +282,12 @@ def test_a_run_repeats_itself_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_weights(again, run)
 
 
-def test_a_run_of_four_processes_resumes_on_two_with_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("divided", ["false", "true"])
+def test_a_run_of_four_processes_resumes_on_two_with_the_same_losses(divided: str, tmp_path: Path) -> None:
     """On recorded trajectories, since what is sampled depends on the number of processes."""
     write_trajectories(tmp_path)
     settings = (*SHORT, *REPLAYED[:4], "trainer.batch_tokens=200", "evaluation.prompts=0", "model.name=tiny")
+    settings += (f"parallel.vocab_parallel={divided}",)
     train = ("tbrm", "train", RECIPE, *settings, f"data.trajectories={tmp_path / 'trajectories.jsonl'}")
     run = tmp_path / "run"
     torchrun(4, *train, f"run.dir={run}")
