@@ -128,6 +128,7 @@ class ParallelConfig(Section):
         False, description="Reduce gradients after every micro-batch: less memory, more traffic; off: once per step."
     )
     cpu_offload: bool = Field(False, description="Keep weights, gradients and optimiser state in the CPU's memory.")
+    offload_reference: bool = Field(False, description="Keep the weights of the reference in the CPU's memory.")
     activation_checkpointing: bool = Field(
         False, description="Compute each block's activations again in the backward pass instead of keeping them."
     )
@@ -201,6 +202,11 @@ class Config(Section):
             raise ValueError(
                 f"objective.reset_reference_every is {self.objective.reset_reference_every} but lora.rank is set: the "
                 "reference is the model without its adapters, and cannot move; set one of the two to 0"
+            )
+        if self.lora.rank and self.parallel.offload_reference:
+            raise ValueError(
+                "parallel.offload_reference is true but lora.rank is set: the reference is the model without its adapters, and "
+                "has no weights of its own; leave one of the two out"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(

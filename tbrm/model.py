@@ -157,13 +157,13 @@ class PolicyModel(nn.Module):
         self.sharding = sharding
 
     def frozen_copy(self) -> PolicyModel:
-        """The same model as it is now, sharded alike, that takes no gradient."""
+        """The same model as it is now, sharded as a reference is, that takes no gradient."""
         if self.sharding is None:
             return copy.deepcopy(self).requires_grad_(False)
         with torch.device("meta"):
             lm = type(self.lm)(copy.deepcopy(self.lm.config))
         twin = PolicyModel(lm, temperature=self.temperature, precision=self.precision).requires_grad_(False)
-        twin.shard(self.sharding)
+        twin.shard(self.sharding.of_reference())
         twin.load_state_dict(self.state_dict())
         return twin
 

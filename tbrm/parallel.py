@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -82,8 +82,9 @@ def launched(model: ModelConfig, parallel: ParallelConfig) -> Iterator[World]:
     if size % shard:
         raise ConfigError(f"parallel.shard: got {shard} for {size} processes; wants 0 or a divisor of {size}")
     device = model.resolve_device().type
-    if parallel.cpu_offload and not (started and device == "cuda"):
-        raise ConfigError("parallel.cpu_offload: true; wants torchrun (for one process too) and a GPU")
+    for key in ("cpu_offload", "offload_reference"):
+        if getattr(parallel, key) and not (started and device == "cuda"):
+            raise ConfigError(f"parallel.{key}: true; wants torchrun (for one process too) and a GPU")
     if not started:
         yield ALONE
         return
@@ -166,6 +167,11 @@ class Sharding:
     def weights_device(self) -> torch.device:
         """Where the slices are kept between passes."""
         return torch.device("cpu") if self.config.cpu_offload else self.device
+
+    def of_reference(self) -> Sharding:
+        """How the reference is cut: as the policy is, but perhaps kept on the CPU."""
+        offload = self.config.cpu_offload or self.config.offload_reference
+        return replace(self, config=self.config.model_copy(update={"cpu_offload": offload}))
 
     @property
     def weights_mesh(self) -> DeviceMesh:

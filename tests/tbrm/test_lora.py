@@ -83,6 +83,10 @@ def test_what_would_not_train_is_refused(targets: list[str], tied: bool, message
             },
             "objective.reset_reference_every is 2 but lora.rank is set",
         ),
+        (
+            {"model__name": "folder", "parallel": {"offload_reference": True}},
+            "parallel.offload_reference is true but lora.rank is set",
+        ),
     ],
 )
 def test_keys_that_do_not_go_with_adapters_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

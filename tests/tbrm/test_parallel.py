@@ -188,7 +188,8 @@ def test_a_loss_that_is_not_finite_anywhere_is_skipped_everywhere(
     ("key", "message"),
     [
         ("parallel.shard=2", "parallel.shard: got 2 for 1 processes; wants 0 or a divisor of 1"),
-        ("parallel.cpu_offload=true", "wants torchrun .* and a GPU"),
+        ("parallel.cpu_offload=true", "parallel.cpu_offload: true; wants torchrun .* and a GPU"),
+        ("parallel.offload_reference=true", "parallel.offload_reference: true; wants torchrun .* and a GPU"),
     ],
 )
 def test_keys_that_cannot_work_here_are_refused(key: str, message: str) -> None:
@@ -303,3 +304,19 @@ def test_a_run_of_four_processes_resumes_on_two_with_the_same_losses(divided: st
     slices = [load_file(path) for path in sorted((run / "checkpoints" / "latest").glob("shard-*.safetensors"))]
     for name in slices[0]:
         assert torch.equal(exported[name], torch.cat([part[name] for part in slices if name in part]))
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit_and_is_one_file(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    run = tmp_path / "run"
+    lora = (f"model.name={tmp_path / 'qwen3-untied'}", "lora.rank=4", "lora.targets=[v_proj, lm_head]")
+    train = ("tbrm", "train", RECIPE, *SHORT, *lora, "trainer.batch_tokens=60", "parallel.vocab_parallel=true")
+    torchrun(2, *train, f"run.dir={run}")
+    assert rows(run)[0]["log_ratio_mean"] == 0.0
+    assert [path.name for path in (run / "checkpoints" / "latest").glob("*.safetensors")] == [
+        "adapter_model.safetensors"
+    ]
+    again = go_back(run, tmp_path / "again", step=2)
+    torchrun(2, *train, f"run.dir={again}", "--resume")
+    assert rows(again) == rows(run)
+    assert_same_weights(again, run)
