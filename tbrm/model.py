@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -149,6 +150,7 @@ class PolicyModel(nn.Module):
             self.vocabulary = DividedVocabulary(self.lm, sharding.weights_mesh)
         divided = self.vocabulary.parameters if self.vocabulary else set()
         sharding.apply(self, self.blocks, trained=trained, divided=divided)
+        register_fsdp_forward_method(self, "own_logits")
         if on_meta:
             materialise(self.lm, sharding.weights_device, sharding.device)
         if sharding.precision is not torch.float32:
@@ -182,6 +184,22 @@ class PolicyModel(nn.Module):
         finally:
             self.lm.set_attn_implementation(PACKED_ATTENTION)
 
+    def own_logits(self, tokens: Tensor) -> Tensor:
+        """[T, V]: what the model itself says of one sequence [T], the same on all processes. Sharded as in `forward`."""
+        self.lm.set_attn_implementation(self._plain_attention)
+        try:
+            with self.autocast():
+                if self.vocabulary is None:
+                    logits: Tensor = self.lm(input_ids=tokens[None], use_cache=False).logits[0]
+                    return logits
+                batch = pack([Trajectory(tokens.tolist(), [0], reward=0.0)]).to(self.device)
+                together = VocabParallelPass(self.vocabulary, batch)
+                with together.logits_of_all(self.lm):
+                    logits = self.lm(inputs_embeds=together.embed()[None], use_cache=False).logits[0]
+                return logits
+        finally:
+            self.lm.set_attn_implementation(PACKED_ATTENTION)
+
     @torch.no_grad()
     def check_architecture(self) -> None:
         """Compares a few packed tokens with the model's own logits. Raises ValueError where they differ.
@@ -196,12 +214,12 @@ class PolicyModel(nn.Module):
         trajectories = [Trajectory(prompt, response, reward=0.0) for prompt, response in pairs]
         packed = self(pack(trajectories).to(self.device)).logprobs.float()
         own = []
-        with self.generation_mode() as lm:
-            for prompt, response in pairs:
-                tokens = torch.tensor([[*prompt, *response]], device=self.device)
-                logits = lm(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-                targets = tokens[0, len(prompt) :, None]
-                own.append((logits / self.temperature).log_softmax(-1).gather(1, targets)[:, 0])
+        for prompt, response in pairs:
+            tokens = torch.tensor([*prompt, *response], device=self.device)
+            logits = self.own_logits(tokens)[len(prompt) - 1 : -1].float()
+            own.append((logits / self.temperature).log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0])
+        if self.sharding is not None:
+            self.sharding.reshard(self)
         gap = (packed - torch.cat(own)).abs().max().item()
         low_precision = torch.bfloat16 in (self.precision, self.lm.dtype)
         if not gap <= (0.5 if low_precision else 0.01) / min(1.0, self.temperature):

@@ -196,6 +196,11 @@ class Sharding:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
 
+    def reshard(self, model: nn.Module) -> None:
+        """Gives back what a forward without a backward has left gathered."""
+        for module in _sharded(model):
+            module.reshard()
+
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
         """Within it every process holds all weights of the (trained) model, and may run it, or parts of it, at will."""
@@ -205,8 +210,8 @@ class Sharding:
         try:
             yield
         finally:
+            self.reshard(model)
             for module in _sharded(model):
-                module.reshard()
                 keeps = module is model or not self.config.reshard_after_forward
                 module.set_reshard_after_forward(not keeps, recurse=False)
 

@@ -133,6 +133,27 @@ class VocabParallelPass:
         """This process's rows of a divided weight, where the model runs."""
         return local(weight).to(self._input_ids.device)
 
+    @contextmanager
+    def logits_of_all(self, lm: PreTrainedModel) -> Iterator[None]:
+        """Within it the head of `lm` makes logits over the whole vocabulary of hidden states that all processes have alike. For
+        a few tokens, without gradient and adapters."""
+        head: Any = lm.get_output_embeddings()
+        rows = [0] * self.group.size()
+        dist.all_gather_object(rows, len(local(head.weight)), group=self.group)
+
+        def logits(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
+            bias = None if head.bias is None else self.rows(head.bias)
+            mine = nn.functional.linear(hidden, self.rows(head.weight), bias)
+            return _gather(mine.movedim(-1, 0).contiguous(), rows, self.group).movedim(0, -1)
+
+        stand_in = nn.Identity()
+        stand_in.register_forward_hook(logits)
+        lm.set_output_embeddings(stand_in)
+        try:
+            yield
+        finally:
+            lm.set_output_embeddings(head)
+
     def gather(self, hidden: Tensor) -> Tensor:
         """Everybody's [A, D] from this process's, in the order of `targets`."""
         gathered: Tensor = _Gather.apply(hidden, self._actions, self.group)

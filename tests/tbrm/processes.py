@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from tbrm.config import Config, ParallelConfig
 from tbrm.data import Trajectory
+from tbrm.model import PolicyModel
 from tbrm.parallel import World, launched
 from tbrm.rollout.collect import Collected
 from tbrm.step_metrics import StepMetrics
@@ -99,12 +100,13 @@ def run(folder: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for model in MODELS:
         for divided in (False, True):
-            step = OneStep(config_of(folder, world, model, parallel={"vocab_parallel": divided}), world)
+            config = config_of(folder, world, model, parallel={"vocab_parallel": divided})
+            step = OneStep(config, world)
             what = f"{model}, vocabulary divided" if divided else model
             for count, tokens in MICRO_BATCHES.items():
                 found[f"{what}, {count} micro-batches"] = step(batch_tokens=tokens)
             if world.mesh:
-                found[f"{what}, whole heads"] = whole_heads(step)
+                found[f"{what}, whole heads"] = whole_heads(config, world)
             if model == "qwen3-tied":
                 found |= {
                     f"{name}, vocabulary divided" if divided else name: x for name, x in odd_batches(step).items()
@@ -193,7 +195,7 @@ def gathers(step: OneStep) -> dict[str, int]:
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of all tensors that any operation makes."""
+    """The shapes of all tensors that any operation makes, but for those on the meta device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,22 +203,24 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.seen += [
-            x.shape for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)
-        ]
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+        self.seen += [x.shape for x in tensors if x.device.type != "meta"]
         return result
 
 
-def whole_heads(step: OneStep) -> int:
-    """How many tensors of the whole head's or embedding's shape come to be on this process from a step's beginning until its
-    gradients are clipped."""
-    trainer, clip = step.trainer, step.trainer._clip_gradients
-    shape = trainer.policy.lm.get_output_embeddings().weight.shape
+def whole_heads(config: Config, world: World) -> int:
+    """How many tensors of the whole head's or embedding's shape come to be on this process from when the weights have been read
+    until the gradients of the first step are clipped."""
     counts = []
+    check = PolicyModel.check_architecture
     with Shapes() as shapes:
+        PolicyModel.check_architecture = lambda policy: (shapes.seen.clear(), check(policy))[1]
+        step = OneStep(config, world)
+        PolicyModel.check_architecture = check
+        trainer, clip = step.trainer, step.trainer._clip_gradients
+        shape = trainer.policy.lm.get_output_embeddings().weight.shape
         trainer._clip_gradients = lambda: (clip(), counts.append(shapes.seen.count(shape)))[0]
-        step(batch_tokens=100_000)
-    del trainer._clip_gradients
+        step()
     return counts[0]
 
 
