@@ -128,10 +128,12 @@ def load_merged(
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"model.name: {config.name!r} has {CONFIG} but no {WEIGHTS}; save the adapters as safetensors")
     settings = json.loads((folder / CONFIG).read_text())
-    base = {"name": settings["base_model_name_or_path"], "revision": settings.get("revision")}
-    lm, tokenizer = load_base(config.model_copy(update=base))
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"model.name: {config.name!r} holds adapters of type {settings.get('peft_type')}; wants LORA")
+    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    if kind != "LORA" or not base:
+        raise ValueError(
+            f"model.name: {config.name!r} holds adapters of type {kind} for the model {base}; wants LORA, and a model's name"
+        )
+    lm, tokenizer = load_base(config.model_copy(update={"name": base, "revision": settings.get("revision")}))
     merged: PreTrainedModel = peft.PeftModel.from_pretrained(lm, config.name).merge_and_unload()
     return merged.requires_grad_(True), tokenizer
 

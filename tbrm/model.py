@@ -111,7 +111,10 @@ class PolicyModel(nn.Module):
         else:
             weight = adapted_weight(head, together.rows(weight), together.entries)
             bias = None if bias is None else together.rows(bias)
-        options: dict[str, Any] = {
+        inputs: dict[str, Any] = {
+            "hidden": hidden,
+            "weight": weight,
+            "targets": targets,
             "bias": bias,
             "temperature": self.temperature,
             "softcap": self.softcap,
@@ -119,8 +122,8 @@ class PolicyModel(nn.Module):
             "tp_group": None if together is None else together.group,
         }
         if loss_fn is None:
-            return linear_token_stats(hidden, weight, targets, entropy=entropy, **options)
-        return fused_linear_trajectory_loss(hidden, weight, targets, cu_seqlens, loss_fn, entropy=True, **options)
+            return linear_token_stats(**inputs, entropy=entropy)
+        return fused_linear_trajectory_loss(**inputs, cu_seqlens=cu_seqlens, loss_fn=loss_fn, entropy=True)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -289,6 +292,8 @@ def load_model(
                 lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
         else:
             lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
+            if any(is_adapter(name) for name, _ in lm.named_parameters()):
+                raise ValueError("it holds adapters; download them to a folder, and name that")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "

@@ -106,7 +106,7 @@ class VocabParallelPass:
         # The bounds of everybody's trajectories, in the order of ranks, and which trajectories and actions are ours.
         self._bounds = [0]
         for _, bounds in shares:
-            self._bounds += [self._bounds[-1] + bound - bounds[0] for bound in bounds[1:]]
+            self._bounds += [self._bounds[-1] + bound for bound in bounds[1:]]
         rank = self.group.rank()
         first = sum(len(bounds) - 1 for _, bounds in shares[:rank])
         self._trajectories = range(first, first + len(mine[1]) - 1)
