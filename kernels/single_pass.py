@@ -27,7 +27,7 @@ from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, Token
 from .backends.registry import select
 from .token_stats import TokenStats, check_head, check_targets, operand_dtype
 from .trajectory import check_packing, segment_sums, trajectory_residual
-from .vocab_parallel import VocabSlice
+from .vocab_parallel import VocabSlice, sum_gradient
 
 CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 1024, "cuda": 16384}
 """The default of `max_chunk_bytes` by device, times V. On a CPU room for 512 tokens in bfloat16 and 256 in float32 (32 MiB
@@ -156,7 +156,7 @@ def fused_linear_trajectory_loss(
     chosen = select(backend, hidden.device, options.operand_dtype)
     plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled(), part)
     if part is not None:
-        hidden, targets = part.share_gradient(hidden), part.targets
+        hidden, targets = sum_gradient(hidden, part.group), part.targets
     loss, *stats = _SinglePass.apply(hidden, weight, bias, targets, plan)
     return loss, TokenStats(*stats)
 

@@ -1,7 +1,8 @@
 """Checkpoints: written by all processes together, complete or not there at all, and resumed by any number of processes.
 
 ``checkpoints/step-000010/`` holds the weights (safetensors, in the slices of the processes that wrote them; those of one
-process are a Hugging Face folder as they are, and `tbrm export` makes one of any), and in ``trainer/`` the optimiser, the
+process are a Hugging Face folder as they are, and `tbrm export` makes one of any; of a model with LoRA adapters these alone, as
+peft saves them), and in ``trainer/`` the optimiser, the
 reference once it was reset (both safetensors), the counters (JSON) and the replay buffer (JSON lines). All randomness is
 derived from the seed and the counters. ``manifest.json`` holds the hash of every file. ``latest`` and ``best`` are links.
 
@@ -37,7 +38,7 @@ from tbrm.data import ReferenceScore, Trajectory
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
-from tbrm.weights import read_weights
+from tbrm.weights import read_weights, whole
 
 FORMAT = 2
 _UNFINISHED = ".writing-"
@@ -101,7 +102,12 @@ class Checkpoints:
         self.wait()
         name = f"step-{state.step:06d}"
         writing = self.folder / f"{_UNFINISHED}{name}"
-        tensors = {".": _detached(policy.weights()), _OPTIMIZER: _optimizer_tensors(policy, optimizer)}
+        tensors = {_OPTIMIZER: _optimizer_tensors(policy, optimizer)}
+        adapters = {}
+        if policy.adapters is None:
+            tensors["."] = _detached(policy.weights())
+        else:
+            adapters = {name: whole(tensor) for name, tensor in _detached(policy.trained_weights()).items()}
         if reference.version > 0:
             tensors[_REFERENCE] = _detached(reference.model.weights())
         if self.world.is_main:
@@ -110,6 +116,8 @@ class Checkpoints:
                 (writing / "trainer").mkdir(parents=True)
                 policy.save_config(writing)
                 tokenizer.save_pretrained(writing)
+                if policy.adapters is not None:
+                    policy.adapters.save(writing, adapters)
                 write_trajectories(writing / _REPLAY, replay)
                 values = {"format": FORMAT, **asdict(state)}
                 (writing / _STATE).write_text(json.dumps(values, indent=2) + "\n")
@@ -222,10 +230,10 @@ class Checkpoint:
         # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
         if self.state.reference_version > 0:
             reference.load(self.folder / _REFERENCE, self.state.reference_version)
-        read_weights(policy.weights(), self.folder)
+        read_weights(policy.trained_weights(), self.folder)
         if not (self.folder / _OPTIMIZER).exists():  # no step was ever taken
             return
-        for parameter in policy.weights().values():
+        for parameter in policy.trained_weights().values():
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         read_weights(_optimizer_tensors(policy, optimizer), self.folder / _OPTIMIZER)
@@ -244,7 +252,7 @@ def _optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) ->
     """Views of the optimiser's state; safetensors reads no slice of a tensor without dimensions, so AdamW's `step` gets one."""
     return {
         f"{name}/{key}": value[None] if value.dim() == 0 else value
-        for name, parameter in policy.weights().items()
+        for name, parameter in policy.trained_weights().items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 

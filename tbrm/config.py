@@ -52,6 +52,16 @@ class ModelConfig(Section):
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
 
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, description="Of the adapters (pip install 'tbrm[lora]'); 0: all weights are trained.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is scaled by alpha / rank.")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Linear layers that get an adapter; lm_head is one where it is not tied to the embedding.",
+    )
+
+
 class DataConfig(Section):
     trajectories: str | None = Field(
         None,
@@ -107,6 +117,10 @@ class ParallelConfig(Section):
         ge=0,
         description="Processes over which the weights are cut; 0: all. Fewer: groups that hold the same slices.",
     )
+    vocab_parallel: bool = Field(
+        False,
+        description="Never gather embedding and head: each process computes with its slice of the vocabulary, for all.",
+    )
     reshard_after_forward: bool = Field(
         True, description="Give a block's gathered weights back after its forward; off: more memory, fewer gathers."
     )
@@ -114,6 +128,7 @@ class ParallelConfig(Section):
         False, description="Reduce gradients after every micro-batch: less memory, more traffic; off: once per step."
     )
     cpu_offload: bool = Field(False, description="Keep weights, gradients and optimiser state in the CPU's memory.")
+    offload_reference: bool = Field(False, description="Keep the weights of the reference in the CPU's memory.")
     activation_checkpointing: bool = Field(
         False, description="Compute each block's activations again in the backward pass instead of keeping them."
     )
@@ -152,6 +167,7 @@ class Config(Section):
     run: RunConfig
     seed: int = Field(0, ge=0, description="Of the problems drawn, the sampling, and the tiny model's weights.")
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     task: SerializeAsAny[Task] | None = Field(
         None, description="What is learnt. Keys beside `name` are the task's own."
     )
@@ -177,6 +193,20 @@ class Config(Section):
         if self.data.trajectories and self.replay.capacity:
             raise ValueError(
                 "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+            )
+        if self.lora.rank and self.model.name == "tiny":
+            raise ValueError(
+                "lora.rank is set but model.name is 'tiny', which no adapter can name as its base: save a model to a folder"
+            )
+        if self.lora.rank and self.objective.reset_reference_every:
+            raise ValueError(
+                f"objective.reset_reference_every is {self.objective.reset_reference_every} but lora.rank is set: the "
+                "reference is the model without its adapters, and cannot move; set one of the two to 0"
+            )
+        if self.lora.rank and self.parallel.offload_reference:
+            raise ValueError(
+                "parallel.offload_reference is true but lora.rank is set: the reference is the model without its adapters, and "
+                "has no weights of its own; leave one of the two out"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tbrm.checkpoint import Checkpoints, TrainerState, write_trajectories
 from tbrm.config import Config
@@ -40,6 +39,7 @@ from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.sources import trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
+from tbrm.weights import whole
 from tbrm_kernels import TokenStats
 
 
@@ -64,7 +64,7 @@ class Trainer:
         self.source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
         self.replay = ReplayBuffer(config.replay.capacity)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.policy.trained_weights().values(),
             lr=config.optim.learning_rate,
             betas=config.optim.betas,
             eps=config.optim.eps,
@@ -185,8 +185,10 @@ class Trainer:
 
     def _clip_gradients(self) -> Tensor:
         """Scales the gradients down to the largest norm allowed; returns the norm that they had, []."""
+        if self.policy.vocabulary is not None:
+            self.policy.vocabulary.sum_over_copies()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole(norm)
 
     def _update(self, learning_rate: float, *, skipped: bool) -> None:
         """Takes the step, unless it is to be skipped, and clears the gradients."""

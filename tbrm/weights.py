@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -36,6 +37,11 @@ def read_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     reader = HuggingFaceStorageReader(str(folder))
     alone = not dist.is_initialized()
     dcp.load({name: tensor.detach() for name, tensor in tensors.items()}, storage_reader=reader, no_dist=alone)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in slices; all processes must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def materialise(lm: PreTrainedModel, weights_on: torch.device, device: torch.device) -> None:
