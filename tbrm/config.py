@@ -61,10 +61,13 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (transformers' generate).")
-    prompts: int = Field(16, ge=1, description="Problems per step.")
+    prompts: int = Field(16, ge=1, description="Problems per rollout.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
     max_new_tokens: int = Field(
         256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'."
+    )
+    updates: int = Field(
+        1, ge=1, description="Optimiser steps that share the trajectories of one rollout, an equal part of its problems each."
     )
     temperature: float = Field(1.0, gt=0, description="Of sampling, and of Q = logits / temperature in training.")
     batch_size: int = Field(64, ge=1, description="Responses generated at once.")
@@ -75,8 +78,23 @@ class RolloutConfig(Section):
 
 
 class ReplayConfig(Section):
-    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: none.")
-    samples_per_step: int = Field(0, ge=0, description="Old trajectories added to each step's fresh ones.")
+    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: no such limit.")
+    capacity_tokens: int = Field(
+        0, ge=0, description="Tokens, prompts included, of the trajectories kept. 0: no such limit; both 0: none are kept."
+    )
+    samples_per_step: int = Field(
+        0, ge=0, description="Old trajectories added to each step's fresh ones; all responses to a problem come together."
+    )
+    sampling: Literal["uniform", "residual"] = Field(
+        "uniform", description="How they are drawn: all alike, or in proportion to their last |residual|."
+    )
+    max_staleness: int = Field(
+        0, ge=0, description="Trajectories whose weights are more optimiser steps old than this are dropped. 0: none are."
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.capacity > 0 or self.capacity_tokens > 0
 
 
 class OptimConfig(Section):
@@ -172,11 +190,19 @@ class Config(Section):
             raise ValueError(
                 "neither task nor data.trajectories is set: name a task to generate rollouts for, or a file"
             )
-        if self.replay.samples_per_step and not self.replay.capacity:
-            raise ValueError("replay.samples_per_step is set but replay.capacity is 0: give the buffer a capacity")
-        if self.data.trajectories and self.replay.capacity:
+        if self.replay.samples_per_step and not self.replay.enabled:
             raise ValueError(
-                "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+                "replay.samples_per_step is set but replay.capacity and replay.capacity_tokens are 0: give the buffer a capacity"
+            )
+        if self.data.trajectories and self.replay.enabled:
+            raise ValueError(
+                "replay.capacity or replay.capacity_tokens is set together with data.trajectories: a file is read again and "
+                "again anyway"
+            )
+        if self.rollout.prompts % self.rollout.updates:
+            raise ValueError(
+                f"rollout.prompts ({self.rollout.prompts}) is not a multiple of rollout.updates ({self.rollout.updates}): "
+                "each update gets an equal part of a rollout's problems"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(

@@ -70,6 +70,14 @@ def read_trajectories(path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_
     return trajectories
 
 
+def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
+    """Token ids and rewards, as `read_trajectories` reads them."""
+    with path.open("w") as file:
+        for trajectory in trajectories:
+            row = {name: value for name, value in vars(trajectory).items() if name != "reference"}
+            file.write(json.dumps(row) + "\n")
+
+
 def without_prompts(trajectories: Iterable[Trajectory], heldout: Iterable[list[int]]) -> list[Trajectory]:
     """The trajectories whose prompt is not among the held-out ones."""
     forbidden = {tuple(prompt) for prompt in heldout}
@@ -93,13 +101,14 @@ def _trajectory(row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]
             _token_ids(row, "response_ids", len(tokenizer)),
             float(reward),
             truncated,
+            weight_version=None,
         )
     response = row.get("response")
     if not isinstance(response, str):
         raise ValueError(f"response: got {response!r}; wants text")
     prompt_ids = encode_messages(tokenizer, _messages(row))
     response_ids = list(tokenizer(response, add_special_tokens=False).input_ids) + ([] if truncated else eos_ids[:1])
-    return Trajectory(prompt_ids, response_ids, float(reward), truncated)
+    return Trajectory(prompt_ids, response_ids, float(reward), truncated, weight_version=None)
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tbrm.checkpoint import Checkpoints, TrainerState, write_trajectories
+from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config import Config
 from tbrm.data import ScoredBatch, Trajectory, deal, pack
 from tbrm.evaluate import evaluate
@@ -31,6 +31,7 @@ from tbrm.interruption import Interrupted, Interruption
 from tbrm.metrics import Phases, peak_memory_mib
 from tbrm.model import load_policy
 from tbrm.objectives.base import TrajectoryLoss
+from tbrm.offline import write_trajectories
 from tbrm.parallel import ALONE, World, accumulate
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
@@ -40,6 +41,7 @@ from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.sources import trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
+from tbrm.supply import Supply
 from tbrm_kernels import TokenStats
 
 
@@ -61,8 +63,9 @@ class Trainer:
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world)
-        self.source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
-        self.replay = ReplayBuffer(config.replay.capacity)
+        source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
+        self.supply = Supply(source, config.rollout.updates)
+        self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
             lr=config.optim.learning_rate,
@@ -73,8 +76,9 @@ class Trainer:
         )
         if checkpoint:
             checkpoint.load(self.policy, self.optimizer, self.reference)
-            self.replay.add(checkpoint.replay())
-            self.source.position = self.state.position
+            checkpoint.load_replay(self.replay)
+            self.supply.waiting.extend(checkpoint.waiting())
+            source.position = self.state.position
         self.phases = Phases(self.device)
 
     def train(self) -> dict[str, Any]:
@@ -85,6 +89,8 @@ class Trainer:
             Interruption() as interruption,
             self.checkpoints,
             closing(self.engine),
+            closing(self.replay),
+            closing(self.supply),
         ):
             if state.step == 0 and self.heldout:
                 state.accuracy_before = state.best_accuracy = self._evaluate(out)
@@ -114,11 +120,8 @@ class Trainer:
         """One optimiser step on fresh trajectories and, if so configured, replayed ones; returns its metrics."""
         config, objective = self.config, self.config.objective
         self.state.step += 1
-        collected = self.source.collect(self.state.step, self.phases)
-        replayed = self.replay.sample(
-            config.replay.samples_per_step, derive_seed("replay", config.seed, self.state.step)
-        )
-        self.replay.add(collected.trajectories)
+        collected = self.supply.collect(self.state.step, self.phases)
+        replayed = self.replay.sample(self.state.step, self.phases)
         trajectories = [t for t in collected.trajectories + replayed if t.actions]
         rewards = objective.shape_rewards(
             torch.tensor([t.reward for t in trajectories]), torch.tensor([t.group for t in trajectories])
@@ -143,6 +146,10 @@ class Trainer:
             means = measured.means(self._clip_gradients(), self.world)
             skipped = not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
             self._update(learning_rate, skipped=skipped)
+        if config.replay.enabled:
+            with self.phases("replay"):
+                residuals = measured.residuals([i for members in unscored + scored for i in members], self.world)
+                self.replay.update(self.state.step, trajectories, residuals)
         if skipped:
             self._give_up_if_repeated(trajectories, means)
         if _due(self.state.step, objective.reset_reference_every):
@@ -152,7 +159,9 @@ class Trainer:
         return {
             **means,
             **trajectory_metrics(trajectories, self.state.step),
+            "fresh_share": 1 - len(replayed) / max(1, len(trajectories)),
             **collected.metrics,
+            **self.replay.metrics(),
             "learning_rate": learning_rate,
             "skipped": int(skipped),
             **seconds,
@@ -230,10 +239,18 @@ class Trainer:
         return result.accuracy
 
     def _save(self, *, best: bool) -> None:
-        self.state.position = self.source.position
+        self.supply.settle()
+        self.state.position = self.supply.source.position
         self.state.reference_version = self.reference.version
         self.checkpoints.save(
-            self.state, self.policy, self.tokenizer, self.optimizer, self.reference, self.replay.trajectories, best=best
+            self.state,
+            self.policy,
+            self.tokenizer,
+            self.optimizer,
+            self.reference,
+            self.replay,
+            list(self.supply.waiting),
+            best=best,
         )
 
     def _result(self) -> dict[str, Any]:

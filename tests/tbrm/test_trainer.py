@@ -27,7 +27,10 @@ from tests.tbrm.conftest import tiny_config, tiny_tree
 
 REPLAY = {
     "objective": {"name": "reval", "beta": 0.05, "centre_rewards": True, "reset_reference_every": 3},
-    "replay": {"capacity": 12, "samples_per_step": 4},
+    "replay": {"capacity": 12, "samples_per_step": 4, "sampling": "residual", "max_staleness": 5},
+    # Three steps to a rollout: the checkpoint of step 4 stands in the middle of one.
+    "rollout__prompts": 6,
+    "rollout__updates": 3,
 }
 
 
@@ -220,7 +223,7 @@ def test_held_out_prompts_in_a_file_are_not_trained_on(tmp_path: Path, capsys: p
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     trainer = Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
-    assert len(trainer.source.trajectories) == 1
+    assert len(trainer.supply.source.trajectories) == 1
     assert "1 of 2 left out" in capsys.readouterr().err
     path.write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(ConfigError, match=r"every prompt .* is held out"):
@@ -242,7 +245,7 @@ def test_a_step_whose_responses_are_all_dropped_changes_nothing(tmp_path: Path) 
 def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, trainer__max_skipped=3))
     before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
-    trainer.source = Recorded(trainer.source.collect(1, trainer.phases))
+    trainer.supply = Recorded(trainer.supply.collect(1, trainer.phases))
     with torch.no_grad():  # a weight that makes every logit, and so every loss, NaN
         norm = trainer.policy.lm.base_model.norm.weight
         kept = norm.clone()
@@ -291,7 +294,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer__steps=1, evaluation={"prompts": 0})
     Trainer(config).train()
     (tmp_path / "checkpoints" / "latest" / "trainer" / "state.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 2"):
+    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 3"):
         Trainer(config, resume=True)
 
 
