@@ -180,7 +180,7 @@ class ReplayBuffer:
         return {"replay_size": self._size(), "replay_expired": expired}
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Puts the buffer into a new folder of a checkpoint; returns the files' hashes by name, so that nobody need read them."""
+        """Puts the buffer into a new folder of a checkpoint; returns the files' hashes by name."""
         folder.mkdir()
         for file in self._hashes:
             _link(self.folder / file, folder / file)

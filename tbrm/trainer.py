@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tbrm.checkpoint import Checkpoints, TrainerState
-from tbrm.config import Config
+from tbrm.config import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, deal, pack
 from tbrm.evaluate import evaluate
 from tbrm.interruption import Interrupted, Interruption
@@ -39,9 +39,8 @@ from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
 from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
-from tbrm.sources import trajectory_source
+from tbrm.sources import make_supply, trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
-from tbrm.supply import Supply
 from tbrm_kernels import TokenStats
 
 
@@ -49,6 +48,11 @@ class Trainer:
     """One run of a config. `resume` continues from its latest checkpoint, if it has one."""
 
     def __init__(self, config: Config, *, resume: bool = False, world: World = ALONE) -> None:
+        if config.rollout.max_staleness and world.mesh is not None:
+            raise ConfigError(
+                f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where rollouts and training would "
+                "talk to the other processes in no certain order; set it to 0, or train in one process"
+            )
         self.config = config
         self.world = world
         self.run_dir = Path(config.run.dir)
@@ -64,7 +68,6 @@ class Trainer:
         self.reference = ReferenceModel(self.policy)
         self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world)
         source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
-        self.supply = Supply(source, config.rollout.updates)
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
@@ -74,6 +77,7 @@ class Trainer:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
+        self.supply = make_supply(source, config, self.optimizer)
         if checkpoint:
             checkpoint.load(self.policy, self.optimizer, self.reference)
             checkpoint.load_replay(self.replay)
@@ -222,6 +226,7 @@ class Trainer:
         """Held-out accuracy now; logs it and keeps the responses."""
         settings, step = self.config.evaluation, self.state.step
         assert self.config.task is not None
+        self.supply.settle()
         self.engine.update_weights(step)
         sampling = Sampling(
             self.config.rollout.max_new_tokens, settings.temperature, derive_seed("evaluation", self.config.seed, step)

@@ -67,11 +67,20 @@ class RolloutSource:
         self.stream.position = position
 
     def collect(self, step: int, phases: Phases) -> Collected:
-        """The trajectories of one step, which updates the weights from version `step - 1`."""
+        """A rollout with the weights of this moment: update `step` is the next."""
+        transfer = self.update_weights(step - 1, phases)
+        collected = self.roll_out(step, phases)
+        collected.metrics |= transfer
+        return collected
+
+    def update_weights(self, version: int, phases: Phases) -> dict[str, float]:
+        with phases("sync"):
+            return self.engine.update_weights(version)
+
+    def roll_out(self, step: int, phases: Phases) -> Collected:
+        """A rollout with the weights that the engine has, for update `step` to be the first to train on."""
         config = self.config
         drawn_at = self.position
-        with phases("sync"):
-            transfer = self.engine.update_weights(step - 1)
         with phases("rollout"):
             problems = self.stream.take(config.prompts)
             prompts = encode_problems(self.tokenizer, problems)
@@ -103,6 +112,5 @@ class RolloutSource:
             "ungraded": sum(grade.failure is not None for grade in grades),
             "dropped": len(grades) - len(collected.trajectories),
             "generated_tokens": sum(len(response.token_ids) for _, response in flat),
-            **transfer,
         }
         return collected

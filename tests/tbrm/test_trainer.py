@@ -34,6 +34,9 @@ REPLAY = {
 }
 
 
+AHEAD = {**REPLAY, "rollout__max_staleness": 2}
+
+
 def rows(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not is_timing(k)} for row in read_jsonl(run_dir / "metrics.jsonl")]
 
@@ -68,7 +71,7 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_a_result(tmp_path: Path) -
     assert (run / "checkpoints" / "latest").resolve().name == "step-000004"
 
 
-@pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
+@pytest.mark.parametrize("extra", [{}, REPLAY, AHEAD], ids=["tbrm", "reval with replay", "rollouts ahead"])
 def test_two_runs_are_identical(tmp_path: Path, extra: dict) -> None:
     for name in ("one", "other"):
         Trainer(tiny_config(tmp_path / name, **extra)).train()
@@ -100,7 +103,7 @@ DIES = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
+@pytest.mark.parametrize("extra", [{}, REPLAY, AHEAD], ids=["tbrm", "reval with replay", "rollouts ahead"])
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGKILL inside step 6, after the checkpoint of step 4; the resumed run must not differ in a single bit."""
     settings = {
@@ -147,6 +150,7 @@ def _count_objective_calls(config, steps: int, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(kind, "__call__", lambda *args: calls.append(1) or real(*args))
         for _ in range(steps):
             trainer.train_step()
+    trainer.supply.close()
     return len(calls)
 
 
@@ -170,7 +174,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
         assert (small[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm"])
+@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm", "reinforce"])
 def test_gradients_do_not_depend_on_the_chunks_of_the_head(
     tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
