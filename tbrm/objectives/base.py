@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class Objective(ABC, BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: str = Field(description="Which loss: tbrm, reval, brm, or package.module:Class.")
+    name: str = Field(description="Which loss: tbrm, reval, brm, reinforce, or package.module:Class.")
     beta: float = Field(
         gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."
     )
@@ -37,3 +38,11 @@ class Objective(ABC, BaseModel):
     @abstractmethod
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         """The loss of each trajectory of a packed batch."""
+
+
+def group_means(values: Tensor, groups: Tensor) -> Tensor:
+    """[N]: for each of `values` [N] the mean over its group; groups [N] int64."""
+    _, member = torch.unique(groups, return_inverse=True)
+    counts = torch.bincount(member)
+    means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, member, values) / counts
+    return means[member]
