@@ -6,7 +6,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 SEED   ?= 0
 RUN    ?= runs/demo
 
-.PHONY: install demo test test-gpu soak lint bench bench-gpu aot clean
+.PHONY: install demo test test-gpu soak lint bench bench-gpu bench-replay aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -59,6 +59,11 @@ bench-gpu: $(VENV)/installed
 	mkdir -p build bench/results/gpu
 	BENCH_DEVICE=cuda SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/bench-gpu.json
 	$(BIN)/python -m bench.table build/bench-gpu.json bench/results/gpu
+
+# What replay saves and what stale rollouts cost: 45 runs of some ten minutes, which may be stopped and gone on with at any
+# time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
+bench-replay: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
 
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed

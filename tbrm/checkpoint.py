@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -61,6 +61,8 @@ class TrainerState:
     step: int = 0
     position: int = 0
     """Of the source of trajectories."""
+    recorded: dict[str, list[int]] = field(default_factory=dict)
+    """The position in the files of recorded trajectories."""
     reference_version: int = 0
     skipped_in_a_row: int = 0
     """Steps whose loss or gradient was not finite, up to this one."""

@@ -92,6 +92,11 @@ class ReplayConfig(Section):
         ge=0,
         description="Tokens, prompts included, of the trajectories kept. 0: no such limit; both 0: none are kept.",
     )
+    files: list[str] = Field(
+        [],
+        description="JSONL of recorded trajectories (as data.trajectories) that join the buffer, patterns such as a/*.jsonl "
+        "allowed; lines and files may come while training goes on. Lines without reward are graded by the task.",
+    )
     samples_per_step: int = Field(
         0,
         ge=0,
@@ -208,6 +213,8 @@ class Config(Section):
             raise ValueError(
                 "replay.samples_per_step is set but replay.capacity and replay.capacity_tokens are 0: give the buffer room"
             )
+        if self.replay.files and not self.replay.samples_per_step:
+            raise ValueError("replay.files is set but replay.samples_per_step is 0: nothing would be drawn of them")
         if self.data.trajectories and self.replay.enabled:
             raise ValueError(
                 "replay.capacity or replay.capacity_tokens is set together with data.trajectories: a file is read again and "

@@ -31,7 +31,7 @@ def trajectory_source(
         assert config.task is not None  # the config's validation saw to it
         stream = ProblemStream(config.task, config.seed, heldout)
         return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world)
-    recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids)
+    recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids, config.task)
     usable = without_prompts(recorded, encode_problems(tokenizer, heldout))
     if not usable:
         raise ConfigError(f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation")

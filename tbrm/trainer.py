@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tbrm.chat import encode_problems
 from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, deal, pack
@@ -33,6 +34,7 @@ from tbrm.model import load_policy
 from tbrm.objectives.base import TrajectoryLoss
 from tbrm.offline import write_trajectories
 from tbrm.parallel import ALONE, World, accumulate
+from tbrm.recorded import RecordedFiles
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
 from tbrm.rollout import Sampling, make_engine
@@ -69,6 +71,8 @@ class Trainer:
         self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world)
         source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
+        heldout = encode_problems(self.tokenizer, self.heldout)
+        self.recorded = RecordedFiles(config.replay.files, self.tokenizer, self.engine.eos_ids, config.task, heldout)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(),
             lr=config.optim.learning_rate,
@@ -83,6 +87,7 @@ class Trainer:
             checkpoint.load_replay(self.replay)
             self.supply.waiting.extend(checkpoint.waiting())
             source.position = self.state.position
+            self.recorded.position = self.state.recorded
         self.phases = Phases(self.device)
 
     def train(self) -> dict[str, Any]:
@@ -125,6 +130,7 @@ class Trainer:
         config, objective = self.config, self.config.objective
         self.state.step += 1
         collected = self.supply.collect(self.state.step, self.phases)
+        recorded = self.recorded.feed(self.replay, self.state.step, self.phases) if self.world.is_main else {}
         replayed = self.replay.sample(self.state.step, self.phases)
         trajectories = [t for t in collected.trajectories + replayed if t.actions]
         rewards = objective.shape_rewards(
@@ -165,6 +171,7 @@ class Trainer:
             **trajectory_metrics(trajectories, self.state.step),
             "fresh_share": 1 - len(replayed) / max(1, len(trajectories)),
             **collected.metrics,
+            **recorded,
             **self.replay.metrics(),
             "learning_rate": learning_rate,
             "skipped": int(skipped),
@@ -246,6 +253,7 @@ class Trainer:
     def _save(self, *, best: bool) -> None:
         self.supply.settle()
         self.state.position = self.supply.source.position
+        self.state.recorded = self.recorded.position
         self.state.reference_version = self.reference.version
         self.checkpoints.save(
             self.state,
