@@ -1,6 +1,6 @@
 """What replay saves and what stale rollouts cost, on the demo's task: real runs, a table and plots from their own metrics.
 
-    python -m bench.replay RUNS OUT [--only replay|staleness] [--seeds 0 1 2] [--recipe R] [key.sub=value ...]
+    python -m bench.replay RUNS OUT [--only replay] [--seeds 0 1 2] [--recipe R] [key.sub=value ...]
 
 RUNS holds a folder for each run; finished ones are not run again, and one that was stopped goes on from its last
 checkpoint. Checkpoints of finished runs are deleted. The overrides are for smaller settings:
@@ -28,7 +28,7 @@ from tbrm.metrics import read_jsonl
 
 OBJECTIVES = {
     # The recipe's own: one response to each of 96 problems.
-    "tbrm": ("objective.name=tbrm", "objective.beta=0.002"),
+    "tbrm": ("objective.name=tbrm", "objective.beta=0.002", "rollout.samples=1"),
     "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true", "rollout.samples=4"),
     "reinforce": ("objective.name=reinforce", "objective.beta=0.01", "rollout.samples=4"),
 }
@@ -51,8 +51,8 @@ def variants(prompts: int) -> list[Variant]:
     old = (*REPLAY, f"replay.samples_per_step={prompts // 2}")
     found = [
         Variant("replay", "tbrm", "without replay", ()),
-        Variant("replay", "tbrm", "replay, 2 updates a rollout", old),
-        Variant("replay", "tbrm", "the same by |residual|", (*old, "replay.sampling=residual")),
+        Variant("replay", "tbrm", "replay and two updates a rollout", old),
+        Variant("replay", "tbrm", "the same by residual", (*old, "replay.sampling=residual")),
     ]
     for objective, settings in OBJECTIVES.items():
         problems = prompts if objective == "tbrm" else prompts // 4
@@ -141,18 +141,18 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--only", choices=("replay", "staleness"), nargs="*", default=("replay", "staleness"))
+    parser.add_argument("--only", choices=("replay", "staleness"), help="one of the two experiments")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--recipe", default="recipes/demo.yaml")
     parser.add_argument("--prompts", type=int, default=96, help="responses that each update is made of")
     parser.add_argument("--target", type=float, default=0.55)
     args = parser.parse_intermixed_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for experiment in args.only:
+    for experiment in [args.only] if args.only else ["replay", "staleness"]:
         curves: dict[Variant, list[Curve]] = {}
         for variant in (v for v in variants(args.prompts) if v.experiment == experiment):
             for seed in args.seeds:
-                folder = args.runs / f"{experiment} {variant.panel} {variant.name} seed {seed}".replace(" ", "-")
+                folder = args.runs / f"{experiment}-{variant.panel}-{variant.name} seed {seed}".replace(" ", "-")
                 common = [f"seed={seed}", f"rollout.prompts={args.prompts}", "evaluation.every=4", "checkpoint.every=8"]
                 train(folder, args.recipe, [*common, *variant.overrides, *args.overrides])
                 curves.setdefault(variant, []).append(read_curve(folder))
