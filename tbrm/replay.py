@@ -17,11 +17,12 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from safetensors import SafetensorError
 
 from tbrm.config import ReplayConfig
 from tbrm.data import Trajectory
@@ -76,7 +77,13 @@ class ReplayBuffer:
         rows: dict[str, list[int]] = {}
         for kept in self._draw(derive_seed("replay", self.seed, step)):
             rows.setdefault(kept.file, []).extend(range(kept.start, kept.stop))
-        return [t for file in sorted(rows) for t in load_trajectories(self.folder / file, sorted(rows[file]))]
+        try:
+            return [t for file in sorted(rows) for t in load_trajectories(self.folder / file, sorted(rows[file]))]
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the replay buffer cannot read its files in {self.folder}: {error}. Go on from the last checkpoint, which has "
+                "its own, with --resume"
+            ) from error
 
     def _draw(self, seed: int) -> list[_Kept]:
         kept = list(self._kept.values())
@@ -128,10 +135,15 @@ class ReplayBuffer:
     def _write(self, file: str, groups: Sequence[Sequence[Trajectory]]) -> None:
         if not groups:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_trajectories(self.folder / file, [t for members in groups for t in members])
-        with (self.folder / file).open("rb") as written:
-            self._hashes[file] = hashlib.file_digest(written, "sha256").hexdigest()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_trajectories(self.folder / file, [t for members in groups for t in members])
+            with (self.folder / file).open("rb") as written:
+                self._hashes[file] = hashlib.file_digest(written, "sha256").hexdigest()
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the replay buffer cannot write {self.folder / file}: {error}. Make room there, and go on with --resume"
+            ) from error
         start = 0
         for members in groups:
             first, stop = members[0], start + len(members)
@@ -184,7 +196,7 @@ class ReplayBuffer:
         folder.mkdir()
         for file in self._hashes:
             _link(self.folder / file, folder / file)
-        index = {"files": self._hashes, "kept": [asdict(kept) for kept in self._kept.values()]}
+        index = {"files": self._hashes, "kept": [vars(kept) for kept in self._kept.values()]}
         (folder / _INDEX).write_text(json.dumps(index))
         return dict(self._hashes)
 

@@ -128,6 +128,17 @@ def test_a_checkpoint_links_the_files_and_outlives_the_buffer(tmp_path: Path) ->
     assert json.loads((saved / "index.json").read_text())["kept"][0]["group"] == 4  # the checkpoint is as it was
 
 
+def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"replay buffer cannot write .*file/replay/step-000001.* with --resume"):
+        buffer_of(tmp_path / "file", capacity=4).update(1, group(1), [1.0])
+    buffer = buffer_of(tmp_path, capacity=4, samples_per_step=1)
+    buffer.update(1, group(1), [1.0])
+    (tmp_path / "replay" / "step-000001.safetensors").write_bytes(b"what is this")
+    with pytest.raises(OSError, match=r"replay buffer cannot read its files in .* with --resume"):
+        buffer.sample(2, PHASES)
+
+
 def test_a_run_reuses_trajectories_for_two_updates_a_rollout(tmp_path: Path) -> None:
     """Every rollout is trained on once as fresh ones, one half in each of two steps, with as many old ones beside it."""
     replay = {"capacity": 100, "samples_per_step": 4, "sampling": "residual"}
