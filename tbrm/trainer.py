@@ -43,7 +43,7 @@ from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.sources import make_supply, trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
-from tbrm_kernels import TokenStats
+from tbrm_kernels import TokenStats, segment_sums
 
 
 class Trainer:
@@ -133,24 +133,23 @@ class Trainer:
         recorded = self.recorded.feed(self.replay, self.state.step, self.phases) if self.world.is_main else {}
         replayed = self.replay.sample(self.state.step, self.phases)
         trajectories = [t for t in collected.trajectories + replayed if t.actions]
-        rewards = objective.shape_rewards(
-            torch.tensor([t.reward for t in trajectories]), torch.tensor([t.group for t in trajectories])
-        )
+        groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
+        rewards = objective.shape_rewards(torch.tensor([t.reward for t in trajectories]), groups)
 
         measured = StepMetrics(self.device)
         unscored, scored = self._micro_batches(trajectories)
-        for number, members in enumerate(unscored + scored, start=1):
-            part = [trajectories[i] for i in members]
-            batch = pack(part, rewards[members]).to(self.device)
-            with self.phases("reference"):
-                if number <= len(unscored):
-                    self.reference.score(batch, part)
-                batch = self.reference.fill_in(batch, part)
-            with self.phases("update"):
+        with self.phases("reference"):
+            for members in unscored:
+                part = [trajectories[i] for i in members]
+                self.reference.score(pack(part).to(self.device), part)
+        with self.phases("update"):
+            if objective.uses_log_ratios:
+                rewards = objective.compare(rewards, groups, self._log_ratios(trajectories, unscored + scored))
+            for number, members in enumerate(unscored + scored, start=1):
+                batch = self._scored_batch([trajectories[i] for i in members], rewards[members])
                 last = number == len(unscored) + len(scored)
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(batch, len(trajectories), measured)
-        with self.phases("update"):
             self.reference.share_scores(trajectories, [i for members in unscored for i in members], self.world)
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)
@@ -189,6 +188,20 @@ class Trainer:
             dealt = deal([trajectories[i] for i in indices], self.config.trainer.batch_tokens, self.world.size)
             part += [[indices[i] for i in members] for members in dealt[self.world.rank]]
         return parts[0], parts[1]
+
+    def _scored_batch(self, trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> ScoredBatch:
+        return self.reference.fill_in(pack(trajectories, rewards).to(self.device), trajectories)
+
+    @torch.no_grad()
+    def _log_ratios(self, trajectories: Sequence[Trajectory], micro_batches: Sequence[Sequence[int]]) -> Tensor:
+        """sum log pi - sum log pi_ref of all trajectories [N], of which this process has some in its micro-batches."""
+        found: dict[int, float] = {}
+        for members in micro_batches:
+            batch = self._scored_batch([trajectories[i] for i in members])
+            log_ratios = segment_sums(self.policy(batch).logprobs - batch.ref_logprobs, batch.cu_seqlens)
+            found |= zip(members, log_ratios.tolist(), strict=False)
+        everywhere = {i: ratio for part in self.world.gather(found) for i, ratio in part.items()}
+        return torch.tensor([everywhere[i] for i in range(len(trajectories))])
 
     def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics) -> None:
         """Adds the batch's part of the gradient of the mean loss over all of the step's trajectories."""

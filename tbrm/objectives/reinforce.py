@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tbrm.data import ScoredBatch
-from tbrm.objectives.base import Objective, TrajectoryLoss, group_means
+from tbrm.objectives.base import Objective, TrajectoryLoss, comparable, group_means
 from tbrm_kernels import TokenStats, segment_sums
 
 
@@ -18,8 +17,7 @@ class Reinforce(Objective):
     """
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        alone = len(torch.unique(groups)) == len(groups)
-        return rewards - group_means(rewards, torch.zeros_like(groups) if alone else groups)
+        return rewards - group_means(rewards, comparable(groups))
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         logprob_sums = segment_sums(stats.logprobs, batch.cu_seqlens)

@@ -151,6 +151,31 @@ def test_reval_centres_rewards_on_their_group() -> None:
     assert torch.equal(plain.shape_rewards(rewards, groups), rewards)
 
 
+def test_tba_has_the_gradient_of_the_variance_over_each_group() -> None:
+    """log Z may be detached: VarGrad's gradient is that of the sum of squares about the group's mean."""
+    tree = Tree(5)
+    trajectories = tree.sample(12)
+    batch = batch_of(tree, trajectories)
+    groups = torch.tensor([0, 1, 2] * 4)
+    tba = OBJECTIVES("tba")(name="tba", beta=BETA)
+    logits = tree._random(len(STATES), VOCABULARY).requires_grad_()
+
+    def errors() -> Tensor:
+        ratios = tabular_stats(logits, trajectories).logprobs - batch.ref_logprobs
+        return ratios.view(-1, HORIZON).sum(1) - batch.rewards / BETA
+
+    ratios = (errors() + batch.rewards / BETA).detach()
+    compared = dataclasses.replace(batch, rewards=tba.compare(batch.rewards, groups, ratios))
+    result = tba(tabular_stats(logits, trajectories), compared)
+    assert all(abs(result.residual[groups == g].sum().item()) < 1e-9 for g in range(3))
+    [ours] = torch.autograd.grad(result.loss.sum(), logits)
+
+    about_mean = torch.cat([errors()[groups == g] - errors()[groups == g].mean() for g in range(3)])
+    [wanted] = torch.autograd.grad(about_mean.square().sum(), logits)
+    assert torch.allclose(ours, wanted, atol=1e-9)
+    assert wanted.abs().max() > 0.1
+
+
 def test_reinforce_is_the_gradient_of_reward_less_kl() -> None:
     """The expectation over all trajectories of the policy itself, against autograd through E[R] - beta KL."""
     tree = Tree(3)

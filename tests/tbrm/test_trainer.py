@@ -166,15 +166,17 @@ def gradients_of_one_step(trainer: Trainer) -> dict[str, torch.Tensor]:
     return seen
 
 
-def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["tbrm", "tba"])
+def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path, objective: str) -> None:
     large, small = (
-        gradients_of_one_step(Trainer(tiny_config(tmp_path, trainer__batch_tokens=tokens))) for tokens in (4096, 40)
+        gradients_of_one_step(Trainer(tiny_config(tmp_path, objective__name=objective, trainer__batch_tokens=tokens)))
+        for tokens in (4096, 40)
     )
     for name, gradient in large.items():
         assert (small[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm", "reinforce"])
+@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm", "tba", "reinforce"])
 def test_gradients_do_not_depend_on_the_chunks_of_the_head(
     tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
