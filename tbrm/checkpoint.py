@@ -228,8 +228,15 @@ class Checkpoint:
                 way_out = f"Go on from the one before: `ln -sfn {others[-1].name} {link}`, then --resume"
             raise CheckpointError(f"checkpoint {folder} cannot be resumed: {error}. {way_out}") from error
 
-    def load(self, policy: PolicyModel, optimizer: torch.optim.Optimizer, reference: ReferenceModel) -> None:
-        """Takes weights, reference and optimiser from it, whatever number of processes wrote it."""
+    def load(
+        self,
+        policy: PolicyModel,
+        optimizer: torch.optim.Optimizer,
+        reference: ReferenceModel,
+        replay: ReplayBuffer,
+    ) -> None:
+        """Takes weights, reference, optimiser and replay buffer from it, whatever number of processes wrote it."""
+        replay.restore(self.folder / _REPLAY)
         # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
         if self.state.reference_version > 0:
             reference.load(self.folder / _REFERENCE, self.state.reference_version)
@@ -240,9 +247,6 @@ class Checkpoint:
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         read_weights(_optimizer_tensors(policy, optimizer), self.folder / _OPTIMIZER)
-
-    def load_replay(self, replay: ReplayBuffer) -> None:
-        replay.restore(self.folder / _REPLAY)
 
     def waiting(self) -> list[Collected]:
         """What was collected and not trained on yet."""

@@ -83,8 +83,7 @@ class Trainer:
         )
         self.supply = make_supply(source, config, self.optimizer)
         if checkpoint:
-            checkpoint.load(self.policy, self.optimizer, self.reference)
-            checkpoint.load_replay(self.replay)
+            checkpoint.load(self.policy, self.optimizer, self.reference, self.replay)
             self.supply.waiting.extend(checkpoint.waiting())
             source.position = self.state.position
             self.recorded.position = self.state.recorded
