@@ -116,7 +116,7 @@ def table(curves: dict[Variant, list[Curve]], target: float) -> str:
 
 
 def plot(curves: dict[Variant, list[Curve]], target: float, path: Path) -> None:
-    """A panel per objective: accuracy against generated tokens; thin lines are seeds, thick ones their mean."""
+    """A panel per objective: accuracy against tokens generated; thin lines are seeds, thick ones their mean."""
     panels = list(dict.fromkeys(variant.panel for variant in curves))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
     for panel, ax in zip(panels, axes[0], strict=True):
