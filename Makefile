@@ -6,7 +6,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 SEED   ?= 0
 RUN    ?= runs/demo
 
-.PHONY: install demo test test-gpu soak lint bench bench-gpu bench-rollouts aot clean
+.PHONY: install demo test test-gpu soak lint bench bench-gpu bench-rollouts bench-replay aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -63,6 +63,11 @@ bench-gpu: $(VENV)/installed
 # Tokens a second of transformers' generate, the embedded engine and vLLM.
 bench-rollouts: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.rollouts bench/results/rollouts.md
+
+# What replay saves and what stale rollouts cost: 45 runs of some ten minutes, which may be stopped and gone on with at any
+# time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
+bench-replay: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
 
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed

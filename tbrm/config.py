@@ -71,11 +71,22 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["embedded"] = Field("embedded", description="What generates: embedded (the policy itself).")
-    prompts: int = Field(16, ge=1, description="Problems per step.")
+    prompts: int = Field(16, ge=1, description="Problems per rollout.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
     max_new_tokens: int = Field(
         256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'."
     )
+    updates: int = Field(
+        1,
+        ge=1,
+        description="Optimiser steps that share the trajectories of one rollout, an equal part of its problems each.",
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Optimiser steps by which rollouts may run ahead, beside training, with weights as many steps old. 0: off.",
+    )
+    timeout: int = Field(1800, ge=1, description="Seconds that training waits for a rollout made beside it.")
     temperature: float = Field(1.0, gt=0, description="Of sampling, and of Q = logits / temperature in training.")
     batch_size: int = Field(64, ge=1, description="Responses generated at once.")
     truncated: Literal["reward", "fixed", "drop"] = Field(
@@ -85,8 +96,34 @@ class RolloutConfig(Section):
 
 
 class ReplayConfig(Section):
-    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: none.")
-    samples_per_step: int = Field(0, ge=0, description="Old trajectories added to each step's fresh ones.")
+    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: no such limit.")
+    capacity_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens, prompts included, of the trajectories kept. 0: no such limit; both 0: none are kept.",
+    )
+    files: list[str] = Field(
+        [],
+        description="JSONL of recorded trajectories (as data.trajectories) that join the buffer, patterns such as a/*.jsonl "
+        "allowed; lines and files may come while training goes on. Lines without reward are graded by the task.",
+    )
+    samples_per_step: int = Field(
+        0,
+        ge=0,
+        description="Old trajectories added to each step's fresh ones; all responses to a problem come together.",
+    )
+    sampling: Literal["uniform", "residual"] = Field(
+        "uniform", description="How they are drawn: all alike, or in proportion to their last |residual|."
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Trajectories whose weights are more optimiser steps old than this are dropped. 0: none are.",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.capacity > 0 or self.capacity_tokens > 0
 
 
 class OptimConfig(Section):
@@ -188,11 +225,26 @@ class Config(Section):
             raise ValueError(
                 "neither task nor data.trajectories is set: name a task to generate rollouts for, or a file"
             )
-        if self.replay.samples_per_step and not self.replay.capacity:
-            raise ValueError("replay.samples_per_step is set but replay.capacity is 0: give the buffer a capacity")
-        if self.data.trajectories and self.replay.capacity:
+        if self.replay.samples_per_step and not self.replay.enabled:
             raise ValueError(
-                "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+                "replay.samples_per_step is set but replay.capacity and replay.capacity_tokens are 0: give the buffer room"
+            )
+        if self.replay.files and not self.replay.samples_per_step:
+            raise ValueError("replay.files is set but replay.samples_per_step is 0: nothing would be drawn of them")
+        if self.data.trajectories and self.replay.enabled:
+            raise ValueError(
+                "replay.capacity or replay.capacity_tokens is set together with data.trajectories: a file is read again and "
+                "again anyway"
+            )
+        if self.data.trajectories and self.rollout.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness ({self.rollout.max_staleness}) is set together with data.trajectories, with which "
+                "there are no rollouts: set it to 0"
+            )
+        if self.rollout.prompts % self.rollout.updates:
+            raise ValueError(
+                f"rollout.prompts ({self.rollout.prompts}) is not a multiple of rollout.updates ({self.rollout.updates}): "
+                "each update gets an equal part of a rollout's problems"
             )
         if self.lora.rank and self.model.name == "tiny":
             raise ValueError(

@@ -56,6 +56,14 @@ class World:
             dist.all_gather_object(parts, part)
         return parts
 
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives on the main process; nowhere else is it called."""
+        box: list[Any] = [function() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        result: Result = box[0]
+        return result
+
     def split(self, function: Callable[..., Sequence[Result]], *lists: Sequence[Any]) -> list[Result]:
         """`function(*lists)`, which gives a result per item, with the items divided over the processes."""
         mine = function(*map(self.share, lists)) if self.share(lists[0]) else []

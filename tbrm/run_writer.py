@@ -28,6 +28,7 @@ RUN_FILES = (
     "plots",
     "tensorboard",
     "checkpoints",
+    "replay",
 )
 """What a run leaves in its folder."""
 

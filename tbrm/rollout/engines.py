@@ -9,6 +9,7 @@ from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine
 from tbrm.rollout.embedded import EmbeddedEngine
+from tbrm.rollout.frozen import FrozenEngine
 from tbrm.rollout.split import SplitEngine
 
 
@@ -16,4 +17,10 @@ def make_engine(
     config: RolloutConfig, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, world: World = ALONE
 ) -> RolloutEngine:
     """`rollout.engine` for the policy; of several processes each answers its share of the prompts."""
-    return SplitEngine(EmbeddedEngine(policy, tokenizer, config.batch_size), world)
+
+    def embedded(model: PolicyModel) -> EmbeddedEngine:
+        return EmbeddedEngine(model, tokenizer, config.batch_size)
+
+    if config.max_staleness:
+        return FrozenEngine(policy, embedded)
+    return SplitEngine(embedded(policy), world)

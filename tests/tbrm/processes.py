@@ -60,12 +60,12 @@ class OneStep:
         trainer.config = trainer.config.model_copy(update={"trainer": section})
         trainer.state.step = 0
         if trajectories is None:
-            trainer.source.position = 0
-            for trajectory in trainer.source.trajectories:
+            trainer.supply.source.position = 0
+            for trajectory in trainer.supply.source.trajectories:
                 trajectory.reference = None
-            source = trainer.source
+            supply = trainer.supply
         else:
-            source = Fixed(trajectories)
+            supply = Fixed(trajectories)
         gradients: dict[str, torch.Tensor] = {}
         log_ratios: list[float] = [0.0]
 
@@ -82,11 +82,11 @@ class OneStep:
             real(metrics, stats, losses, batch)
 
         real, StepMetrics.add, trainer._update = StepMetrics.add, spy, keep
-        ours, trainer.source = trainer.source, source
+        ours, trainer.supply = trainer.supply, supply
         try:
             metrics = trainer.train_step()
         finally:
-            StepMetrics.add, trainer.source = real, ours
+            StepMetrics.add, trainer.supply = real, ours
         largest = max(trainer.world.gather(max(log_ratios)))
         return {"gradients": gradients, "metrics": metrics, "largest_log_ratio": largest}
 
