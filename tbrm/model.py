@@ -64,7 +64,7 @@ class PolicyModel(nn.Module):
         """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`; given `loss_fn`, what
         `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
         with self.autocast():
-            head = self._head_inputs(batch)
+            head = self.head_inputs(batch)
             if loss_fn is None:
                 return linear_token_stats(**head, entropy=entropy)
             return fused_linear_trajectory_loss(**head, cu_seqlens=batch.cu_seqlens, loss_fn=loss_fn, entropy=True)
@@ -75,7 +75,7 @@ class PolicyModel(nn.Module):
         loss_and_stats: tuple[Tensor, TokenStats] = self(batch, loss_fn)
         return loss_and_stats
 
-    def _head_inputs(self, batch: TrajectoryBatch) -> dict[str, Any]:
+    def head_inputs(self, batch: TrajectoryBatch) -> dict[str, Any]:
         backbone = self.lm.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -121,9 +121,12 @@ class PolicyModel(nn.Module):
         if on_meta:
             materialise(self.lm, sharding.weights_device, sharding.device)
         if sharding.precision is not torch.float32:
-            # The sums over blocks stay float32, as they do where the weights are not gathered in a lower precision.
-            self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
+            self.sum_in_float32()
         self.sharding = sharding
+
+    def sum_in_float32(self) -> None:
+        """Keeps the sums over blocks float32 where weights are of lower precision, as they are where autocast makes it."""
+        self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
 
     def frozen_copy(self) -> PolicyModel:
         """The same model as it is now, sharded alike, that takes no gradient."""
