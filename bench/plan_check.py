@@ -31,7 +31,8 @@ SETTINGS = (
     *("model.device=cpu", "model.precision=bfloat16"),
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
-IDLE = "import resource, tbrm.trainer; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Not ru_maxrss: what a process starts with there is the size of the one that started it.
+IDLE = "import tbrm.trainer, re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
 
 
 def main(out: Path) -> None:

@@ -186,8 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         plan,
         "Say how much memory a recipe will take in each process, and what to change where that is too much.",
-        epilog="Plans for GPUs, on a machine without any too; model.device=cpu plans for processes on CPUs. No weight is read.\n\n"
-        "example:\n  tbrm plan recipes/demo.yaml --gpus 8 --gpu-memory 80 trainer.batch_tokens=65536",
+        epilog="Plans for GPUs, on a machine without any too; model.device=cpu plans for processes on CPUs. No weight is read."
+        "\n\nexample:\n  tbrm plan recipes/demo.yaml --gpus 8 --gpu-memory 80 trainer.batch_tokens=65536",
     )
     recipe_arguments(sub)
     sub.add_argument("--gpus", type=_at_least_one, default=1, help="processes, each with a GPU (default 1)")

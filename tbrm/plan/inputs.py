@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import encode_problems
 from tbrm.config import Config
@@ -14,7 +15,6 @@ from tbrm.model import PolicyModel, load_model
 from tbrm.offline import read_trajectories
 from tbrm.rollout.embedded import end_token_ids
 from tbrm.tasks import ProblemStream
-from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ class Work:
     sequence: int
     """Tokens of the longest prompt and response."""
 
-    def micro_batch(self, budget: int) -> int:
-        """Packed tokens of the largest micro-batch under `trainer.batch_tokens: budget`."""
-        return min(self.tokens, max(budget, self.longest))
+    def micro_batches(self, budget: int) -> tuple[int, int]:
+        """Packed tokens of the first micro-batch under `trainer.batch_tokens: budget`, and of the largest later one; 0 if none
+        comes."""
+        first = min(self.tokens, max(budget, self.longest))
+        return first, min(first, self.tokens - first)
 
 
 def work_of(config: Config, trajectories: Sequence[Trajectory], processes: int) -> Work:

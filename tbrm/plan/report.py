@@ -8,7 +8,7 @@ from typing import Any
 
 from tbrm.config import Config
 from tbrm.plan.make import make_plan
-from tbrm.plan.terms import PHASES, Plan
+from tbrm.plan.terms import PHASES, Plan, peaks
 
 GIB = 2**30
 
@@ -22,16 +22,11 @@ class Change:
 
 
 def largest_budget(plan: Plan, memory: float) -> int | None:
-    """The largest `trainer.batch_tokens` that makes a difference and fits into `memory` bytes; None if the least does not."""
-    low, high = plan.work.longest, plan.work.tokens
-    if plan.peak(high) <= memory:  # all in one micro-batch, so that no gradient has to wait for another
-        return high
-    if plan.peak(low) > memory:
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if plan.peak(middle) <= memory else (low, middle)
-    return low
+    """The largest `trainer.batch_tokens` that makes a difference and fits into `memory` bytes, to within 1 in 256; None if
+    none does."""
+    step = -(-plan.work.tokens // 256)
+    budgets = [*range(plan.work.tokens, plan.work.longest, -step), plan.work.longest]
+    return next((budget for budget in budgets if plan.peak(budget) <= memory), None)
 
 
 def changes(plan: Plan, memory: float) -> list[Change]:
@@ -51,7 +46,6 @@ def changes(plan: Plan, memory: float) -> list[Change]:
 
 
 def _keys(plan: Plan) -> Iterator[tuple[str, str, Any]]:
-    config, parallel = plan.config, plan.config.parallel
     yield "parallel", "activation_checkpointing", True
     if plan.sharded:
         yield "parallel", "accumulate_sharded", True
@@ -72,24 +66,24 @@ def _with(config: Config, section: str, key: str, value: Any) -> Config:
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
     """The table: a term and the phases in which it is held, in GiB; then the sums."""
-    marked = {phase: f"{size / GIB:.2f}" for phase, size in plan.peaks().items()}
-    table = []
-    for term in plan.terms():
+    terms, table = plan.terms(), []
+    for term in terms:
         size = f"{term.size / GIB:.2f}"
         held = (size if phase in term.phases else "" for phase in PHASES)
         table.append((f"{term.name}, in the CPU's memory" if term.on_host else term.name, *held))
-    return [*table, ("together", *marked.values())]
+    return [*table, ("together", *(f"{size / GIB:.2f}" for size in peaks(terms).values()))]
 
 
 def as_dict(plan: Plan, memory: float | None) -> dict[str, Any]:
     """Bytes, for `--json`."""
+    terms = plan.terms()
     found: dict[str, Any] = {
         "processes": plan.processes,
         "device": "cpu" if plan.on_cpu else "cuda",
         "parameters": plan.sizes.total,
-        "tokens": plan.work.micro_batch(plan.config.trainer.batch_tokens),
-        "terms": [{**term._asdict(), "size": round(term.size), "phases": list(term.phases)} for term in plan.terms()],
-        "phases": {phase: round(size) for phase, size in plan.peaks().items()},
+        "tokens": plan.work.micro_batches(plan.config.trainer.batch_tokens)[0],
+        "terms": [{**term._asdict(), "size": round(term.size), "phases": list(term.phases)} for term in terms],
+        "phases": {phase: round(size) for phase, size in peaks(terms).items()},
         "peak": round(plan.peak()),
     }
     if memory is not None:
@@ -101,9 +95,10 @@ def as_dict(plan: Plan, memory: float | None) -> dict[str, Any]:
 
 def sentences(plan: Plan, memory: float | None) -> list[str]:
     """What the table means."""
-    work, budget = plan.work, plan.config.trainer.batch_tokens
-    tokens, peak = work.micro_batch(budget), plan.peak()
-    phase = max(plan.peaks(), key=plan.peaks().__getitem__)
+    work, held = plan.work, peaks(plan.terms())
+    tokens, _ = work.micro_batches(plan.config.trainer.batch_tokens)
+    phase = max(held, key=held.__getitem__)
+    peak = held[phase]
     found = [
         f"{plan.sizes.total / 1e6:,.0f}M parameters on {plan.processes} process{'es' * (plan.processes > 1)}; of a step's "
         f"tokens the largest share is {work.tokens:,}, in micro-batches of at most {tokens:,}.",

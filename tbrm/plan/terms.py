@@ -9,7 +9,7 @@ All responses are taken to be as long as they may be, and the process is the one
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,35 +73,34 @@ class Plan:
         return self.sizes.slices(self.config.parallel.shard or self.processes)
 
     def terms(self, budget: int | None = None) -> list[Term]:
-        """With micro-batches of at most `budget` tokens; None for `trainer.batch_tokens`."""
-        tokens = self.work.micro_batch(budget or self.config.trainer.batch_tokens)
-        terms = [*self._state(tokens), *self._activations(tokens), *self._head(tokens), *self._rollout()]
+        """With micro-batches of at most `budget` tokens; None for `trainer.batch_tokens`. Of the first micro-batch or of a
+        later one, whichever takes more: until the last one, gradients are added up."""
+        first, later = self.work.micro_batches(budget or self.config.trainer.batch_tokens)
+        choices = [self._terms(first, gradients_wait=False)]
+        if later:
+            choices.append(self._terms(later, gradients_wait=True))
+        return max(choices, key=lambda terms: max(peaks(terms).values()))
+
+    def peak(self, budget: int | None = None) -> float:
+        return max(peaks(self.terms(budget)).values())
+
+    def _terms(self, tokens: int, *, gradients_wait: bool) -> list[Term]:
+        terms = [*self._state(gradients_wait), *self._activations(tokens), *self._head(tokens), *self._rollout()]
         terms.append(Term("libraries at work", _CPU_AT_WORK * self.on_cpu))
         if self.sharded:
             terms += self._gathered()
-            terms += self._reduced(tokens)
+            terms += self._reduced(gradients_wait)
         return [term for term in terms if term.size > 0]
 
-    def peaks(self, budget: int | None = None) -> dict[str, float]:
-        """Bytes held in each phase, on the device where the model runs."""
-        terms = [term for term in self.terms(budget) if not term.on_host]
-        return {phase: sum(term.size for term in terms if phase in term.phases) for phase in PHASES}
-
-    def peak(self, budget: int | None = None) -> float:
-        return max(self.peaks(budget).values())
-
-    def _accumulates(self, tokens: int) -> bool:
-        return tokens < self.work.tokens
-
-    def _state(self, tokens: int) -> list[Term]:
+    def _state(self, gradients_wait: bool) -> list[Term]:
         parallel, slices = self.config.parallel, self.slices
         away = parallel.cpu_offload
-        kept = self._accumulates(tokens) and (parallel.accumulate_sharded or not self.sharded)
+        early = _PASSES if gradients_wait and (parallel.accumulate_sharded or not self.sharded) else ()
         terms = [
             Term("weights, float32", _FLOAT32 * slices, on_host=away),
             Term("reference, float32", _FLOAT32 * slices, on_host=away),
             Term("AdamW's moments, float32", _MOMENTS * slices, on_host=away),
-            Term("gradients, float32", _FLOAT32 * slices, (*_PASSES * kept, "reduce", "update"), on_host=away),
+            Term("gradients, float32", _FLOAT32 * slices, (*early, "reduce", "update"), on_host=away),
         ]
         if self.config.checkpoint.asynchronous:
             copied = (_FLOAT32 + _MOMENTS) * slices
@@ -119,7 +118,7 @@ class Plan:
 
     def _head(self, tokens: int) -> list[Term]:
         """The formulas of docs/kernels.md."""
-        sizes, config = self.sizes, self.config
+        sizes = self.sizes
         actions = round(self.work.actions_per_token * tokens)
         weight = self.precision if self.sharded else _FLOAT32  # bytes of an element of what the kernel is given
         logit = 2 if self.on_cpu and self.precision == 2 and multiplies_bfloat16() else _FLOAT32
@@ -165,7 +164,7 @@ class Plan:
             terms.append(Term("all blocks, gathered", size * (sizes.total - sizes.rest), ("loss", "backward")))
         return terms
 
-    def _reduced(self, tokens: int) -> list[Term]:
+    def _reduced(self, gradients_wait: bool) -> list[Term]:
         """Gradients on their way: made in the precision of the products, summed over the processes in float32."""
         sizes, size = self.sizes, self.precision
         copies = _FLOAT32 * (1 + self.on_cpu)  # gloo reduces a copy
@@ -173,7 +172,13 @@ class Plan:
             Term("a block's gradient, reduced", (size + copies) * sizes.block, ("backward",)),
             Term("embeddings' and head's gradient, reduced", copies * sizes.rest, ("reduce",)),
         ]
-        if self._accumulates(tokens) and not self.config.parallel.accumulate_sharded:
+        if gradients_wait and not self.config.parallel.accumulate_sharded:
             whole = "gradients of earlier micro-batches, whole"
             terms.append(Term(whole, _FLOAT32 * sizes.total, _PASSES))
         return terms
+
+
+def peaks(terms: Iterable[Term]) -> dict[str, float]:
+    """Bytes held in each phase, on the device where the model runs."""
+    held = [term for term in terms if not term.on_host]
+    return {phase: sum(term.size for term in held if phase in term.phases) for phase in PHASES}
