@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.machine import processor
 from tbrm.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -95,11 +95,6 @@ def make_random_model(folder: Path) -> None:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 HEAD = """Made by `make bench-plan` on {processor}, torch {torch}, gloo: the demo's recipe with 64 prompts a step, two steps,
