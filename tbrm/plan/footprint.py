@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.model import PolicyModel
 
-KV_TOKENS = 16  # fewer than any sliding window
+KV_TOKENS = 16  # fewer than the sliding window of any model that is not a test's
 
 
 class Line(NamedTuple):
