@@ -58,7 +58,7 @@ def footprint(policy: PolicyModel, trajectories: Sequence[Trajectory]) -> Footpr
         policy.requires_grad_(False)
         scoring = [_score(policy, batch) for batch in (few, more)]
         kv_per_token = _kv_bytes(policy) / KV_TOKENS
-    return Footprint(*(_line(tokens, sizes) for sizes in (kept, working, scoring)), kv_per_token)
+    return Footprint(_line(tokens, kept), _line(tokens, working), _line(tokens, scoring), kv_per_token)
 
 
 def _line(tokens: Sequence[int], sizes: Sequence[int]) -> Line:

@@ -68,7 +68,7 @@ class Work:
     """Of one trajectory, which no budget cuts."""
     actions_per_token: float
     responses: int
-    """Generated at once; 0 where none are."""
+    """To be generated in a step or an evaluation; 0 if none are."""
     prompt: int
     """Tokens of the longest prompt, without what all of them begin with."""
     sequence: int
@@ -94,7 +94,7 @@ def work_of(config: Config, trajectories: Sequence[Trajectory], processes: int) 
         tokens=len(largest.input_ids),
         longest=max(len(pack([t]).input_ids) for t in trajectories),
         actions_per_token=len(largest.targets) / len(largest.input_ids),
-        responses=min(rollout.batch_size, -(-asked // processes)),
+        responses=-(-asked // processes),
         prompt=max(map(len, prompts)) - common_prefix(prompts),
         sequence=max(map(len, prompts)) + rollout.max_new_tokens,
     )

@@ -19,7 +19,7 @@ def make_plan(config: Config, processes: int) -> Plan:
     sizes = sizes_of(policy)
     trajectories = trajectories_of(config, policy, tokenizer)
     if is_sharded(config, processes):  # then weights come to the blocks in the precision of the products
-        policy.lm.to(precision_of(config))  # type: ignore[arg-type]
+        policy.lm.to(precision_of(config))
         policy.sum_in_float32()
     held = footprint(policy, few_of(trajectories))
     return Plan(config, processes, sizes, work_of(config, trajectories, processes), held)

@@ -56,8 +56,8 @@ def _keys(plan: Plan) -> Iterator[tuple[str, str, Any]]:
     if plan.on_cpu:
         yield "checkpoint", "asynchronous", False
     yield "model", "precision", "bfloat16"
-    if plan.work.responses > 1:
-        yield "rollout", "batch_size", plan.work.responses // 2
+    if (rows := min(plan.config.rollout.batch_size, plan.work.responses)) > 1:
+        yield "rollout", "batch_size", rows // 2
 
 
 def _with(config: Config, section: str, key: str, value: Any) -> Config:

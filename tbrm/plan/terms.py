@@ -87,9 +87,7 @@ class Plan:
     def _terms(self, tokens: int, *, gradients_wait: bool) -> list[Term]:
         terms = [*self._state(gradients_wait), *self._activations(tokens), *self._head(tokens), *self._rollout()]
         terms.append(Term("libraries at work", _CPU_AT_WORK * self.on_cpu))
-        if self.sharded:
-            terms += self._gathered()
-            terms += self._reduced(gradients_wait)
+        terms += [*self._gathered(), *self._reduced(gradients_wait)] if self.sharded else self._embeddings()
         return [term for term in terms if term.size > 0]
 
     def _state(self, gradients_wait: bool) -> list[Term]:
@@ -134,18 +132,21 @@ class Plan:
             Term("head's weight, cast", cast * sizes.head, ("reference", "loss")),
             Term("hidden states of the actions, and their gradient", 2 * _FLOAT32 * sizes.width * actions, ("loss",)),
             Term("head's gradient", weight * sizes.head, ("loss", "backward")),
-            # Where they are tied, the two are added up before they join `gradients`.
-            Term("embeddings' gradient", weight * sizes.head * (1 + sizes.tied), ("reduce",)),
         ]
+
+    def _embeddings(self) -> list[Term]:
+        """The end of one process's backward pass; where embeddings and head are tied, their gradients are added up."""
+        return [Term("embeddings' gradient", _FLOAT32 * self.sizes.head * (1 + self.sizes.tied), ("reduce",))]
 
     def _rollout(self) -> list[Term]:
         """Transformers' `generate`."""
         sizes, work, here = self.sizes, self.work, ("rollout",)
+        rows = min(self.config.rollout.batch_size, work.responses)
         cast = self.precision * sizes.total if self.sharded or self.precision < _FLOAT32 else 0
-        cache = self.footprint.kv_per_token * work.sequence * work.responses
-        prompts = self.footprint.scoring.per_token * work.prompt * work.responses
+        cache = self.footprint.kv_per_token * work.sequence * rows
+        prompts = self.footprint.scoring.per_token * work.prompt * rows
         # Logits as the head gives them, in float32, over the temperature, as probabilities, and the draw's noise.
-        logits = (self.precision + 4 * _FLOAT32) * sizes.vocab * work.responses
+        logits = (self.precision + 4 * _FLOAT32) * sizes.vocab * rows
         return [
             Term("weights, whole, for generation", cast, here),
             Term("keys and values", cache, here),
@@ -167,10 +168,13 @@ class Plan:
     def _reduced(self, gradients_wait: bool) -> list[Term]:
         """Gradients on their way: made in the precision of the products, summed over the processes in float32."""
         sizes, size = self.sizes, self.precision
-        copies = _FLOAT32 * (1 + self.on_cpu)  # gloo reduces a copy
+        # Copied to one float32 buffer; then the gradients are gone, and gloo makes a copy of the buffer.
+        copied = _FLOAT32 * (1 + self.on_cpu)
+        of_rest = size * (sizes.rest + sizes.tied * sizes.head)
+        arriving = _FLOAT32 * sizes.rest + max(of_rest, _FLOAT32 * sizes.rest * self.on_cpu)
         terms = [
-            Term("a block's gradient, reduced", (size + copies) * sizes.block, ("backward",)),
-            Term("embeddings' and head's gradient, reduced", copies * sizes.rest, ("reduce",)),
+            Term("a block's gradient, reduced", (size + copied) * sizes.block, ("backward",)),
+            Term("embeddings' and head's gradient, reduced", arriving, ("reduce",)),
         ]
         if gradients_wait and not self.config.parallel.accumulate_sharded:
             whole = "gradients of earlier micro-batches, whole"

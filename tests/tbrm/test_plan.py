@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,9 @@ def test_phases_terms_and_what_makes_them_smaller(model: Path, tmp_path: Path) -
     }
     assert [change.peak for change in found] == sorted(change.peak for change in found)
     assert all(change.peak < plan.peak() for change in found)
+    fewer = plan.config.rollout.model_copy(update={"batch_size": 16})
+    smaller = replace(plan, config=plan.config.model_copy(update={"rollout": fewer}))
+    assert peaks(smaller.terms())["rollout"] < held["rollout"]
 
 
 def test_the_largest_budget_fits_and_a_larger_one_does_not(model: Path, tmp_path: Path) -> None:
