@@ -6,7 +6,7 @@ MODEL  := .models/SmolLM2-135M-Instruct
 SEED   ?= 0
 RUN    ?= runs/demo
 
-.PHONY: install demo test test-gpu soak lint bench bench-gpu bench-rollouts bench-replay aot clean
+.PHONY: install demo test test-gpu soak lint bench bench-gpu bench-step bench-plan bench-rollouts bench-replay aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -68,6 +68,15 @@ bench-rollouts: $(VENV)/installed $(MODEL)
 # time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
 bench-replay: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
+
+# One training step beside those of TRL and of plain PyTorch; some ten minutes.
+bench-step: $(VENV)/installed $(MODEL)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m bench.step bench/results/step.md
+
+# What `tbrm plan` says beside what runs hold at their peak; some minutes.
+bench-plan: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.plan_check bench/results/plan.md
 
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed

@@ -36,6 +36,12 @@ at V = 32768); on a GPU for 4096, so that the products outweigh reading and writ
 TrajectoryLossFn = Callable[[TokenStats, Tensor, int], Tensor]
 
 
+def default_chunk_bytes(device_type: str, vocab: int) -> int:
+    """What `max_chunk_bytes` is where None is given."""
+    per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
+    return per_entry.get(device_type, per_entry["cpu"]) * vocab
+
+
 class TbrmOutput(NamedTuple):
     """Only `loss` carries a gradient. [N] each, in float32 (float64 for float64 inputs)."""
 
@@ -149,8 +155,7 @@ def fused_linear_trajectory_loss(
     check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     check_packing("targets", targets, cu_seqlens)
     if max_chunk_bytes is None:
-        per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
-        max_chunk_bytes = per_entry.get(weight.device.type, per_entry["cpu"]) * weight.shape[0]
+        max_chunk_bytes = default_chunk_bytes(weight.device.type, weight.shape[0])
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
     chosen = select(backend, hidden.device, options.operand_dtype)

@@ -72,9 +72,9 @@ class PolicyModel(nn.Module):
         `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
         with self.autocast():
             if self.vocabulary is None:
-                return self._head(self._hidden(batch), batch.targets, batch.cu_seqlens, loss_fn, entropy)
+                return self._head(self.hidden(batch), batch.targets, batch.cu_seqlens, loss_fn, entropy)
             together = VocabParallelPass(self.vocabulary, batch)
-            hidden = together.gather(self._hidden(batch, together.embed()))
+            hidden = together.gather(self.hidden(batch, together.embed()))
             loss_of_mine = together.loss_of_mine(loss_fn) if loss_fn else None
             found = self._head(hidden, together.targets, together.cu_seqlens, loss_of_mine, entropy, together)
             return together.mine(found) if isinstance(found, TokenStats) else (found[0], together.mine(found[1]))
@@ -85,7 +85,7 @@ class PolicyModel(nn.Module):
         loss_and_stats: tuple[Tensor, TokenStats] = self(batch, loss_fn)
         return loss_and_stats
 
-    def _hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
+    def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
         """[A, D]: the hidden states that predict the batch's actions."""
         tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
         backbone = self.lm.base_model(
@@ -164,9 +164,12 @@ class PolicyModel(nn.Module):
         if on_meta:
             materialise(self.lm, sharding.weights_device, sharding.device)
         if sharding.precision is not torch.float32:
-            # The sums over blocks stay float32, as they do where the weights are not gathered in a lower precision.
-            self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
+            self.sum_in_float32()
         self.sharding = sharding
+
+    def sum_in_float32(self) -> None:
+        """Keeps the sums over blocks float32 where weights are of lower precision, as they are where autocast makes it."""
+        self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
 
     def frozen_copy(self) -> PolicyModel:
         """The same model as it is now, sharded as a reference is, that takes no gradient."""
