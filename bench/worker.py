@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,17 +35,17 @@ class WorkerFailed(Exception):
 class Worker:
     """The parent's side."""
 
-    def __init__(self, *case: str) -> None:
+    def __init__(self, *case: str, module: str = "bench.worker") -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker", *case],
+            [sys.executable, "-m", module, *case],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
         )
 
-    def ask(self, question: str) -> dict[str, float]:
+    def ask(self, question: str) -> dict[str, Any]:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(question + "\n")
@@ -125,15 +127,16 @@ def taken_mib(*, peak: bool = False) -> float:
     return _mib("/proc/self/status", "VmHWM" if peak else "VmRSS")
 
 
-def main() -> None:
+def serve(make_case: Callable[..., object]) -> None:
+    """Answers the parent's questions about the case that the command line names."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    torch.set_default_device(DEVICE)
-    case = Case(*sys.argv[1:])
+    case = make_case(*sys.argv[1:])
     for question in sys.stdin:
         answers.write(json.dumps(getattr(case, question.strip())()) + "\n")
         answers.flush()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_default_device(DEVICE)
+    serve(Case)

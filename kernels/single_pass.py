@@ -27,13 +27,19 @@ from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, Token
 from .backends.registry import select
 from .token_stats import TokenStats, check_head, check_targets, operand_dtype
 from .trajectory import check_packing, segment_sums, trajectory_residual
-from .vocab_parallel import VocabSlice
+from .vocab_parallel import VocabSlice, sum_gradient
 
 CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 1024, "cuda": 16384}
 """The default of `max_chunk_bytes` by device, times V. On a CPU room for 512 tokens in bfloat16 and 256 in float32 (32 MiB
 at V = 32768); on a GPU for 4096, so that the products outweigh reading and writing the weight's gradient once per chunk."""
 
 TrajectoryLossFn = Callable[[TokenStats, Tensor, int], Tensor]
+
+
+def default_chunk_bytes(device_type: str, vocab: int) -> int:
+    """What `max_chunk_bytes` is where None is given."""
+    per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
+    return per_entry.get(device_type, per_entry["cpu"]) * vocab
 
 
 class TbrmOutput(NamedTuple):
@@ -149,14 +155,13 @@ def fused_linear_trajectory_loss(
     check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     check_packing("targets", targets, cu_seqlens)
     if max_chunk_bytes is None:
-        per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
-        max_chunk_bytes = per_entry.get(weight.device.type, per_entry["cpu"]) * weight.shape[0]
+        max_chunk_bytes = default_chunk_bytes(weight.device.type, weight.shape[0])
     if max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
     chosen = select(backend, hidden.device, options.operand_dtype)
     plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled(), part)
     if part is not None:
-        hidden, targets = part.share_gradient(hidden), part.targets
+        hidden, targets = sum_gradient(hidden, part.group), part.targets
     loss, *stats = _SinglePass.apply(hidden, weight, bias, targets, plan)
     return loss, TokenStats(*stats)
 

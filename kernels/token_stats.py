@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOptions
 from .backends.registry import select
-from .vocab_parallel import VocabSlice
+from .vocab_parallel import VocabSlice, sum_gradient
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -78,7 +78,7 @@ def linear_token_stats(
     chosen = select(backend, hidden.device, options.operand_dtype)
     if part is None:
         return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
-    hidden = part.share_gradient(hidden)
+    hidden = sum_gradient(hidden, part.group)
     return TokenStats(*part.combine(*_LinearTokenStats.apply(hidden, weight, bias, part.targets, options, chosen)))
 
 

@@ -1,13 +1,14 @@
 """A head whose vocabulary is divided over processes: each holds some rows of the weight, and nobody holds them all.
 
 Every process of the group has the same hidden [T, D] and targets [T], and a slice [V_r, D] of the weight, in the order of
-ranks. It computes the statistics of its slice; those of the whole follow from [T] vectors, by two collectives:
+ranks. It computes the statistics of its slice; those of the whole follow from [T] vectors, gathered in one collective:
 
     lse      = log sum_r e^(lse_r)
     logprobs = Q_target - lse, with Q_target from the process that holds the target
     entropy  = sum_r w_r (entropy_r - log w_r), with the slice's share of probability w_r = e^(lse_r - lse)
 
-A slice must hold at least one entry that its bias does not mask with -inf.
+Every process sums in the order of ranks: a token's statistics do not depend on which others it is in a chunk with, as the
+order of a reduction by the collective might. A slice must hold at least one entry that its bias does not mask with -inf.
 
 Backward, the derivatives of the whole give those of the slice without a collective; only hidden's gradient, to which every
 slice adds its part, is summed over the processes, in float32.
@@ -15,6 +16,7 @@ slice adds its part, is summed over the processes, in float32.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -43,10 +45,6 @@ class VocabSlice:
         dist.all_gather_object(numbers, number, group=self.group)
         return min(numbers)
 
-    def share_gradient(self, hidden: Tensor) -> Tensor:
-        """hidden itself, whose gradient will be the sum over the slices."""
-        return _SumGradient.apply(hidden, self.group)
-
     def combine(
         self, logprobs: Tensor, lse: Tensor, entropy: Tensor | None, tokens: slice | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -66,20 +64,23 @@ class _Combine(torch.autograd.Function):
         kept: Tensor,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        top = lse.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        share = (lse - top).exp()  # of the largest slice's probability
-        parts = [share, torch.where(owned, logprobs + lse, 0)]
-        if entropy is not None:
-            # A slice of no probability has no say, whatever its own entropy.
-            parts.append(torch.where(share == 0, 0, share * (entropy - (lse - top))))
-        sums = torch.stack(parts)
-        dist.all_reduce(sums, group=group)
-        log_total = sums[0].log()
+        mine = [lse, torch.where(owned, logprobs + lse, 0), *([] if entropy is None else [entropy])]
+        slices = lse.new_empty(dist.get_world_size(group), len(mine), len(lse))
+        dist.all_gather(list(slices), torch.stack(mine), group=group)
+        lses, at_target, *entropies = slices.unbind(1)
+        top = lses.amax(0)
+        shares = (lses - top).exp()  # of the largest slice's probability
+        total, target = reduce(torch.add, shares), reduce(torch.add, at_target)
+        log_total = total.log()
         whole_lse = top + log_total
-        whole_logprobs = torch.where(kept, (sums[1] - top) - log_total, 0)
-        whole_entropy = None if entropy is None else torch.where(kept, log_total + sums[2] / sums[0], 0)
-        ctx.save_for_backward(share / sums[0], entropy, whole_entropy, owned, kept)
+        whole_logprobs = torch.where(kept, (target - top) - log_total, 0)
+        whole_entropy = None
+        if entropies:
+            # A slice of no probability has no say, whatever its own entropy.
+            parts = torch.where(shares == 0, 0, shares * (entropies[0] - (lses - top)))
+            whole_entropy = torch.where(kept, log_total + reduce(torch.add, parts) / total, 0)
+        share = shares[dist.get_rank(group)] / total
+        ctx.save_for_backward(share, entropy, whole_entropy, owned, kept)
         ctx.set_materialize_grads(False)
         return whole_logprobs, torch.where(kept, whole_lse, 0), whole_entropy
 
@@ -101,11 +102,16 @@ class _Combine(torch.autograd.Function):
         return grad_logprobs, grad_lse, grad_entropy, None, None, None
 
 
+def sum_gradient(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`values` themselves, whose gradient will be the sum of those of the processes."""
+    return _SumGradient.apply(values, group)
+
+
 class _SumGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return hidden.view_as(hidden)
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable

@@ -6,6 +6,7 @@ Works on any device; sliding windows (Gemma, Mistral) and score soft-capping (Ge
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,23 +33,30 @@ def packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The signature is that of transformers' attention functions; returns ([1, T, heads, head_dim], None)."""
+    if query.device.type == "cpu":
+        value = value.to(query.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # Split, not sliced: the gradient of a slice is as long as the batch, and there are as many slices as segments.
+    lengths = [segment.stop - segment.start for segment in segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for segment in segments:
-        q, k, v = (x[:, :, segment.start : segment.stop] for x in (query, key, value))
-        if segment.prefix:
-            k, v = (torch.cat([x[:, :, : segment.prefix], own], dim=2) for x, own in ((key, k), (value, v)))
+    for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+        if segment.prefix:  # it is the first segment
+            k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
         allowed = segment.allowed
         if sliding_window is not None and sliding_window < k.shape[2]:
             allowed = _within_window(segment, sliding_window, query.device)
-        if softcap is None:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None, scale=scaling)
-        else:
-            out = _softcapped_attention(q, k, v, allowed, scaling, softcap)
-        outputs.append(out)
+        with _precise(query.device):
+            outputs.append(attend(q, k, v, allowed, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _precise(device: torch.device) -> AbstractContextManager[object]:
+    """On the CPU, products in the type of the queries, which are float32 under autocast too, once rotated: torch takes several
+    times as long for the gradients of short segments in bfloat16."""
+    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
 def _within_window(segment: Segment, window: int, device: torch.device) -> Tensor:
@@ -63,9 +71,19 @@ def _within_window(segment: Segment, window: int, device: torch.device) -> Tenso
     return allowed & (position[:, None] - key_position[None, :] < window)
 
 
-def _softcapped_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scaling: float | None, softcap: float
+def attend(
+    query: Tensor,  # [batch, heads, queries, head_dim]
+    key: Tensor,  # [batch, heads, keys, head_dim]
+    value: Tensor,  # [batch, heads, keys, head_dim]
+    allowed: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
 ) -> Tensor:
+    """Attention to what is allowed (bool, broadcast over scores [batch, heads, queries, keys]), or to earlier tokens."""
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scaling
+        )
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
     if allowed is None:

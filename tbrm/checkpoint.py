@@ -1,9 +1,10 @@
 """Checkpoints: written by all processes together, complete or not there at all, and resumed by any number of processes.
 
 ``checkpoints/step-000010/`` holds the weights (safetensors, in the slices of the processes that wrote them; those of one
-process are a Hugging Face folder as they are, and `tbrm export` makes one of any), and in ``trainer/`` the optimiser, the
-reference once it was reset (both safetensors), the counters (JSON) and the replay buffer (JSON lines). All randomness is
-derived from the seed and the counters. ``manifest.json`` holds the hash of every file. ``latest`` and ``best`` are links.
+process are a Hugging Face folder as they are, and `tbrm export` makes one of any; of a model with LoRA adapters these alone, as
+peft saves them), and in ``trainer/`` the optimiser, the reference once it was reset, the trajectories that wait for their
+step (all safetensors), the counters (JSON) and the replay buffer (see replay.py). All randomness is derived from the seed
+and the counters. ``manifest.json`` holds the hash of every file. ``latest`` and ``best`` are links.
 
 A folder is written under another name and renamed when complete, and only then linked, so a kill never leaves half a
 checkpoint under a good name. Nothing is pickled.
@@ -15,10 +16,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -33,16 +34,18 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.config import CheckpointConfig
-from tbrm.data import ReferenceScore, Trajectory
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
-from tbrm.weights import read_weights
+from tbrm.replay import ReplayBuffer
+from tbrm.rollout.collect import Collected
+from tbrm.stored import load_trajectories, save_trajectories
+from tbrm.weights import read_weights, whole
 
-FORMAT = 2
+FORMAT = 3
 _UNFINISHED = ".writing-"
-_OPTIMIZER, _REFERENCE, _STATE, _REPLAY = (
-    f"trainer/{name}" for name in ("optimizer", "reference", "state.json", "replay.jsonl")
+_OPTIMIZER, _REFERENCE, _STATE, _REPLAY, _WAITING = (
+    f"trainer/{name}" for name in ("optimizer", "reference", "state.json", "replay", "waiting")
 )
 _MANIFEST = "manifest.json"
 
@@ -58,6 +61,8 @@ class TrainerState:
     step: int = 0
     position: int = 0
     """Of the source of trajectories."""
+    recorded: dict[str, list[int]] = field(default_factory=dict)
+    """The position in the files of recorded trajectories."""
     reference_version: int = 0
     skipped_in_a_row: int = 0
     """Steps whose loss or gradient was not finite, up to this one."""
@@ -93,7 +98,8 @@ class Checkpoints:
         tokenizer: PreTrainedTokenizerBase,
         optimizer: torch.optim.Optimizer,
         reference: ReferenceModel,
-        replay: Iterable[Trajectory],
+        replay: ReplayBuffer,
+        waiting: Sequence[Collected],
         *,
         best: bool,
     ) -> None:
@@ -101,25 +107,34 @@ class Checkpoints:
         self.wait()
         name = f"step-{state.step:06d}"
         writing = self.folder / f"{_UNFINISHED}{name}"
-        tensors = {".": _detached(policy.weights()), _OPTIMIZER: _optimizer_tensors(policy, optimizer)}
+        tensors = {_OPTIMIZER: _optimizer_tensors(policy, optimizer)}
+        adapters = {}
+        if policy.adapters is None:
+            tensors["."] = _detached(policy.weights())
+        else:
+            adapters = {name: whole(tensor) for name, tensor in _detached(policy.trained_weights()).items()}
         if reference.version > 0:
             tensors[_REFERENCE] = _detached(reference.model.weights())
+        hashes: dict[str, str] = {}  # of files that need not be read for it
         if self.world.is_main:
             with self._explained(name):
                 shutil.rmtree(writing, ignore_errors=True)
                 (writing / "trainer").mkdir(parents=True)
                 policy.save_config(writing)
                 tokenizer.save_pretrained(writing)
-                write_trajectories(writing / _REPLAY, replay)
+                if policy.adapters is not None:
+                    policy.adapters.save(writing, adapters)
+                hashes = {f"{_REPLAY}/{file}": digest for file, digest in replay.save(writing / _REPLAY).items()}
+                _write_waiting(writing / _WAITING, waiting)
                 values = {"format": FORMAT, **asdict(state)}
                 (writing / _STATE).write_text(json.dumps(values, indent=2) + "\n")
         self.world.gather(None)  # the folder is there
 
         if self.config.asynchronous:
             staged = BlockingAsyncStager().stage(tensors)
-            self._pending = self._writer.submit(self._write, staged, writing, name, best)
+            self._pending = self._writer.submit(self._write, staged, writing, name, best, hashes)
         else:
-            self._write(tensors, writing, name, best)
+            self._write(tensors, writing, name, best, hashes)
 
     def wait(self) -> None:
         """Until the last checkpoint is complete. Raises CheckpointError if it could not be written."""
@@ -127,7 +142,9 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, tensors: dict[str, dict[str, Tensor]], writing: Path, name: str, best: bool) -> None:
+    def _write(
+        self, tensors: dict[str, dict[str, Tensor]], writing: Path, name: str, best: bool, hashes: dict[str, str]
+    ) -> None:
         with self._explained(name):
             for folder, named in tensors.items():
                 if named:
@@ -136,7 +153,8 @@ class Checkpoints:
                     self._write_tensors(named, path)
             if not self.world.is_main:
                 return
-            manifest = {str(path.relative_to(writing)): _hash(path) for path in _files(writing)}
+            names = (str(path.relative_to(writing)) for path in _files(writing))
+            manifest = {name: hashes.get(name) or _hash(writing / name) for name in names}
             (writing / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             final = self.folder / name
             if final.exists():  # the same step, saved before a resume
@@ -217,34 +235,47 @@ class Checkpoint:
                 way_out = f"Go on from the one before: `ln -sfn {others[-1].name} {link}`, then --resume"
             raise CheckpointError(f"checkpoint {folder} cannot be resumed: {error}. {way_out}") from error
 
-    def load(self, policy: PolicyModel, optimizer: torch.optim.Optimizer, reference: ReferenceModel) -> None:
-        """Takes weights, reference and optimiser from it, whatever number of processes wrote it."""
+    def load(
+        self,
+        policy: PolicyModel,
+        optimizer: torch.optim.Optimizer,
+        reference: ReferenceModel,
+        replay: ReplayBuffer,
+    ) -> None:
+        """Takes weights, reference, optimiser and replay buffer from it, whatever number of processes wrote it."""
+        replay.restore(self.folder / _REPLAY)
         # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
         if self.state.reference_version > 0:
             reference.load(self.folder / _REFERENCE, self.state.reference_version)
-        read_weights(policy.weights(), self.folder)
+        read_weights(policy.trained_weights(), self.folder)
         if not (self.folder / _OPTIMIZER).exists():  # no step was ever taken
             return
-        for parameter in policy.weights().values():
+        for parameter in policy.trained_weights().values():
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         read_weights(_optimizer_tensors(policy, optimizer), self.folder / _OPTIMIZER)
 
-    def replay(self) -> list[Trajectory]:
-        lines = (self.folder / _REPLAY).read_text().splitlines()
-        return [_from_row(json.loads(line)) for line in lines]
+    def waiting(self) -> list[Collected]:
+        """What was collected and not trained on yet."""
+        paths = sorted((self.folder / _WAITING).glob("*.safetensors"))
+        return [
+            Collected(load_trajectories(path), metrics=json.loads(path.with_suffix(".json").read_text()))
+            for path in paths
+        ]
 
 
-def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
-    with path.open("w") as file:
-        file.writelines(json.dumps(_to_row(trajectory)) + "\n" for trajectory in trajectories)
+def _write_waiting(folder: Path, waiting: Sequence[Collected]) -> None:
+    folder.mkdir()
+    for number, collected in enumerate(waiting):
+        save_trajectories(folder / f"{number:06d}.safetensors", collected.trajectories)
+        (folder / f"{number:06d}.json").write_text(json.dumps(collected.metrics))
 
 
 def _optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Views of the optimiser's state; safetensors reads no slice of a tensor without dimensions, so AdamW's `step` gets one."""
     return {
         f"{name}/{key}": value[None] if value.dim() == 0 else value
-        for name, parameter in policy.weights().items()
+        for name, parameter in policy.trained_weights().items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -267,21 +298,3 @@ def _check(folder: Path, name: str, wanted: str) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
     return None if _hash(path) == wanted else f"{name} is damaged: its hash is not that of {_MANIFEST}"
-
-
-def _to_row(trajectory: Trajectory) -> dict[str, object]:
-    # float32 survives the way through JSON's decimal numbers bit for bit.
-    row = dict(vars(trajectory))
-    if (score := trajectory.reference) is not None:
-        row["reference"] = {"version": score.version, "logprobs": score.logprobs.tolist(), "value": score.value.item()}
-    return row
-
-
-def _from_row(row: dict[str, object]) -> Trajectory:
-    score = row.pop("reference")
-    trajectory = Trajectory(**row)  # type: ignore[arg-type]
-    if isinstance(score, dict):
-        trajectory.reference = ReferenceScore(
-            score["version"], torch.tensor(score["logprobs"], dtype=torch.float32), torch.tensor(score["value"])
-        )
-    return trajectory

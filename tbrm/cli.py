@@ -62,6 +62,22 @@ def show_config(args: argparse.Namespace) -> None:
     print(_table(describe(type(config), dict(config)), ("key", "value", "meaning")))
 
 
+def plan(args: argparse.Namespace) -> None:
+    from tbrm.config import load_config
+    from tbrm.plan import PHASES, make_plan
+    from tbrm.plan.report import GIB, as_dict, rows, sentences
+
+    config = load_config(args.recipe, args.overrides)
+    _quiet_libraries()
+    planned = make_plan(config, args.gpus)
+    memory = None if args.gpu_memory is None else args.gpu_memory * GIB
+    if args.json:
+        print(json.dumps(as_dict(planned, memory), indent=2))
+        return
+    print(_table(rows(planned), ("GiB in each process", *PHASES)))
+    print("\n" + "\n".join(sentences(planned, memory)))
+
+
 def eval_model(args: argparse.Namespace) -> None:
     from tbrm.config import load_sections
     from tbrm.evaluate import evaluate
@@ -169,6 +185,18 @@ def _parser() -> argparse.ArgumentParser:
     recipe_arguments(command("config", show_config, "Check a recipe and show every key with its value and meaning."))
 
     sub = command(
+        "plan",
+        plan,
+        "Say how much memory a recipe will take in each process, and what to change where that is too much.",
+        epilog="Plans for GPUs, on a machine without any too; model.device=cpu plans for processes on CPUs. No weight is read."
+        "\n\nexample:\n  tbrm plan recipes/demo.yaml --gpus 8 --gpu-memory 80 trainer.batch_tokens=65536",
+    )
+    recipe_arguments(sub)
+    sub.add_argument("--gpus", type=_at_least_one, default=1, help="processes, each with a GPU (default 1)")
+    sub.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each; without it nothing is said of what fits")
+    sub.add_argument("--json", action="store_true", help="bytes, for programs")
+
+    sub = command(
         "eval",
         eval_model,
         "Measure a model's accuracy on a task's held-out problems.",
@@ -243,6 +271,12 @@ def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def _at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {number}; wants at least 1")
+    return number
 
 
 def _decoding(temperature: float) -> str:

@@ -52,6 +52,16 @@ class ModelConfig(Section):
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
 
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, description="Of the adapters (pip install 'tbrm[lora]'); 0: all weights are trained.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is scaled by alpha / rank.")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Linear layers that get an adapter; lm_head is one where it is not tied to the embedding.",
+    )
+
+
 class DataConfig(Section):
     trajectories: str | None = Field(
         None,
@@ -88,13 +98,24 @@ class VllmConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["embedded", "vllm", "vllm_colocated"] = Field(
         "embedded",
-        description="What generates: embedded (transformers), vllm (servers) or vllm_colocated (vLLM in our process).",
+        description="What generates: embedded (the policy itself), vllm (servers) or vllm_colocated (vLLM in our process).",
     )
-    prompts: int = Field(16, ge=1, description="Problems per step.")
+    prompts: int = Field(16, ge=1, description="Problems per rollout.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
     max_new_tokens: int = Field(
         256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'."
     )
+    updates: int = Field(
+        1,
+        ge=1,
+        description="Optimiser steps that share the trajectories of one rollout, an equal part of its problems each.",
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Optimiser steps by which rollouts may run ahead, beside training, with weights as many steps old. 0: off.",
+    )
+    timeout: int = Field(1800, ge=1, description="Seconds that training waits for a rollout made beside it.")
     temperature: float = Field(1.0, gt=0, description="Of sampling, and of Q = logits / temperature in training.")
     batch_size: int = Field(64, ge=1, description="Responses generated at once.")
     truncated: Literal["reward", "fixed", "drop"] = Field(
@@ -105,8 +126,34 @@ class RolloutConfig(Section):
 
 
 class ReplayConfig(Section):
-    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: none.")
-    samples_per_step: int = Field(0, ge=0, description="Old trajectories added to each step's fresh ones.")
+    capacity: int = Field(0, ge=0, description="Trajectories kept for reuse, oldest out first. 0: no such limit.")
+    capacity_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens, prompts included, of the trajectories kept. 0: no such limit; both 0: none are kept.",
+    )
+    files: list[str] = Field(
+        [],
+        description="JSONL of recorded trajectories (as data.trajectories) that join the buffer, patterns such as a/*.jsonl "
+        "allowed; lines and files may come while training goes on. Lines without reward are graded by the task.",
+    )
+    samples_per_step: int = Field(
+        0,
+        ge=0,
+        description="Old trajectories added to each step's fresh ones; all responses to a problem come together.",
+    )
+    sampling: Literal["uniform", "residual"] = Field(
+        "uniform", description="How they are drawn: all alike, or in proportion to their last |residual|."
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Trajectories whose weights are more optimiser steps old than this are dropped. 0: none are.",
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.capacity > 0 or self.capacity_tokens > 0
 
 
 class OptimConfig(Section):
@@ -137,6 +184,10 @@ class ParallelConfig(Section):
         ge=0,
         description="Processes over which the weights are cut; 0: all. Fewer: groups that hold the same slices.",
     )
+    vocab_parallel: bool = Field(
+        False,
+        description="Never gather embedding and head: each process computes with its slice of the vocabulary, for all.",
+    )
     reshard_after_forward: bool = Field(
         True, description="Give a block's gathered weights back after its forward; off: more memory, fewer gathers."
     )
@@ -144,6 +195,7 @@ class ParallelConfig(Section):
         False, description="Reduce gradients after every micro-batch: less memory, more traffic; off: once per step."
     )
     cpu_offload: bool = Field(False, description="Keep weights, gradients and optimiser state in the CPU's memory.")
+    offload_reference: bool = Field(False, description="Keep the weights of the reference in the CPU's memory.")
     activation_checkpointing: bool = Field(
         False, description="Compute each block's activations again in the backward pass instead of keeping them."
     )
@@ -182,6 +234,7 @@ class Config(Section):
     run: RunConfig
     seed: int = Field(0, ge=0, description="Of the problems drawn, the sampling, and the tiny model's weights.")
     model: ModelConfig
+    lora: LoraConfig = LoraConfig()
     task: SerializeAsAny[Task] | None = Field(
         None, description="What is learnt. Keys beside `name` are the task's own."
     )
@@ -202,15 +255,54 @@ class Config(Section):
             raise ValueError(
                 "neither task nor data.trajectories is set: name a task to generate rollouts for, or a file"
             )
-        if self.replay.samples_per_step and not self.replay.capacity:
-            raise ValueError("replay.samples_per_step is set but replay.capacity is 0: give the buffer a capacity")
-        if self.data.trajectories and self.replay.capacity:
+        if self.replay.samples_per_step and not self.replay.enabled:
             raise ValueError(
-                "replay.capacity is set together with data.trajectories: a file is read again and again anyway"
+                "replay.samples_per_step is set but replay.capacity and replay.capacity_tokens are 0: give the buffer room"
+            )
+        if self.replay.files and not self.replay.samples_per_step:
+            raise ValueError("replay.files is set but replay.samples_per_step is 0: nothing would be drawn of them")
+        if self.data.trajectories and self.replay.enabled:
+            raise ValueError(
+                "replay.capacity or replay.capacity_tokens is set together with data.trajectories: a file is read again and "
+                "again anyway"
+            )
+        if self.data.trajectories and self.rollout.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness ({self.rollout.max_staleness}) is set together with data.trajectories, with which "
+                "there are no rollouts: set it to 0"
+            )
+        if self.rollout.prompts % self.rollout.updates:
+            raise ValueError(
+                f"rollout.prompts ({self.rollout.prompts}) is not a multiple of rollout.updates ({self.rollout.updates}): "
+                "each update gets an equal part of a rollout's problems"
+            )
+        if self.lora.rank and self.model.name == "tiny":
+            raise ValueError(
+                "lora.rank is set but model.name is 'tiny', which no adapter can name as its base: save a model to a folder"
+            )
+        if self.lora.rank and self.objective.reset_reference_every:
+            raise ValueError(
+                f"objective.reset_reference_every is {self.objective.reset_reference_every} but lora.rank is set: the "
+                "reference is the model without its adapters, and cannot move; set one of the two to 0"
+            )
+        if self.lora.rank and self.parallel.offload_reference:
+            raise ValueError(
+                "parallel.offload_reference is true but lora.rank is set: the reference is the model without its adapters, and "
+                "has no weights of its own; leave one of the two out"
             )
         if self.rollout.vllm.addresses and self.rollout.engine != "vllm":
             raise ValueError(
                 f"rollout.vllm.addresses is set but rollout.engine is {self.rollout.engine!r}: set it to vllm"
+            )
+        if self.lora.rank and self.rollout.engine != "embedded":
+            raise ValueError(
+                f"lora.rank is set but rollout.engine is {self.rollout.engine!r}, to which adapters are not sent: set it to "
+                "embedded"
+            )
+        if self.rollout.max_staleness and self.rollout.engine == "vllm_colocated":
+            raise ValueError(
+                f"rollout.max_staleness is {self.rollout.max_staleness} but rollout.engine is 'vllm_colocated', which shares "
+                "the trainer's process: set the one to 0, or the other to vllm or embedded"
             )
         if self.optim.warmup_steps > self.trainer.steps:
             raise ValueError(

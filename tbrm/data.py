@@ -51,8 +51,8 @@ class Trajectory:
     """The response was cut off: its last token is not an end of sequence."""
     group: int = 0
     """Trajectories of one group answer the same problem; group means are taken over them."""
-    weight_version: int = 0
-    """Optimiser steps that the policy had taken when it made the response."""
+    weight_version: int | None = 0
+    """Optimiser steps that the policy had taken when it made the response; None: somebody else made it."""
     action_mask: list[bool] | None = None
     """Which response tokens the policy chose; None for all. Tool and user turns are False: context, never scored."""
     reference: ReferenceScore | None = field(default=None, repr=False)

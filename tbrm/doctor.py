@@ -16,6 +16,7 @@ from tbrm_kernels import backends
 _OPTIONAL = {
     "flash_attn": ("flash-attn", "gpu", "variable-length attention on a GPU"),
     "liger_kernel": ("liger-kernel", "gpu", "fused RMSNorm, RoPE and SwiGLU on a GPU"),
+    "peft": ("peft", "lora", "LoRA adapters (lora.rank)"),
     "wandb": ("wandb", "wandb", "logging.wandb"),
     "math_verify": ("math-verify", "math", "the verifier math_verify"),
     "pyarrow": ("pyarrow", "parquet", "tasks from Parquet files"),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 Metric = float | int | str
 
-TIMING_PREFIXES = ("seconds/", "tokens_per_second", "peak_memory_mib")
+TIMING_PREFIXES = ("seconds/", "seconds_beside/", "tokens_per_second", "peak_memory_mib")
 """Of the metrics that differ between equal runs. All others are the same, number for number."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,8 +25,10 @@ from transformers import (
 from tbrm.attention import PACKED_ATTENTION
 from tbrm.config import Config, ModelConfig
 from tbrm.data import Trajectory, TrajectoryBatch, pack
+from tbrm.lora import Adapters, adapted_weight, has_adapters, is_adapter, load_merged, saved_name
 from tbrm.parallel import ALONE, Sharding, World
 from tbrm.tiny import tiny_model, tiny_tokenizer
+from tbrm.vocab_parallel import DividedVocabulary, VocabParallelPass
 from tbrm.weights import materialise, read_weights
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
@@ -50,6 +53,10 @@ class PolicyModel(nn.Module):
         # The transformer blocks: what is gathered, and what is computed again, as a whole.
         self.blocks = [module for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())]
         self.sharding: Sharding | None = None
+        self.adapters: Adapters | None = None
+        """Which are all that is trained, if there are any."""
+        self.vocabulary: DividedVocabulary | None = None
+        """Embedding and head, where the vocabulary is divided over processes."""
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self._plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
         lm.set_attn_implementation(PACKED_ATTENTION)
@@ -64,10 +71,13 @@ class PolicyModel(nn.Module):
         """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`; given `loss_fn`, what
         `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
         with self.autocast():
-            head = self._head_inputs(batch)
-            if loss_fn is None:
-                return linear_token_stats(**head, entropy=entropy)
-            return fused_linear_trajectory_loss(**head, cu_seqlens=batch.cu_seqlens, loss_fn=loss_fn, entropy=True)
+            if self.vocabulary is None:
+                return self._head(self.hidden(batch), batch.targets, batch.cu_seqlens, loss_fn, entropy)
+            together = VocabParallelPass(self.vocabulary, batch)
+            hidden = together.gather(self.hidden(batch, together.embed()))
+            loss_of_mine = together.loss_of_mine(loss_fn) if loss_fn else None
+            found = self._head(hidden, together.targets, together.cu_seqlens, loss_of_mine, entropy, together)
+            return together.mine(found) if isinstance(found, TokenStats) else (found[0], together.mine(found[1]))
 
     def trajectory_loss(self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn) -> tuple[Tensor, TokenStats]:
         """The sum of `loss_fn` over the batch's trajectories, in a single pass over the head (see
@@ -75,29 +85,58 @@ class PolicyModel(nn.Module):
         loss_and_stats: tuple[Tensor, TokenStats] = self(batch, loss_fn)
         return loss_and_stats
 
-    def _head_inputs(self, batch: TrajectoryBatch) -> dict[str, Any]:
+    def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
+        """[A, D]: the hidden states that predict the batch's actions."""
+        tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
         backbone = self.lm.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            segments=batch.segments,
-            use_cache=False,
+            **tokens, position_ids=batch.position_ids[None], segments=batch.segments, use_cache=False
         )
+        hidden: Tensor = backbone.last_hidden_state[0, batch.action_rows]
+        return hidden
+
+    def _head(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        loss_fn: TrajectoryLossFn | None,
+        entropy: bool,
+        together: VocabParallelPass | None = None,
+    ) -> TokenStats | tuple[Tensor, TokenStats]:
+        """What the head says of the targets: all of it, or the group of processes `together`."""
         head = self.lm.get_output_embeddings()
-        return {
-            "hidden": backbone.last_hidden_state[0, batch.action_rows],
-            "weight": head.weight,
-            "targets": batch.targets,
-            "bias": head.bias,
+        weight, bias = head.weight, head.bias
+        if together is None:
+            weight = adapted_weight(head, weight)
+        else:
+            weight = adapted_weight(head, together.rows(weight), together.entries)
+            bias = None if bias is None else together.rows(bias)
+        inputs: dict[str, Any] = {
+            "hidden": hidden,
+            "weight": weight,
+            "targets": targets,
+            "bias": bias,
             "temperature": self.temperature,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
+            "tp_group": None if together is None else together.group,
         }
+        if loss_fn is None:
+            return linear_token_stats(**inputs, entropy=entropy)
+        return fused_linear_trajectory_loss(**inputs, cu_seqlens=cu_seqlens, loss_fn=loss_fn, entropy=True)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """The precision of the model's products; statistics and weights stay float32."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             yield
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] of last hidden states [..., D], as the model itself computes them, in generation mode."""
+        logits: Tensor = self.lm.get_output_embeddings()(hidden)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def checkpoint_activations(self) -> None:
         """From now on the backward pass computes the activations of each block again, from the block's input."""
@@ -117,32 +156,60 @@ class PolicyModel(nn.Module):
             )
         on_meta = self.lm.device.type == "meta"
         trained = any(parameter.requires_grad for parameter in self.parameters())
-        sharding.apply(self, self.blocks, trained=trained)
+        if sharding.config.vocab_parallel:
+            self.vocabulary = DividedVocabulary(self.lm, sharding.weights_mesh)
+        divided = self.vocabulary.parameters if self.vocabulary else set()
+        sharding.apply(self, self.blocks, trained=trained, divided=divided)
+        register_fsdp_forward_method(self, "own_logits")
         if on_meta:
             materialise(self.lm, sharding.weights_device, sharding.device)
         if sharding.precision is not torch.float32:
-            # The sums over blocks stay float32, as they do where the weights are not gathered in a lower precision.
-            self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
+            self.sum_in_float32()
         self.sharding = sharding
 
+    def sum_in_float32(self) -> None:
+        """Keeps the sums over blocks float32 where weights are of lower precision, as they are where autocast makes it."""
+        self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
+
     def frozen_copy(self) -> PolicyModel:
-        """The same model as it is now, sharded alike, that takes no gradient."""
+        """The same model as it is now, sharded as a reference is, that takes no gradient."""
         if self.sharding is None:
             return copy.deepcopy(self).requires_grad_(False)
         with torch.device("meta"):
             lm = type(self.lm)(copy.deepcopy(self.lm.config))
         twin = PolicyModel(lm, temperature=self.temperature, precision=self.precision).requires_grad_(False)
-        twin.shard(self.sharding)
+        twin.shard(self.sharding.of_reference())
         twin.load_state_dict(self.state_dict())
         return twin
 
     @contextmanager
-    def generation_mode(self) -> Iterator[PreTrainedModel]:
-        """The transformers model with its usual attention, for `generate`; on every process all of it."""
+    def generation_mode(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
+        """The transformers model with its usual attention, or that of the given name; on every process all of it."""
+        self.lm.set_attn_implementation(attention or self._plain_attention)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.autocast())
+                if self.sharding is not None:
+                    stack.enter_context(self.sharding.gathered(self))
+                if self.vocabulary is not None:
+                    stack.enter_context(self.vocabulary.gathered(self.precision, self.device))
+                yield self.lm
+        finally:
+            self.lm.set_attn_implementation(PACKED_ATTENTION)
+
+    def own_logits(self, tokens: Tensor) -> Tensor:
+        """[T, V]: what the model itself says of one sequence [T], the same on all processes. Sharded as in `forward`."""
         self.lm.set_attn_implementation(self._plain_attention)
         try:
-            with self.autocast(), self.sharding.gathered(self) if self.sharding else nullcontext():
-                yield self.lm
+            with self.autocast():
+                if self.vocabulary is None:
+                    logits: Tensor = self.lm(input_ids=tokens[None], use_cache=False).logits[0]
+                    return logits
+                batch = pack([Trajectory(tokens.tolist(), [0], reward=0.0)]).to(self.device)
+                together = VocabParallelPass(self.vocabulary, batch)
+                with together.logits_of_all(self.lm):
+                    logits = self.lm(inputs_embeds=together.embed()[None], use_cache=False).logits[0]
+                return logits
         finally:
             self.lm.set_attn_implementation(PACKED_ATTENTION)
 
@@ -160,12 +227,12 @@ class PolicyModel(nn.Module):
         trajectories = [Trajectory(prompt, response, reward=0.0) for prompt, response in pairs]
         packed = self(pack(trajectories).to(self.device)).logprobs.float()
         own = []
-        with self.generation_mode() as lm:
-            for prompt, response in pairs:
-                tokens = torch.tensor([[*prompt, *response]], device=self.device)
-                logits = lm(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-                targets = tokens[0, len(prompt) :, None]
-                own.append((logits / self.temperature).log_softmax(-1).gather(1, targets)[:, 0])
+        for prompt, response in pairs:
+            tokens = torch.tensor([*prompt, *response], device=self.device)
+            logits = self.own_logits(tokens)[len(prompt) - 1 : -1].float()
+            own.append((logits / self.temperature).log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0])
+        if self.sharding is not None:
+            self.sharding.reshard(self)
         gap = (packed - torch.cat(own)).abs().max().item()
         low_precision = torch.bfloat16 in (self.precision, self.lm.dtype)
         if not gap <= (0.5 if low_precision else 0.01) / min(1.0, self.temperature):
@@ -176,12 +243,23 @@ class PolicyModel(nn.Module):
             )
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Every weight once, by the first of its names in the transformers model: a tied head goes by the embedding's."""
+        """Every weight of the transformers model once, by the first of its names: a tied head goes by the embedding's. Adapters
+        are none of them."""
         named: dict[int, tuple[str, nn.Parameter]] = {}
-        # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
-        for name, weight in self.state_dict(keep_vars=True).items():
-            named.setdefault(id(weight), (name.removeprefix("lm."), weight))
+        for name, weight in self._state().items():
+            if not is_adapter(name):
+                named.setdefault(id(weight), (name.replace(".base_layer.", "."), weight))
         return dict(named.values())
+
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """All weights or, where there are adapters, those of the adapters alone, by the names that peft gives them."""
+        if self.adapters is None:
+            return self.weights()
+        return {saved_name(name): weight for name, weight in self._state().items() if is_adapter(name)}
+
+    def _state(self) -> dict[str, nn.Parameter]:
+        # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
+        return {name.removeprefix("lm."): weight for name, weight in self.state_dict(keep_vars=True).items()}
 
     def save_config(self, folder: Path) -> None:
         """Writes what a Hugging Face folder holds beside weights and tokenizer."""
@@ -195,10 +273,18 @@ class PolicyModel(nn.Module):
 def load_model(
     config: ModelConfig, seed: int, *, meta: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model.
+    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model. A folder of
+    LoRA adapters is the model they were made for, with them added to its weights.
 
     With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
     """
+    if has_adapters(config.name):
+        if meta:
+            raise ValueError(
+                f"model.name: {config.name!r} holds adapters, which one process must add to the model before several can share "
+                "it: `tbrm export` writes the sum as a Hugging Face folder"
+            )
+        return load_merged(config, lambda base: load_model(base, seed))
     lm: Any  # transformers' types do not cover what its Auto classes return
     tokenizer: Any
     if config.name == "tiny":
@@ -216,6 +302,8 @@ def load_model(
                 lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
         else:
             lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
+            if any(is_adapter(name) for name, _ in lm.named_parameters()):
+                raise ValueError("it holds adapters; download them to a folder, and name that")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
@@ -233,7 +321,9 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     lm, tokenizer = load_model(config.model, config.seed, meta=in_slices or world.mesh is not None)
     unread = lm.device.type == "meta"
     device, precision = config.model.resolve_device(), config.model.resolve_precision()
+    adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
     policy = PolicyModel(lm, temperature=config.rollout.temperature, precision=precision)
+    policy.adapters = adapters
     if config.parallel.activation_checkpointing:
         policy.checkpoint_activations()
     if world.mesh is not None:
@@ -244,6 +334,8 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
         policy = policy.to(device)
     if unread:
         read_weights(policy.weights(), _weights_folder(config.model))
+    if adapters is not None:
+        adapters.reset()
     policy.check_architecture()
     return policy, tokenizer
 

@@ -3,6 +3,9 @@
 Each line holds `prompt` (text) or `messages` (a chat), `response` (text) and `reward`; optionally `truncated`. Lines that
 also hold `prompt_ids` and `response_ids`, as those of `tbrm rollout` do, are used token for token; otherwise the text is
 encoded with the model's chat template and, unless truncated, the end-of-sequence token is appended.
+
+A line without `reward` is graded, where there is a task: it then holds the problem's `answer`, and in `entry` what else
+the task's verifier wants to know of a problem (reasoning_gym's: `{"position": ...}`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.rollout.collect import Collected
+from tbrm.tasks import Problem, Task
 
 
 class FileSource:
@@ -46,7 +50,9 @@ class FileSource:
         return Collected(taken)
 
 
-def read_trajectories(path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> list[Trajectory]:
+def read_trajectories(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], task: Task | None = None
+) -> list[Trajectory]:
     """All trajectories of a JSON lines file. Raises ValueError naming the line and the field."""
     try:
         lines = Path(path).read_text().splitlines()
@@ -58,16 +64,22 @@ def read_trajectories(path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_
         if not line.strip():
             continue
         try:
-            trajectory = _trajectory(json.loads(line), tokenizer, eos_ids)
+            trajectory = trajectory_of(json.loads(line), tokenizer, eos_ids, task)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number}: {error}") from error
-        if not trajectory.response_ids:
-            raise ValueError(f"{path}:{number}: response: empty; there is no action to learn from")
         trajectory.group = groups.setdefault(tuple(trajectory.prompt_ids), len(groups))
         trajectories.append(trajectory)
     if not trajectories:
         raise ValueError(f"trajectories file {str(path)!r} holds no trajectories")
     return trajectories
+
+
+def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
+    """Token ids and rewards, as `read_trajectories` reads them."""
+    with path.open("w") as file:
+        for trajectory in trajectories:
+            row = {name: value for name, value in vars(trajectory).items() if name != "reference"}
+            file.write(json.dumps(row) + "\n")
 
 
 def without_prompts(trajectories: Iterable[Trajectory], heldout: Iterable[list[int]]) -> list[Trajectory]:
@@ -76,9 +88,33 @@ def without_prompts(trajectories: Iterable[Trajectory], heldout: Iterable[list[i
     return [trajectory for trajectory in trajectories if tuple(trajectory.prompt_ids) not in forbidden]
 
 
-def _trajectory(row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> Trajectory:
+def trajectory_of(
+    row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], task: Task | None = None
+) -> Trajectory:
+    """One line's. Raises ValueError naming the field."""
     if not isinstance(row, dict):
         raise ValueError(f"got {type(row).__name__}; wants an object with prompt or messages, response and reward")
+    if "reward" not in row and task is not None:
+        row = {**row, "reward": _grade(row, task)}
+    trajectory = _trajectory(row, tokenizer, eos_ids)
+    if not trajectory.response_ids:
+        raise ValueError("response: empty; there is no action to learn from")
+    return trajectory
+
+
+def _grade(row: dict[str, Any], task: Task) -> float:
+    for field in ("response", "answer"):
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"{field}: got {row.get(field)!r}; wants text, to grade a line without reward")
+    problem = Problem(tuple(_messages(row)), row["answer"], row.get("entry", {}))
+    try:
+        [grade] = task.grade([problem], [row["response"]])
+    except KeyError as error:
+        raise ValueError(f"entry: holds no {error}, which task {task.name} grades a line without reward by") from error
+    return grade.reward
+
+
+def _trajectory(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> Trajectory:
     reward = row.get("reward")
     if isinstance(reward, bool) or not isinstance(reward, int | float):
         raise ValueError(f"reward: got {reward!r}; wants a number")
@@ -93,13 +129,14 @@ def _trajectory(row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]
             _token_ids(row, "response_ids", len(tokenizer)),
             float(reward),
             truncated,
+            weight_version=None,
         )
     response = row.get("response")
     if not isinstance(response, str):
         raise ValueError(f"response: got {response!r}; wants text")
     prompt_ids = encode_messages(tokenizer, _messages(row))
     response_ids = list(tokenizer(response, add_special_tokens=False).input_ids) + ([] if truncated else eos_ids[:1])
-    return Trajectory(prompt_ids, response_ids, float(reward), truncated)
+    return Trajectory(prompt_ids, response_ids, float(reward), truncated, weight_version=None)
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:

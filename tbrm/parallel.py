@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -56,6 +56,14 @@ class World:
             dist.all_gather_object(parts, part)
         return parts
 
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives on the main process; nowhere else is it called."""
+        box: list[Any] = [function() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        result: Result = box[0]
+        return result
+
     def split(self, function: Callable[..., Sequence[Result]], *lists: Sequence[Any]) -> list[Result]:
         """`function(*lists)`, which gives a result per item, with the items divided over the processes."""
         mine = function(*map(self.share, lists)) if self.share(lists[0]) else []
@@ -82,8 +90,9 @@ def launched(model: ModelConfig, parallel: ParallelConfig) -> Iterator[World]:
     if size % shard:
         raise ConfigError(f"parallel.shard: got {shard} for {size} processes; wants 0 or a divisor of {size}")
     device = model.resolve_device().type
-    if parallel.cpu_offload and not (started and device == "cuda"):
-        raise ConfigError("parallel.cpu_offload: true; wants torchrun (for one process too) and a GPU")
+    for key in ("cpu_offload", "offload_reference"):
+        if getattr(parallel, key) and not (started and device == "cuda"):
+            raise ConfigError(f"parallel.{key}: true; wants torchrun (for one process too) and a GPU")
     if not started:
         yield ALONE
         return
@@ -167,21 +176,38 @@ class Sharding:
         """Where the slices are kept between passes."""
         return torch.device("cpu") if self.config.cpu_offload else self.device
 
-    def apply(self, model: nn.Module, blocks: Sequence[nn.Module], *, trained: bool) -> None:
-        """Cuts the weights of `model`, which may be on the meta device. Unless `trained`, no backward pass will follow its
-        forward, and nothing stays gathered after it."""
+    def of_reference(self) -> Sharding:
+        """How the reference is cut: as the policy is, but perhaps kept on the CPU."""
+        offload = self.config.cpu_offload or self.config.offload_reference
+        return replace(self, config=self.config.model_copy(update={"cpu_offload": offload}))
+
+    @property
+    def weights_mesh(self) -> DeviceMesh:
+        """Over which each weight lies: without the dimension that holds copies, where there is but one."""
+        return self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
+
+    def apply(
+        self, model: nn.Module, blocks: Sequence[nn.Module], *, trained: bool, divided: set[nn.Parameter]
+    ) -> None:
+        """Cuts the weights of `model`, which may be on the meta device, but for those that are `divided` already. Unless
+        `trained`, no backward pass will follow its forward, and nothing stays gathered after it."""
         options: dict[str, Any] = {
-            "mesh": self.mesh if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
+            "mesh": self.weights_mesh,
             # Inputs are left alone: rounded rotary angles would misplace tokens.
             "mp_policy": MixedPrecisionPolicy(self.precision, torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy(),
         }
         for block in blocks:
             fully_shard(block, reshard_after_forward=self.config.reshard_after_forward or not trained, **options)
-        fully_shard(model, reshard_after_forward=not trained, **options)
+        fully_shard(model, reshard_after_forward=not trained, ignored_params=divided, **options)
         for module in _sharded(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
+
+    def reshard(self, model: nn.Module) -> None:
+        """Gives back what a forward without a backward has left gathered."""
+        for module in _sharded(model):
+            module.reshard()
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -192,8 +218,8 @@ class Sharding:
         try:
             yield
         finally:
+            self.reshard(model)
             for module in _sharded(model):
-                module.reshard()
                 keeps = module is model or not self.config.reshard_after_forward
                 module.set_reshard_after_forward(not keeps, recurse=False)
 

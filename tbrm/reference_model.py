@@ -1,8 +1,10 @@
-"""The frozen reference, pi_ref: a copy of the policy that is scored through the policy's own compute path."""
+"""The frozen reference, pi_ref: a copy of the policy, or the policy without its adapters, which scores through the policy's own
+compute path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ class ReferenceModel:
     """
 
     def __init__(self, policy: PolicyModel) -> None:
-        self.model = policy.frozen_copy()
+        self._adapters = policy.adapters
+        self.model = policy.frozen_copy() if policy.adapters is None else policy
         self.version = 0
 
     def reset(self, policy: PolicyModel) -> None:
@@ -40,7 +43,8 @@ class ReferenceModel:
     @torch.no_grad()
     def score(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> None:
         """Scores the trajectories of the batch. Where the model is sharded, all processes must call this together."""
-        stats = self.model(batch)
+        with self._adapters.off() if self._adapters else nullcontext():
+            stats = self.model(batch)
         logprobs, lse = stats.logprobs.cpu(), stats.lse.cpu()
         bounds = batch.cu_seqlens.tolist()
         for trajectory, start, end in zip(trajectories, bounds, bounds[1:], strict=False):

@@ -29,6 +29,7 @@ RUN_FILES = (
     "tensorboard",
     "checkpoints",
     "engine",
+    "replay",
 )
 """What a run leaves in its folder."""
 

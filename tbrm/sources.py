@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import encode_problems
@@ -12,7 +13,9 @@ from tbrm.config import Config, ConfigError
 from tbrm.offline import FileSource, read_trajectories, without_prompts
 from tbrm.parallel import World
 from tbrm.rollout import RolloutEngine
+from tbrm.rollout.ahead import SupplyAhead
 from tbrm.rollout.collect import RolloutSource
+from tbrm.supply import Supply
 from tbrm.tasks import Problem, ProblemStream
 
 
@@ -28,7 +31,7 @@ def trajectory_source(
         assert config.task is not None  # the config's validation saw to it
         stream = ProblemStream(config.task, config.seed, heldout)
         return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world)
-    recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids)
+    recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids, config.task)
     usable = without_prompts(recorded, encode_problems(tokenizer, heldout))
     if not usable:
         raise ConfigError(f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation")
@@ -36,3 +39,11 @@ def trajectory_source(
         left_out = len(recorded) - len(usable)
         print(f"data.trajectories: {left_out} of {len(recorded)} left out: their prompts are held out", file=sys.stderr)
     return FileSource(usable, config.rollout, config.seed)
+
+
+def make_supply(source: RolloutSource | FileSource, config: Config, optimizer: torch.optim.Optimizer) -> Supply:
+    """What deals `source` out to the optimiser's steps: collected when a step wants it, or ahead of it."""
+    if not config.rollout.max_staleness:
+        return Supply(source, config.rollout.updates)
+    assert isinstance(source, RolloutSource)  # the config's validation saw to it
+    return SupplyAhead(source, config.rollout, config.trainer.steps, optimizer)

@@ -23,6 +23,7 @@ class StepMetrics:
         self._trajectories = 0
         self._actions = 0
         self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self._residuals = [torch.zeros(0, device=device)]
 
     @torch.no_grad()
     def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: ScoredBatch) -> None:
@@ -30,6 +31,7 @@ class StepMetrics:
         self.tokens += len(batch.input_ids)
         self._trajectories += len(batch.rewards)
         self._actions += len(batch.targets)
+        self._residuals.append(losses.residual.detach())
         first = batch.cu_seqlens[:-1].long()  # every trajectory of a step has at least one action
         log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
         self._sums += torch.stack(
@@ -42,6 +44,12 @@ class StepMetrics:
                 stats.entropy.double().sum(),
             ]
         )
+
+    def residuals(self, order: Sequence[int], world: World) -> list[float]:
+        """The residuals of the step's trajectories; `order` has the indices of those of this process as they were added."""
+        found = dict(zip(order, torch.cat(self._residuals).tolist(), strict=True))
+        everywhere = {i: residual for part in world.gather(found) for i, residual in part.items()}
+        return [everywhere[i] for i in range(len(everywhere))]
 
     def means(self, grad_norm: Tensor, world: World) -> dict[str, float]:
         """Means over the trajectories of all processes; entropy, in nats, over actions. `grad_norm` [] rides along."""
@@ -67,10 +75,11 @@ def trajectory_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[st
     """What the trajectories of update `step` say by themselves. Staleness is in updates since they were made."""
     if not trajectories:
         return {"trajectories": 0}
+    staleness = [step - 1 - t.weight_version for t in trajectories if t.weight_version is not None]
     return {
         "trajectories": len(trajectories),
         "reward_mean": fmean(t.reward for t in trajectories),
         "response_length_mean": fmean(len(t.response_ids) for t in trajectories),
         "truncated_share": fmean(t.truncated for t in trajectories),
-        "staleness_mean": fmean(step - 1 - t.weight_version for t in trajectories),
+        **({"staleness_mean": fmean(staleness), "staleness_max": max(staleness)} if staleness else {}),
     }

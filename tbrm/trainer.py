@@ -21,32 +21,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from tbrm.checkpoint import Checkpoints, TrainerState, write_trajectories
-from tbrm.config import Config
+from tbrm.chat import encode_problems
+from tbrm.checkpoint import Checkpoints, TrainerState
+from tbrm.config import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, deal, pack
 from tbrm.evaluate import evaluate
 from tbrm.interruption import Interrupted, Interruption
 from tbrm.metrics import Phases, peak_memory_mib
 from tbrm.model import load_policy
 from tbrm.objectives.base import TrajectoryLoss
+from tbrm.offline import write_trajectories
 from tbrm.parallel import ALONE, World, accumulate
+from tbrm.recorded import RecordedFiles
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
 from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
-from tbrm.sources import trajectory_source
+from tbrm.sources import make_supply, trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
-from tbrm_kernels import TokenStats
+from tbrm.weights import whole
+from tbrm_kernels import TokenStats, segment_sums
 
 
 class Trainer:
     """One run of a config. `resume` continues from its latest checkpoint, if it has one."""
 
     def __init__(self, config: Config, *, resume: bool = False, world: World = ALONE) -> None:
+        if config.rollout.max_staleness and world.mesh is not None:
+            raise ConfigError(
+                f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where rollouts and training would "
+                "talk to the other processes in no certain order; set it to 0, or train in one process"
+            )
         self.config = config
         self.world = world
         self.run_dir = Path(config.run.dir)
@@ -61,20 +69,24 @@ class Trainer:
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world, run_dir=self.run_dir)
-        self.source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
-        self.replay = ReplayBuffer(config.replay.capacity)
+        source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
+        self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
+        heldout = encode_problems(self.tokenizer, self.heldout)
+        self.recorded = RecordedFiles(config.replay.files, self.tokenizer, self.engine.eos_ids, config.task, heldout)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            self.policy.trained_weights().values(),
             lr=config.optim.learning_rate,
             betas=config.optim.betas,
             eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
+        self.supply = make_supply(source, config, self.optimizer)
         if checkpoint:
-            checkpoint.load(self.policy, self.optimizer, self.reference)
-            self.replay.add(checkpoint.replay())
-            self.source.position = self.state.position
+            checkpoint.load(self.policy, self.optimizer, self.reference, self.replay)
+            self.supply.waiting.extend(checkpoint.waiting())
+            source.position = self.state.position
+            self.recorded.position = self.state.recorded
         self.phases = Phases(self.device)
 
     def train(self) -> dict[str, Any]:
@@ -85,6 +97,8 @@ class Trainer:
             Interruption() as interruption,
             self.checkpoints,
             closing(self.engine),
+            closing(self.replay),
+            closing(self.supply),
         ):
             if state.step == 0 and self.heldout:
                 state.accuracy_before = state.best_accuracy = self._evaluate(out)
@@ -114,35 +128,36 @@ class Trainer:
         """One optimiser step on fresh trajectories and, if so configured, replayed ones; returns its metrics."""
         config, objective = self.config, self.config.objective
         self.state.step += 1
-        collected = self.source.collect(self.state.step, self.phases)
-        replayed = self.replay.sample(
-            config.replay.samples_per_step, derive_seed("replay", config.seed, self.state.step)
-        )
-        self.replay.add(collected.trajectories)
+        collected = self.supply.collect(self.state.step, self.phases)
+        recorded = self.recorded.feed(self.replay, self.state.step, self.phases) if self.world.is_main else {}
+        replayed = self.replay.sample(self.state.step, self.phases)
         trajectories = [t for t in collected.trajectories + replayed if t.actions]
-        rewards = objective.shape_rewards(
-            torch.tensor([t.reward for t in trajectories]), torch.tensor([t.group for t in trajectories])
-        )
+        groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
+        rewards = objective.shape_rewards(torch.tensor([t.reward for t in trajectories]), groups)
 
         measured = StepMetrics(self.device)
         unscored, scored = self._micro_batches(trajectories)
-        for number, members in enumerate(unscored + scored, start=1):
-            part = [trajectories[i] for i in members]
-            batch = pack(part, rewards[members]).to(self.device)
-            with self.phases("reference"):
-                if number <= len(unscored):
-                    self.reference.score(batch, part)
-                batch = self.reference.fill_in(batch, part)
-            with self.phases("update"):
+        with self.phases("reference"):
+            for members in unscored:
+                part = [trajectories[i] for i in members]
+                self.reference.score(pack(part).to(self.device), part)
+        with self.phases("update"):
+            if objective.uses_log_ratios:
+                rewards = objective.compare(rewards, groups, self._log_ratios(trajectories, unscored + scored))
+            for number, members in enumerate(unscored + scored, start=1):
+                batch = self._scored_batch([trajectories[i] for i in members], rewards[members])
                 last = number == len(unscored) + len(scored)
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(batch, len(trajectories), measured)
-        with self.phases("update"):
             self.reference.share_scores(trajectories, [i for members in unscored for i in members], self.world)
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)
             skipped = not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
             self._update(learning_rate, skipped=skipped)
+        if config.replay.enabled:
+            with self.phases("replay"):
+                residuals = measured.residuals([i for members in unscored + scored for i in members], self.world)
+                self.replay.update(self.state.step, trajectories, residuals)
         if skipped:
             self._give_up_if_repeated(trajectories, means)
         if _due(self.state.step, objective.reset_reference_every):
@@ -152,7 +167,10 @@ class Trainer:
         return {
             **means,
             **trajectory_metrics(trajectories, self.state.step),
+            "fresh_share": 1 - len(replayed) / max(1, len(trajectories)),
             **collected.metrics,
+            **recorded,
+            **self.replay.metrics(),
             "learning_rate": learning_rate,
             "skipped": int(skipped),
             **seconds,
@@ -170,6 +188,20 @@ class Trainer:
             part += [[indices[i] for i in members] for members in dealt[self.world.rank]]
         return parts[0], parts[1]
 
+    def _scored_batch(self, trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> ScoredBatch:
+        return self.reference.fill_in(pack(trajectories, rewards).to(self.device), trajectories)
+
+    @torch.no_grad()
+    def _log_ratios(self, trajectories: Sequence[Trajectory], micro_batches: Sequence[Sequence[int]]) -> Tensor:
+        """sum log pi - sum log pi_ref of all trajectories [N], of which this process has some in its micro-batches."""
+        found: dict[int, float] = {}
+        for members in micro_batches:
+            batch = self._scored_batch([trajectories[i] for i in members])
+            log_ratios = segment_sums(self.policy(batch).logprobs - batch.ref_logprobs, batch.cu_seqlens)
+            found |= zip(members, log_ratios.tolist(), strict=False)
+        everywhere = {i: ratio for part in self.world.gather(found) for i, ratio in part.items()}
+        return torch.tensor([everywhere[i] for i in range(len(trajectories))])
+
     def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics) -> None:
         """Adds the batch's part of the gradient of the mean loss over all of the step's trajectories."""
         chunks: list[TrajectoryLoss] = []
@@ -185,8 +217,10 @@ class Trainer:
 
     def _clip_gradients(self) -> Tensor:
         """Scales the gradients down to the largest norm allowed; returns the norm that they had, []."""
+        if self.policy.vocabulary is not None:
+            self.policy.vocabulary.sum_over_copies()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole(norm)
 
     def _update(self, learning_rate: float, *, skipped: bool) -> None:
         """Takes the step, unless it is to be skipped, and clears the gradients."""
@@ -213,6 +247,7 @@ class Trainer:
         """Held-out accuracy now; logs it and keeps the responses."""
         settings, step = self.config.evaluation, self.state.step
         assert self.config.task is not None
+        self.supply.settle()
         self.engine.update_weights(step)
         sampling = Sampling(
             self.config.rollout.max_new_tokens, settings.temperature, derive_seed("evaluation", self.config.seed, step)
@@ -230,10 +265,19 @@ class Trainer:
         return result.accuracy
 
     def _save(self, *, best: bool) -> None:
-        self.state.position = self.source.position
+        self.supply.settle()
+        self.state.position = self.supply.source.position
+        self.state.recorded = self.recorded.position
         self.state.reference_version = self.reference.version
         self.checkpoints.save(
-            self.state, self.policy, self.tokenizer, self.optimizer, self.reference, self.replay.trajectories, best=best
+            self.state,
+            self.policy,
+            self.tokenizer,
+            self.optimizer,
+            self.reference,
+            self.replay,
+            list(self.supply.waiting),
+            best=best,
         )
 
     def _result(self) -> dict[str, Any]:

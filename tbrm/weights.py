@@ -64,9 +64,14 @@ def write_whole(tensors: Mapping[str, Tensor], path: Path | None, dtype: torch.d
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered = whole(tensor)
             if file is not None:
-                file.write(whole.to("cpu", stored(tensor)).flatten().view(torch.uint8).numpy().data)
+                file.write(gathered.to("cpu", stored(tensor)).flatten().view(torch.uint8).numpy().data)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in slices; all processes must ask for it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def materialise(lm: PreTrainedModel, weights_on: torch.device, device: torch.device) -> None:

@@ -9,6 +9,8 @@ OBJECTIVES = Registry(
         "tbrm": "tbrm.objectives.tbrm:Tbrm",
         "reval": "tbrm.objectives.reval:Reval",
         "brm": "tbrm.objectives.brm:Brm",
+        "tba": "tbrm.objectives.tba:Tba",
+        "reinforce": "tbrm.objectives.reinforce:Reinforce",
     },
 )
 

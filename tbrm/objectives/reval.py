@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from tbrm.data import ScoredBatch
-from tbrm.objectives.base import Objective, TrajectoryLoss
+from tbrm.objectives.base import Objective, TrajectoryLoss, group_means
 from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
 
 
@@ -21,12 +20,7 @@ class Reval(Objective):
     centre_rewards: bool = Field(False, description="Subtract from each reward the mean over its problem's responses.")
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        if not self.centre_rewards:
-            return rewards
-        _, member = torch.unique(groups, return_inverse=True)
-        counts = torch.bincount(member)
-        means = torch.zeros(len(counts), dtype=rewards.dtype).index_add_(0, member, rewards) / counts
-        return rewards - means[member]
+        return rewards - group_means(rewards, groups) if self.centre_rewards else rewards
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)

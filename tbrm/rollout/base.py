@@ -26,7 +26,7 @@ class Response:
     weight_version: int = 0
     """The `version` of the weights that made it."""
     logprobs: list[float] | None = None
-    """Log-prob of each token, as the engine sampled it; None if the engine does not say."""
+    """Of each token, at the sampling temperature, as the engine computed it; None if greedy, or if it does not say."""
 
 
 class RolloutEngine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,19 @@ class Collected:
     problems: list[Problem] = field(default_factory=list)
     """The problem of each trajectory, if it has one."""
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def split(self, parts: int) -> list[Collected]:
+        """Parts with an equal share of the groups each, for as many steps; the metrics go to the first."""
+        if parts == 1:
+            return [self]
+        groups: dict[int, list[Trajectory]] = {}
+        for trajectory in self.trajectories:
+            groups.setdefault(trajectory.group, []).append(trajectory)
+        members = list(groups.values())
+        bounds = [part * len(members) // parts for part in range(parts + 1)]
+        split = [Collected([t for m in members[a:b] for t in m]) for a, b in pairwise(bounds)]
+        split[0].metrics = self.metrics
+        return split
 
 
 class RolloutSource:
@@ -53,11 +67,20 @@ class RolloutSource:
         self.stream.position = position
 
     def collect(self, step: int, phases: Phases) -> Collected:
-        """The trajectories of one step, which updates the weights from version `step - 1`."""
+        """A rollout with the weights of this moment: update `step` is the next."""
+        transfer = self.update_weights(step - 1, phases)
+        collected = self.roll_out(step, phases)
+        collected.metrics |= transfer
+        return collected
+
+    def update_weights(self, version: int, phases: Phases) -> dict[str, float]:
+        with phases("sync"):
+            return self.engine.update_weights(version)
+
+    def roll_out(self, step: int, phases: Phases) -> Collected:
+        """A rollout with the weights that the engine has, for update `step` to be the first to train on."""
         config = self.config
         drawn_at = self.position
-        with phases("sync"):
-            transfer = self.engine.update_weights(step - 1)
         with phases("rollout"):
             problems = self.stream.take(config.prompts)
             prompts = encode_problems(self.tokenizer, problems)
@@ -88,6 +111,6 @@ class RolloutSource:
             "correct_share": sum(grade.correct for grade in grades) / len(grades),
             "ungraded": sum(grade.failure is not None for grade in grades),
             "dropped": len(grades) - len(collected.trajectories),
-            **transfer,
+            "generated_tokens": sum(len(response.token_ids) for _, response in flat),
         }
         return collected

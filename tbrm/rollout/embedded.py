@@ -1,32 +1,42 @@
-"""The embedded engine: transformers' `generate` on the policy itself, so there are no weights to send anywhere."""
+"""The embedded engine: generates with the policy itself, so there are no weights to send anywhere.
+
+Continuous batching: a response that is finished leaves at once, and one that waits takes its place. Each pass of the model
+reads the next token of every response and, beside them, the prompts of those that enter. What all prompts begin with is
+read once, and each prompt once for the responses to it that are written at the same time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.data import common_prefix
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Response, Sampling, derive_seed
+from tbrm.rollout.choose import draw, most_likely
+from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
+from tbrm.rollout.packed_weights import packed_weights
+
+PROMPT_TOKENS = 4096
+"""Of prompts that are read in one pass, at most, unless a single one is longer."""
+TOKENS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
+"""Tokens written before the host learns which responses have ended: on a GPU it must wait for that."""
 
 
 class EmbeddedEngine:
-    """Generates in padded batches of prompts of similar length."""
+    """Writes up to `batch_size` responses at once."""
 
     def __init__(self, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
         self.policy = policy
         self.batch_size = batch_size
         self.eos_ids = end_token_ids(policy.lm, tokenizer)
-        # A sliding window counts the padding between the prefix and the rest, and so would see too little.
-        text = policy.lm.config.get_text_config()
-        layers = getattr(text, "layer_types", None) or [getattr(text, "sliding_window", None) and "sliding_attention"]
-        self._may_share_prefix = "sliding_attention" not in layers
         self._version = 0
-        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     def update_weights(self, version: int) -> dict[str, float]:
         self._version = version  # the weights are the policy's own
@@ -37,87 +47,192 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        # Up to batch_size rows at once, whole prompts at a time; a prompt with more samples than that is dealt in parts.
-        rows = min(samples, self.batch_size)
-        per_batch = max(1, self.batch_size // rows)
-        responses: list[list[Response]] = [[] for _ in prompts]
-        with self.policy.generation_mode() as lm, _generation_config(lm, self._generation_config(sampling)):
-            for start in range(0, len(prompts), per_batch):
-                members = by_length[start : start + per_batch]
-                for drawn in range(0, samples, rows):
-                    count = min(rows, samples - drawn)
-                    seed = derive_seed(sampling.seed, start, drawn)
-                    tokens = self._generate_batch(lm, [prompts[i] for i in members], count, seed)
-                    for row, ids in enumerate(tokens.tolist()):
-                        responses[members[row // count]].append(self._response(ids))
-        return responses
+        responses: list[dict[int, Response]] = [{} for _ in prompts]
+        # Prompts of one length enter together, equal ones side by side.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+        waiting = deque(_Row(tuple(prompts[i]), i, sample) for i in order for sample in range(samples))
+        with (
+            self.policy.generation_mode(CACHED_ATTENTION) as lm,
+            packed_weights(lm, self.policy.precision),
+        ):
+            batch = _Batch(self.policy, lm, min(self.batch_size, len(waiting)), self.eos_ids, sampling)
+            if waiting:
+                batch.read_prefix(prompts[0][: common_prefix(prompts)])
+            while waiting or batch.rows:
+                for row, ids, logprobs in batch.advance(waiting):
+                    responses[row.prompt_index][row.sample] = self._response(ids, logprobs)
+        return [[of_prompt[sample] for sample in range(samples)] for of_prompt in responses]
 
-    def _generate_batch(self, lm: PreTrainedModel, prompts: list[list[int]], samples: int, seed: int) -> Tensor:
-        """[len(prompts) * samples, new tokens], the samples of a prompt next to each other.
-
-        What all prompts begin with is read once, and each prompt once for all of its samples. Padding stands between the two.
-        """
-        prefix = common_prefix(prompts) if self._may_share_prefix and len(prompts) > 1 else 0
-        width = max(map(len, prompts))
-        ids = torch.tensor(
-            [p[:prefix] + [self._pad_id] * (width - len(p)) + p[prefix:] for p in prompts], device=lm.device
-        )
-        kept = [[1] * prefix + [0] * (width - len(p)) + [1] * (len(p) - prefix) for p in prompts]
-        mask = torch.tensor(kept, device=lm.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=lm.config)
-
-        def read(rows: int, start: int, stop: int) -> None:
-            lm.base_model(
-                input_ids=ids[:rows, start:stop],
-                attention_mask=mask[:rows, :stop],
-                position_ids=positions[:rows, start:stop],
-                past_key_values=cache,
-            )
-
-        if prefix:
-            read(1, 0, prefix)
-            cache.batch_repeat_interleave(len(prompts))
-        if samples > 1 and width > 1:
-            if prefix < width - 1:
-                read(len(prompts), prefix, width - 1)
-            cache.batch_repeat_interleave(samples)
-        ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            output: Tensor = lm.generate(ids, attention_mask=mask, past_key_values=cache)  # type: ignore[operator]
-        return output[:, width:]
-
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        greedy = sampling.temperature == 0
-        return GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=not greedy,
-            temperature=1.0 if greedy else sampling.temperature,
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=self.eos_ids,
-            pad_token_id=self._pad_id,
-        )
-
-    def _response(self, ids: list[int]) -> Response:
-        for length, token in enumerate(ids, start=1):
-            if token in self.eos_ids:
-                return Response(ids[:length], truncated=False, weight_version=self._version)
-        return Response(ids, truncated=True, weight_version=self._version)
+    def _response(self, ids: list[int], logprobs: list[float] | None) -> Response:
+        end = next((i for i, token in enumerate(ids, start=1) if token in self.eos_ids), None)
+        return Response(ids[:end], end is None, self._version, logprobs and logprobs[:end])
 
 
-@contextmanager
-def _generation_config(lm: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Puts `config` in the place of the model's own, whose defaults (top_k, repetition_penalty) `generate` would else
-    fill in and so bias what is sampled."""
-    own = lm.generation_config
-    lm.generation_config = config
-    try:
-        yield
-    finally:
-        lm.generation_config = own
+@dataclass
+class _Row:
+    """A response that waits or is being written."""
+
+    prompt: tuple[int, ...]
+    prompt_index: int
+    sample: int
+    written: int = 0
+
+
+class _Batch:
+    """The responses that are being written: `rows[i]` has row i of the cache and of every tensor.
+
+    Of a row that enters, all of the prompt but its last token is read; the last one is the first of the tokens that rows
+    read one by one, and what comes of it is the response's first token.
+    """
+
+    def __init__(
+        self, policy: PolicyModel, lm: PreTrainedModel, capacity: int, eos_ids: list[int], sampling: Sampling
+    ) -> None:
+        self.rows: list[_Row] = []
+        self._policy = policy
+        self._lm = lm
+        self._capacity = capacity
+        self._sampling = sampling
+        self._device = policy.device
+        self._cache = KeyValueCache(capacity)
+        self._prefix = 0
+        self._eos_ids = torch.tensor(eos_ids, device=self._device)
+
+        self._token = torch.zeros(capacity, dtype=torch.int64, device=self._device)  # the one to be read next
+        self._position = torch.zeros_like(self._token)  # where it stands
+        self._written = torch.zeros_like(self._token)  # tokens of the response so far
+        self._ended = torch.zeros_like(self._token, dtype=torch.bool)
+        self._ids = self._token.new_zeros(capacity, sampling.max_new_tokens)
+        self._logprobs = torch.zeros_like(self._ids, dtype=torch.float32)
+        self._uniforms = torch.zeros_like(self._ids, dtype=torch.float64)
+        self._of_rows = (
+            self._token, self._position, self._written, self._ended, self._ids, self._logprobs, self._uniforms
+        )  # fmt: skip
+
+    def read_prefix(self, ids: list[int]) -> None:
+        """Reads what all prompts begin with, for all rows that will ever be."""
+        if ids:
+            self._read(ids, [Prompts(first=0, count=1, start=0, length=len(ids))])
+            self._cache.copy([0], list(range(1, self._capacity)), len(ids))
+            self._prefix = len(ids)
+
+    def advance(self, waiting: deque[_Row]) -> list[tuple[_Row, list[int], list[float] | None]]:
+        """Writes a token of every row, or a few, and lets waiting rows enter where there is room. Returns the rows that are
+        finished, each with its tokens (on a GPU a few beyond the end) and their log-probs, unless greedy."""
+        if waiting and len(self.rows) < self._capacity:
+            self._let_in(waiting)
+        else:
+            left = min(self._sampling.max_new_tokens - row.written for row in self.rows)
+            for _ in range(min(left, TOKENS_BETWEEN_LOOKS.get(self._device.type, 1))):
+                self._read()
+        return self._let_go()
+
+    def _let_in(self, waiting: deque[_Row]) -> None:
+        holder = {row.prompt: i for i, row in enumerate(self.rows)}  # a row that has the prompt
+        first = len(self.rows)
+        readers: list[_Row] = []
+        followers: list[_Row] = []
+        tokens: list[int] = []
+        while waiting and first + len(readers) + len(followers) < self._capacity:
+            unread = () if waiting[0].prompt in holder else waiting[0].prompt[self._prefix : -1]
+            if tokens and len(tokens) + len(unread) > PROMPT_TOKENS:
+                break
+            row = waiting.popleft()
+            if row.prompt in holder:
+                followers.append(row)
+            else:
+                holder[row.prompt] = first + len(readers)
+                readers.append(row)
+                tokens += unread
+
+        prompts = []
+        at = first
+        for length, alike in groupby(len(row.prompt) - 1 - self._prefix for row in readers):
+            prompts.append(Prompts(at, len(list(alike)), self._prefix, length))
+            at += prompts[-1].count
+        self._read(tokens, [group for group in prompts if group.length])
+        if followers:
+            targets = list(range(at, at + len(followers)))
+            longest = max(len(row.prompt) for row in followers) - 1
+            self._cache.copy([holder[row.prompt] for row in followers], targets, longest)
+        self._start(readers + followers)
+
+    def _start(self, rows: list[_Row]) -> None:
+        """Makes rows whose prompts are read part of the batch."""
+        new = slice(len(self.rows), len(self.rows) + len(rows))
+        self.rows += rows
+        self._token[new] = torch.tensor([row.prompt[-1] for row in rows], device=self._device)
+        self._position[new] = torch.tensor([len(row.prompt) - 1 for row in rows], device=self._device)
+        self._written[new] = 0
+        self._ended[new] = False
+        if self._sampling.temperature > 0:
+            self._uniforms[new] = torch.stack([self._noise(row) for row in rows]).to(self._device)
+
+    def _noise(self, row: _Row) -> Tensor:
+        """The random numbers of a response: its own, whichever others are written beside it."""
+        generator = torch.Generator().manual_seed(derive_seed(self._sampling.seed, row.prompt_index, row.sample))
+        return torch.rand(self._sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+
+    def _read(self, prompt_ids: Sequence[int] = (), prompts: Sequence[Prompts] = ()) -> None:
+        """One pass of the model: writes the next token of all rows, and reads prompts for rows after them."""
+        count = len(self.rows)
+        ids, positions = self._token[:count], self._position[:count]
+        span = max((len(row.prompt) + row.written for row in self.rows), default=0)
+        self._cache.reserve(max([span, *(group.stop for group in prompts)]))
+        reading = Reading(self._cache, positions, span, prompts)
+        if prompts:
+            ids = torch.cat([ids, torch.tensor(prompt_ids, device=self._device)])
+            columns = [torch.arange(g.start, g.stop, device=self._device).repeat(g.count) for g in prompts]
+            positions = torch.cat([positions, *columns])
+        if not len(ids):
+            return
+        hidden = self._lm.base_model(
+            input_ids=ids[None], position_ids=positions[None], reading=reading, use_cache=False
+        ).last_hidden_state[0, :count]
+        if count:
+            self._write(self._policy.logits(hidden))
+
+    def _write(self, logits: Tensor) -> None:
+        count = len(self.rows)
+        place = self._written[:count, None]
+        if self._sampling.temperature == 0:
+            token = most_likely(logits)
+        else:
+            noise = self._uniforms[:count].gather(1, place)[:, 0]
+            token, logprobs = draw(logits, self._sampling.temperature, noise)
+            self._logprobs[:count].scatter_(1, place, logprobs[:, None])
+        self._ids[:count].scatter_(1, place, token[:, None])
+        self._token[:count] = token
+        self._ended[:count] |= torch.isin(token, self._eos_ids)
+        self._position[:count] += 1
+        self._written[:count] += 1
+        for row in self.rows:
+            row.written += 1
+
+    def _let_go(self) -> list[tuple[_Row, list[int], list[float] | None]]:
+        """Takes out the rows that are finished; the last ones move to where they were."""
+        ended = self._ended[: len(self.rows)].tolist()
+        finished = [i for i, row in enumerate(self.rows) if ended[i] or row.written == self._sampling.max_new_tokens]
+        if not finished:
+            return []
+        rows = [self.rows[i] for i in finished]
+        ids = [x[: row.written] for x, row in zip(self._ids[finished].tolist(), rows, strict=True)]
+        logprobs: list[list[float] | None] = [None] * len(rows)
+        if self._sampling.temperature > 0:
+            logprobs = self._logprobs[finished].tolist()
+
+        staying = len(self.rows) - len(finished)
+        holes = [i for i in finished if i < staying]
+        movers = sorted(set(range(staying, len(self.rows))) - set(finished))
+        if holes:
+            for x in self._of_rows:
+                x[holes] = x[movers]
+            longest = max(len(self.rows[i].prompt) + self.rows[i].written for i in movers) - 1
+            self._cache.copy(movers, holes, longest)
+            for hole, mover in zip(holes, movers, strict=True):
+                self.rows[hole] = self.rows[mover]
+        del self.rows[staying:]
+        return list(zip(rows, ids, logprobs, strict=True))
 
 
 def end_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

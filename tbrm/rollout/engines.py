@@ -11,6 +11,7 @@ from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine
 from tbrm.rollout.embedded import EmbeddedEngine
+from tbrm.rollout.frozen import FrozenEngine
 from tbrm.rollout.split import SplitEngine
 
 
@@ -24,6 +25,10 @@ def make_engine(
 ) -> RolloutEngine:
     """`rollout.engine` for the policy; of several processes each answers its share of the prompts. What servers say goes to
     a folder of `run_dir`. Raises ConfigError or ModuleNotFoundError."""
+
+    def embedded(model: PolicyModel) -> EmbeddedEngine:
+        return EmbeddedEngine(model, tokenizer, config.batch_size)
+
     engine: RolloutEngine
     if config.engine == "vllm":
         from tbrm.rollout.vllm.engine import VllmEngine
@@ -35,6 +40,8 @@ def make_engine(
         if world.mesh is not None:
             raise ConfigError("rollout.engine: vllm_colocated wants one process, without torchrun; use vllm")
         engine = ColocatedEngine(config, policy, tokenizer)
+    elif config.max_staleness:
+        engine = FrozenEngine(policy, embedded)
     else:
-        engine = EmbeddedEngine(policy, tokenizer, config.batch_size)
+        engine = embedded(policy)
     return SplitEngine(engine, world)

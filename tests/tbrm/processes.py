@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tbrm.config import Config, ParallelConfig
 from tbrm.data import Trajectory
+from tbrm.model import PolicyModel
 from tbrm.parallel import World, launched
+from tbrm.rollout import EmbeddedEngine, Sampling
 from tbrm.rollout.collect import Collected
 from tbrm.step_metrics import StepMetrics
 from tbrm.trainer import Trainer
@@ -28,6 +32,8 @@ from tests.tbrm.conftest import tiny_config
 MODELS = [f"{name}-{head}" for name in ("llama", "qwen3", "gemma3") for head in ("tied", "untied")]
 MICRO_BATCHES = {1: 100_000, 2: 260, 4: 130}
 """Forward and backward passes in a step of one process: trainer.batch_tokens that makes so many."""
+
+PROMPTS = [[1, 5], [1, 5, 6, 7], [1, 8, 9, 10, 11, 12], [1, 5, 6]]
 
 
 def config_of(folder: Path, world: World, model: str = "qwen3-tied", **settings: Any) -> Config:
@@ -54,17 +60,17 @@ class OneStep:
         trainer.config = trainer.config.model_copy(update={"trainer": section})
         trainer.state.step = 0
         if trajectories is None:
-            trainer.source.position = 0
-            for trajectory in trainer.source.trajectories:
+            trainer.supply.source.position = 0
+            for trajectory in trainer.supply.source.trajectories:
                 trajectory.reference = None
-            source = trainer.source
+            supply = trainer.supply
         else:
-            source = Fixed(trajectories)
+            supply = Fixed(trajectories)
         gradients: dict[str, torch.Tensor] = {}
         log_ratios: list[float] = [0.0]
 
         def keep(_learning_rate: float, *, skipped: bool) -> None:
-            for name, weight in trainer.policy.weights().items():
+            for name, weight in trainer.policy.trained_weights().items():
                 if weight.grad is not None:
                     grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
                     gradients[name] = grad.clone()
@@ -76,11 +82,11 @@ class OneStep:
             real(metrics, stats, losses, batch)
 
         real, StepMetrics.add, trainer._update = StepMetrics.add, spy, keep
-        ours, trainer.source = trainer.source, source
+        ours, trainer.supply = trainer.supply, supply
         try:
             metrics = trainer.train_step()
         finally:
-            StepMetrics.add, trainer.source = real, ours
+            StepMetrics.add, trainer.supply = real, ours
         largest = max(trainer.world.gather(max(log_ratios)))
         return {"gradients": gradients, "metrics": metrics, "largest_log_ratio": largest}
 
@@ -96,27 +102,65 @@ class Fixed:
 def run(folder: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for model in MODELS:
-        step = OneStep(config_of(folder, world, model), world)
-        for count, tokens in MICRO_BATCHES.items():
-            found[f"{model}, {count} micro-batches"] = step(batch_tokens=tokens)
-        if model == "qwen3-tied":
-            found |= odd_batches(step)
-            found["gathers"] = gathers(step) if world.mesh else None
+        for divided in (False, True):
+            config = config_of(folder, world, model, parallel={"vocab_parallel": divided})
+            step = OneStep(config, world)
+            what = f"{model}, vocabulary divided" if divided else model
+            for count, tokens in MICRO_BATCHES.items():
+                found[f"{what}, {count} micro-batches"] = step(batch_tokens=tokens)
+            if world.mesh:
+                found[f"{what}, whole heads"] = whole_heads(config, world)
+            answers = EmbeddedEngine(step.trainer.policy, step.trainer.tokenizer, batch_size=3).generate(
+                PROMPTS, 2, Sampling(max_new_tokens=12, temperature=0)
+            )
+            found[f"{what}, greedy"] = [[r.token_ids for r in responses] for responses in answers]
+            if model == "qwen3-tied":
+                found |= {
+                    f"{name}, vocabulary divided" if divided else name: x for name, x in odd_batches(step).items()
+                }
+                if world.mesh and not divided:
+                    found["gathers"] = gathers(step)
 
     for name, keys in {
         "shard in pairs": {"shard": min(2, world.size)},
         "reduce every micro-batch": {"accumulate_sharded": True},
         "keep gathered": {"reshard_after_forward": False},
         "checkpointed activations": {"activation_checkpointing": True},
+        "vocabulary divided in pairs": {"vocab_parallel": True, "shard": min(2, world.size)},
+        "vocabulary divided, all else too": {
+            "vocab_parallel": True,
+            "accumulate_sharded": True,
+            "reshard_after_forward": False,
+            "activation_checkpointing": True,
+        },
     }.items():
         parallel = ParallelConfig(**keys)
         with launched_again(world, parallel) as meshed:
             step = OneStep(config_of(folder, world, parallel=keys), meshed)
             found[name] = step(batch_tokens=130)
             found[f"{name}, once more"] = step(batch_tokens=130)
-    step = OneStep(config_of(folder, world, model__precision="bfloat16"), world)
-    found["bfloat16"] = step(batch_tokens=130)
+    lora = {"rank": 4, "targets": ["q_proj", "down_proj", "lm_head"]}
+    for divided in (False, True):
+        step = OneStep(config_of(folder, world, "qwen3-untied", lora=lora, parallel={"vocab_parallel": divided}), world)
+        what = "adapters, vocabulary divided" if divided else "adapters"
+        found[what] = step(batch_tokens=130)
+        learn_something(step)
+        found[f"{what}, later"] = step(batch_tokens=130)
+    for name, divided in {"bfloat16": False, "bfloat16, vocabulary divided": True}.items():
+        settings = {"model__precision": "bfloat16", "parallel": {"vocab_parallel": divided}}
+        found[name] = OneStep(config_of(folder, world, **settings), world)(batch_tokens=130)
     return found
+
+
+@torch.no_grad()
+def learn_something(step: OneStep) -> None:
+    """Adapters whose B is not zero any more."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in step.trainer.policy.trained_weights().items():
+        value = torch.randn(weight.shape, generator=generator) * 0.1
+        if "lora_B" in name:
+            mesh = [weight.device_mesh, weight.placements] if isinstance(weight, DTensor) else None
+            weight.copy_(distribute_tensor(value, *mesh, src_data_rank=None) if mesh else value)
 
 
 def odd_batches(step: OneStep) -> dict[str, Any]:
@@ -155,6 +199,36 @@ def gathers(step: OneStep) -> dict[str, int]:
         single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY, _fsdp_param_group.foreach_all_gather = chunk, real
         objective.__call__ = call
     return {**counts, "chunks": len(chunks), "n_blocks": len(policy.blocks)}
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that any operation makes, but for those on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+        self.seen += [x.shape for x in tensors if x.device.type != "meta"]
+        return result
+
+
+def whole_heads(config: Config, world: World) -> int:
+    """How many tensors of the whole head's or embedding's shape come to be on this process from when the weights have been read
+    until the gradients of the first step are clipped."""
+    counts = []
+    check = PolicyModel.check_architecture
+    with Shapes() as shapes:
+        PolicyModel.check_architecture = lambda policy: (shapes.seen.clear(), check(policy))[1]
+        step = OneStep(config, world)
+        PolicyModel.check_architecture = check
+        trainer, clip = step.trainer, step.trainer._clip_gradients
+        shape = trainer.policy.lm.get_output_embeddings().weight.shape
+        trainer._clip_gradients = lambda: (clip(), counts.append(shapes.seen.count(shape)))[0]
+        step()
+    return counts[0]
 
 
 def launched_again(world: World, parallel: ParallelConfig) -> Any:

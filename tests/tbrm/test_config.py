@@ -43,7 +43,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("task.famly=chain_sum", r"task.famly: unknown key .* did you mean task.family\?"),
         (
             "objective.name=tbrn",
-            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, reval, tbrm",
+            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, reinforce, reval, tba, tbrm",
         ),
         ("objective.name=os:getcwd", r"objective.name: 'os:getcwd' is not a subclass of tbrm.objectives.Objective"),
         ("objective.name=nowhere:Thing", r"'nowhere:Thing' cannot be imported: No module named 'nowhere'"),
@@ -57,7 +57,9 @@ def test_overrides_replace_keys_of_any_section() -> None:
             r"rollout.truncated: got 'maybe' \(str\); wants: input should be 'reward', 'fixed' or 'drop'",
         ),
         ("task=null", r"neither task nor data.trajectories is set"),
-        ("replay.samples_per_step=5", r"replay.samples_per_step is set but replay.capacity is 0"),
+        ("rollout.updates=3", r"rollout.prompts \(16\) is not a multiple of rollout.updates \(3\)"),
+        ("replay.files=[a.jsonl]", r"replay.files is set but replay.samples_per_step is 0"),
+        ("replay.samples_per_step=5", r"replay.samples_per_step is set but replay.capacity and"),
         ("evaluation.temperature=0", r"evaluation: samples is 16 but temperature is 0"),
         ("optim.warmup_steps=1000", r"optim.warmup_steps \(1000\) is above trainer.steps"),
         ("trainer.steps", r"override 'trainer.steps': wants key.sub=value"),
@@ -113,3 +115,15 @@ def test_commands_take_only_the_task_and_rollouts_of_a_recipe() -> None:
     assert (config.model.name, config.task.params["max_digits"], config.rollout.max_new_tokens) == ("x", 1, 16)
     assert config.trainer.steps == 1
     assert load_sections("reasoning_gym", ["task.family=chain_sum"], model={"name": "x"}).task.family == "chain_sum"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["replay.capacity=5"], r"replay.capacity or replay.capacity_tokens is set together with data.trajectories"),
+        (["rollout.max_staleness=1"], r"rollout.max_staleness \(1\) is set together with data.trajectories"),
+    ],
+)
+def test_what_a_file_of_trajectories_rules_out(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(RECIPES / "tiny.yaml", ["data.trajectories=some.jsonl", *overrides])

@@ -110,8 +110,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path: Pa
     Trainer(tiny_config(tmp_path / "run", trainer__steps=4, **settings), resume=True).train()
     assert_same_weights(tmp_path / "run", whole)
 
-    (folder / "step-000003" / "trainer" / "replay.jsonl").unlink()
-    with pytest.raises(CheckpointError, match=r"replay\.jsonl is missing"):
+    (folder / "step-000003" / "trainer" / "replay" / "index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"replay/index\.json is missing"):
         Checkpoint(folder / "step-000003")
 
 

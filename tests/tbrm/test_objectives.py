@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -148,6 +149,64 @@ def test_reval_centres_rewards_on_their_group() -> None:
     assert reval.shape_rewards(rewards, groups).tolist() == [0.5, -0.5, -0.5, 0.5, 0.0]
     plain = OBJECTIVES("reval")(name="reval", beta=1.0)
     assert torch.equal(plain.shape_rewards(rewards, groups), rewards)
+
+
+def test_tba_has_the_gradient_of_the_variance_over_each_group() -> None:
+    """log Z may be detached: VarGrad's gradient is that of the sum of squares about the group's mean."""
+    tree = Tree(5)
+    trajectories = tree.sample(12)
+    batch = batch_of(tree, trajectories)
+    groups = torch.tensor([0, 1, 2] * 4)
+    tba = OBJECTIVES("tba")(name="tba", beta=BETA)
+    logits = tree._random(len(STATES), VOCABULARY).requires_grad_()
+
+    def errors() -> Tensor:
+        ratios = tabular_stats(logits, trajectories).logprobs - batch.ref_logprobs
+        return ratios.view(-1, HORIZON).sum(1) - batch.rewards / BETA
+
+    ratios = (errors() + batch.rewards / BETA).detach()
+    compared = dataclasses.replace(batch, rewards=tba.compare(batch.rewards, groups, ratios))
+    result = tba(tabular_stats(logits, trajectories), compared)
+    assert all(abs(result.residual[groups == g].sum().item()) < 1e-9 for g in range(3))
+    [ours] = torch.autograd.grad(result.loss.sum(), logits)
+
+    about_mean = torch.cat([errors()[groups == g] - errors()[groups == g].mean() for g in range(3)])
+    [wanted] = torch.autograd.grad(about_mean.square().sum(), logits)
+    assert torch.allclose(ours, wanted, atol=1e-9)
+    assert wanted.abs().max() > 0.1
+
+
+def test_reinforce_is_the_gradient_of_reward_less_kl() -> None:
+    """The expectation over all trajectories of the policy itself, against autograd through E[R] - beta KL."""
+    tree = Tree(3)
+    leaves = list(tree.rewards)
+    trajectories = [Trajectory([0], list(leaf), tree.rewards[leaf], group=i) for i, leaf in enumerate(leaves)]
+    batch = batch_of(tree, trajectories)
+    reinforce = OBJECTIVES("reinforce")(name="reinforce", beta=BETA)
+    logits = tree._random(len(STATES), VOCABULARY).requires_grad_()
+
+    def chances() -> Tensor:
+        return tabular_stats(logits, trajectories).logprobs.view(-1, HORIZON).sum(1).exp()
+
+    shaped = reinforce.shape_rewards(batch.rewards, torch.arange(len(leaves)))
+    assert shaped.mean().abs() < 1e-12
+    loss = reinforce(tabular_stats(logits, trajectories), dataclasses.replace(batch, rewards=shaped)).loss
+    [ours] = torch.autograd.grad((chances().detach() * loss).sum(), logits)
+
+    p = chances()
+    log_ref = batch.ref_logprobs.view(-1, HORIZON).sum(1)
+    target = (p * (batch.rewards - BETA * (p.log() - log_ref))).sum()
+    [wanted] = torch.autograd.grad(-target, logits)
+    assert torch.allclose(ours, wanted, atol=1e-12)
+    assert wanted.abs().max() > 0.01
+
+
+def test_reinforce_compares_with_the_group_or_with_the_step() -> None:
+    reinforce = OBJECTIVES("reinforce")(name="reinforce", beta=1.0)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    assert reinforce.shape_rewards(rewards, torch.tensor([7, 7, 3, 3])).tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert reinforce.shape_rewards(rewards, torch.tensor([1, 2, 3, 4])).tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert reinforce.shape_rewards(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
 class Halved(OBJECTIVES("tbrm")):  # type: ignore[misc]

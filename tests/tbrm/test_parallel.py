@@ -106,21 +106,39 @@ def assert_same_step(ours: dict[str, Any], theirs: dict[str, Any], tolerance: fl
 
 @pytest.mark.parametrize("processes", COUNTS)
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 @pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
 def test_loss_and_gradients_do_not_depend_on_processes_or_micro_batches(
-    steps: dict[int, dict[str, Any]], model: str, micro_batches: int, processes: int
+    steps: dict[int, dict[str, Any]], model: str, vocabulary: str, micro_batches: int, processes: int
 ) -> None:
     whole = steps[1][f"{model}, 1 micro-batches"]
     assert whole["metrics"]["loss"] > 0
     for count in (1, processes):
-        step = steps[count][f"{model}, {micro_batches} micro-batches"]
+        step = steps[count][f"{model}{vocabulary}, {micro_batches} micro-batches"]
         assert_same_step(step, whole)
         assert step["largest_log_ratio"] == 0.0  # of every trajectory, exactly
 
 
+@pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_with_its_vocabulary_divided_no_process_holds_a_whole_head(
+    steps: dict[int, dict[str, Any]], model: str, processes: int
+) -> None:
+    assert steps[processes][f"{model}, whole heads"] > 0
+    assert steps[processes][f"{model}, vocabulary divided, whole heads"] == 0
+
+
 @pytest.mark.parametrize("processes", (1, *COUNTS))
 @pytest.mark.parametrize(
-    "setting", ["shard in pairs", "reduce every micro-batch", "keep gathered", "checkpointed activations"]
+    "setting",
+    [
+        "shard in pairs",
+        "reduce every micro-batch",
+        "keep gathered",
+        "checkpointed activations",
+        "vocabulary divided in pairs",
+        "vocabulary divided, all else too",
+    ],
 )
 def test_no_key_of_parallel_changes_the_step(steps: dict[int, dict[str, Any]], setting: str, processes: int) -> None:
     whole = steps[1]["qwen3-tied, 1 micro-batches"]
@@ -128,31 +146,50 @@ def test_no_key_of_parallel_changes_the_step(steps: dict[int, dict[str, Any]], s
     assert_same_step(steps[processes][f"{setting}, once more"], whole)
 
 
+@pytest.mark.parametrize("processes", (1, *COUNTS))
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+def test_adapters_the_heads_too_learn_the_same_on_any_number_of_processes(
+    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
+) -> None:
+    for when in ("", ", later"):
+        ours = steps[processes][f"adapters{vocabulary}{when}"]
+        assert_same_step(ours, steps[1][f"adapters{when}"])
+        assert (ours["largest_log_ratio"] == 0.0) == (when == "")
+        idle = {name for name, gradient in ours["gradients"].items() if not gradient.any()}
+        # Until B is something else than zero, A has no say.
+        assert idle == {name for name in ours["gradients"] if "lora_A" in name and when == ""}
+        assert len(ours["gradients"]) == 2 * (3 + 3 + 1)
+
+
 @pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 @pytest.mark.parametrize("batch", ["one trajectory", "all but one masked", "all masked"])
 def test_a_process_with_nothing_to_do_adds_nothing_and_hangs_nobody(
-    steps: dict[int, dict[str, Any]], batch: str, processes: int
+    steps: dict[int, dict[str, Any]], batch: str, vocabulary: str, processes: int
 ) -> None:
-    assert_same_step(steps[processes][batch], steps[1][batch])
+    ours = steps[processes][batch + vocabulary]
+    assert_same_step(ours, steps[1][batch])
     if batch == "all but one masked":
-        assert_same_step(steps[processes][batch], steps[1]["one trajectory"])
+        assert_same_step(ours, steps[1]["one trajectory"])
     if batch == "all masked":
-        assert steps[processes][batch]["metrics"]["loss"] == 0.0
+        assert ours["metrics"]["loss"] == 0.0
 
 
 @pytest.mark.parametrize("processes", (1, *COUNTS))
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 def test_a_loss_that_is_not_finite_anywhere_is_skipped_everywhere(
-    steps: dict[int, dict[str, Any]], processes: int
+    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
 ) -> None:
-    assert steps[processes]["one not finite"]["metrics"]["skipped"] == 1
-    assert steps[processes]["all masked"]["metrics"]["skipped"] == 0
+    assert steps[processes]["one not finite" + vocabulary]["metrics"]["skipped"] == 1
+    assert steps[processes]["all masked" + vocabulary]["metrics"]["skipped"] == 0
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
         ("parallel.shard=2", "parallel.shard: got 2 for 1 processes; wants 0 or a divisor of 1"),
-        ("parallel.cpu_offload=true", "wants torchrun .* and a GPU"),
+        ("parallel.cpu_offload=true", "parallel.cpu_offload: true; wants torchrun .* and a GPU"),
+        ("parallel.offload_reference=true", "parallel.offload_reference: true; wants torchrun .* and a GPU"),
     ],
 )
 def test_keys_that_cannot_work_here_are_refused(key: str, message: str) -> None:
@@ -162,9 +199,13 @@ def test_keys_that_cannot_work_here_are_refused(key: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("processes", COUNTS)
-def test_bfloat16_is_as_near_float32_as_in_one_process(steps: dict[int, dict[str, Any]], processes: int) -> None:
+@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+def test_bfloat16_is_as_near_float32_as_in_one_process(
+    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
+) -> None:
     """No further from float32 than one process is in bfloat16, and a little."""
-    exact, alone, ours = steps[1]["qwen3-tied, 1 micro-batches"], steps[1]["bfloat16"], steps[processes]["bfloat16"]
+    exact, alone = steps[1]["qwen3-tied, 1 micro-batches"], steps[1]["bfloat16"]
+    ours = steps[processes][f"bfloat16{vocabulary}"]
 
     def error(step: dict[str, Any]) -> float:
         gaps = [step["gradients"][name] - gradient for name, gradient in exact["gradients"].items()]
@@ -184,6 +225,12 @@ def test_the_heads_weight_is_gathered_once_a_pass_whatever_the_chunks(
     assert found["chunks"] > 5
     assert found["head"] == 2  # once for the reference, once for the policy's forward and backward
     assert found["blocks"] == 3 * found["n_blocks"]  # forward of both, backward of the policy
+
+
+@pytest.mark.parametrize("processes", COUNTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sharded_policy_answers_as_a_whole_one(steps: dict[int, dict[str, Any]], model: str, processes: int) -> None:
+    assert steps[processes][f"{model}, greedy"] == steps[1][f"{model}, greedy"]
 
 
 SHORT = ("trainer.steps=4", "rollout.prompts=6", "rollout.samples=2", "checkpoint.every=2", "evaluation.prompts=5")
@@ -223,10 +270,11 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_run_repeats_itself_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """With replay, a reference that moves on, and sharded checkpoints of both."""
+@pytest.mark.parametrize("divided", ["false", "true"])
+def test_a_run_repeats_itself_and_resumes_bit_for_bit(divided: str, tmp_path: Path) -> None:
+    """With replay, a reference that moves on, and sharded checkpoints of both; the vocabulary divided or not."""
     run = tmp_path / "run"
-    train = ("tbrm", "train", RECIPE, *SHORT, *REPLAYED)
+    train = ("tbrm", "train", RECIPE, *SHORT, *REPLAYED, f"parallel.vocab_parallel={divided}")
     done = torchrun(2, *train, f"run.dir={run}")
     assert done.stdout.count("held-out accuracy") == 2  # the main process alone speaks
     whole = rows(run)
@@ -241,10 +289,12 @@ def test_a_run_repeats_itself_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert_same_weights(again, run)
 
 
-def test_a_run_of_four_processes_resumes_on_two_with_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("divided", ["false", "true"])
+def test_a_run_of_four_processes_resumes_on_two_with_the_same_losses(divided: str, tmp_path: Path) -> None:
     """On recorded trajectories, since what is sampled depends on the number of processes."""
     write_trajectories(tmp_path)
     settings = (*SHORT, *REPLAYED[:4], "trainer.batch_tokens=200", "evaluation.prompts=0", "model.name=tiny")
+    settings += (f"parallel.vocab_parallel={divided}",)
     train = ("tbrm", "train", RECIPE, *settings, f"data.trajectories={tmp_path / 'trajectories.jsonl'}")
     run = tmp_path / "run"
     torchrun(4, *train, f"run.dir={run}")
@@ -260,3 +310,19 @@ def test_a_run_of_four_processes_resumes_on_two_with_the_same_losses(tmp_path: P
     slices = [load_file(path) for path in sorted((run / "checkpoints" / "latest").glob("shard-*.safetensors"))]
     for name in slices[0]:
         assert torch.equal(exported[name], torch.cat([part[name] for part in slices if name in part]))
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit_and_is_one_file(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    run = tmp_path / "run"
+    lora = (f"model.name={tmp_path / 'qwen3-untied'}", "lora.rank=4", "lora.targets=[v_proj, lm_head]")
+    train = ("tbrm", "train", RECIPE, *SHORT, *lora, "trainer.batch_tokens=60", "parallel.vocab_parallel=true")
+    torchrun(2, *train, f"run.dir={run}")
+    assert rows(run)[0]["log_ratio_mean"] == 0.0
+    assert [path.name for path in (run / "checkpoints" / "latest").glob("*.safetensors")] == [
+        "adapter_model.safetensors"
+    ]
+    again = go_back(run, tmp_path / "again", step=2)
+    torchrun(2, *train, f"run.dir={again}", "--resume")
+    assert rows(again) == rows(run)
+    assert_same_weights(again, run)

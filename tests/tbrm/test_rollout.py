@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from tbrm.config import RolloutConfig
+from tbrm.data import Trajectory, pack
 from tbrm.metrics import Phases
 from tbrm.model import PolicyModel
-from tbrm.rollout import EmbeddedEngine, Sampling
+from tbrm.rollout import EmbeddedEngine, Sampling, embedded
+from tbrm.rollout.choose import draw
 from tbrm.rollout.collect import RolloutSource
+from tbrm.rollout.packed_weights import packed_weights
 from tbrm.tasks import Grade, Problem, ProblemStream, Task
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
@@ -17,6 +20,15 @@ PROMPTS = [[5], [5, 6, 7], [8, 9, 10, 11, 12], [5, 6]]
 
 def engine_of(policy: PolicyModel, batch_size: int = 64) -> EmbeddedEngine:
     return EmbeddedEngine(policy, tiny_tokenizer(), batch_size)
+
+
+def count_tokens(policy: PolicyModel) -> list[int]:
+    """The tokens of each pass of the model from now on."""
+    tokens: list[int] = []
+    policy.lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return tokens
 
 
 @torch.no_grad()
@@ -46,17 +58,14 @@ def test_greedy_responses_are_the_models_own(architecture: str, system: list[int
         assert responses[0].truncated == (expected[-1] not in engine.eos_ids)
 
 
-@pytest.mark.parametrize(("samples", "expected"), [(1, [(1, 4), (3, 3)]), (2, [(1, 4), (3, 2), (6, 1)])])
-def test_what_prompts_share_is_read_once(samples: int, expected: list[tuple[int, int]]) -> None:
-    """Rows and tokens of each pass before the first new token: the beginning, the rest, and generation's own first step."""
+@pytest.mark.parametrize(("samples", "expected"), [(1, [4, 0 + 1 + 2, 3]), (2, [4, 0 + 1 + 2, 6])])
+def test_what_prompts_share_is_read_once(samples: int, expected: list[int]) -> None:
+    """Tokens of each pass before the first new token: the beginning, the rest but the last ones, and these of every row."""
     policy = PolicyModel(make_lm("llama", tied=True))
-    shapes: list[tuple[int, ...]] = []
-    policy.lm.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    tokens = count_tokens(policy)
     prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10, 11, 12], [5, 6, 7, 8, 13, 14]]
     engine_of(policy).generate(prompts, samples, Sampling(max_new_tokens=1, temperature=0))
-    assert shapes == expected
+    assert tokens == expected
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -66,6 +75,111 @@ def test_equal_prompts_share_all_but_their_last_token(samples: int) -> None:
     expected = greedy_by_hand(policy, [5, 6, 7], engine.eos_ids, 6)
     for responses in engine.generate([[5, 6, 7]] * 3, samples, Sampling(max_new_tokens=6, temperature=0)):
         assert [r.token_ids for r in responses] == [expected] * samples
+
+
+MIXED = [[5], list(range(3, 43)), [9, 8, 7], [9, 8, 7], [5, 6], [5, 6, 7, 8, 9, 10, 11], [5], [50, 51, 52], [5, 6, 8]]
+
+
+@pytest.mark.parametrize("looks", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_come_and_go_without_a_trace(
+    architecture: str, batch_size: int, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Responses of many lengths, long and short prompts, equal ones, more of them than rows; and ends that are noticed late,
+    as on a GPU."""
+    monkeypatch.setitem(embedded.TOKENS_BETWEEN_LOOKS, "cpu", looks)
+    monkeypatch.setattr(embedded, "PROMPT_TOKENS", 12)
+    lm = make_lm(architecture, tied=False)
+    lm.generation_config.eos_token_id = list(range(2, 15))
+    policy = PolicyModel(lm)
+    engine = engine_of(policy, batch_size)
+    tokens = count_tokens(policy)
+    answers = engine.generate(MIXED, 2, Sampling(max_new_tokens=16, temperature=0))
+    assert max(tokens) <= batch_size + max(12, len(MIXED[1]) - 1)
+    expected = {tuple(prompt): greedy_by_hand(policy, prompt, engine.eos_ids, 16) for prompt in MIXED}
+    assert len(set(map(len, expected.values()))) > 3
+    for prompt, responses in zip(MIXED, answers, strict=True):
+        assert [r.token_ids for r in responses] == [expected[tuple(prompt)]] * 2
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_rows_are_kept_full_and_no_longer_than_needed(samples: int) -> None:
+    policy = PolicyModel(make_lm("llama", tied=True))
+    tokens = count_tokens(policy)
+    answers = engine_of(policy, batch_size=4).generate(MIXED, samples, Sampling(max_new_tokens=12, seed=1))
+    lengths = [len(r.token_ids) for responses in answers for r in responses]
+    assert len(set(lengths)) > 1
+    read_once = sum(len(prompt) - 1 for prompt in MIXED)
+    assert sum(tokens) <= sum(lengths) + read_once
+    assert len(tokens) <= sum(lengths) / 4 + 12 + len(MIXED)
+
+
+def test_samples_do_not_depend_on_the_other_rows() -> None:
+    policy = PolicyModel(make_lm("gemma3", tied=True))
+    sampling = Sampling(max_new_tokens=12, temperature=3.0, seed=7)
+    together = engine_of(policy).generate(MIXED, 3, sampling)
+    assert len({tuple(r.token_ids) for responses in together[2:4] for r in responses}) == 6  # equal prompts, own noise
+    for batch_size, samples in ((1, 3), (5, 3), (5, 2)):
+        apart = engine_of(policy, batch_size).generate(MIXED, samples, sampling)
+        for ours, theirs in zip(apart, together, strict=True):
+            assert [r.token_ids for r in ours] == [r.token_ids for r in theirs[:samples]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_responses_carry_the_log_probs_of_the_policy(architecture: str) -> None:
+    policy = PolicyModel(make_lm(architecture, tied=True), temperature=0.7)
+    answers = engine_of(policy, batch_size=5).generate(MIXED, 2, Sampling(max_new_tokens=12, temperature=0.7))
+    pairs = [(prompt, r) for prompt, responses in zip(MIXED, answers, strict=True) for r in responses]
+    with torch.no_grad():
+        expected = policy(pack([Trajectory(prompt, r.token_ids, 0.0) for prompt, r in pairs])).logprobs
+    ours = torch.tensor([x for _, r in pairs for x in r.logprobs or []])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert engine_of(policy).generate(MIXED, 1, Sampling(4, temperature=0))[0][0].logprobs is None
+
+
+def test_bfloat16_is_the_models_own() -> None:
+    policy = PolicyModel(make_lm("llama", tied=True), precision=torch.bfloat16)
+    [[response]] = engine_of(policy).generate([[5, 6, 7]], 1, Sampling(max_new_tokens=12, seed=3))
+    ids = [5, 6, 7, *response.token_ids]
+    with torch.no_grad(), policy.generation_mode() as lm:
+        logits = lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 2:-1].float()
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(response.logprobs), expected, rtol=0, atol=0.1)
+
+
+def test_the_policy_is_left_as_it_was() -> None:
+    policy = PolicyModel(make_lm("qwen2", tied=True))  # with biases
+    before = [(name, type(module)) for name, module in policy.named_modules()]
+    plain = greedy_by_hand(policy, [5, 6, 7], [2], 8)
+    with pytest.raises(RuntimeError, match="broken"), packed_weights(policy.lm, policy.precision):
+        assert not any(type(module) is torch.nn.Linear for module in policy.modules())
+        assert greedy_by_hand(policy, [5, 6, 7], [2], 8) == plain
+        raise RuntimeError("broken")
+    assert [(name, type(module)) for name, module in policy.named_modules()] == before
+    engine = engine_of(policy)
+    old = engine.generate([[5, 6, 7]], 1, Sampling(8, temperature=0))
+    with torch.no_grad():
+        policy.lm.get_output_embeddings().weight.mul_(-1.0)
+    assert engine.generate([[5, 6, 7]], 1, Sampling(8, temperature=0)) != old  # nothing kept of old weights
+
+
+@pytest.mark.parametrize("vocabulary", [1, 97, 128, 1000])
+def test_a_uniform_number_chooses_by_the_cumulative_distribution(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, vocabulary, generator=generator) * 4
+    logits[:, 3::7] = float("-inf")
+    uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    probabilities = (logits.double() / 0.7).softmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    tokens, logprobs = draw(logits.clone(), 0.7, uniforms)
+    chosen = tokens[:, None]
+    assert (probabilities.gather(1, chosen) > 0).all()
+    torch.testing.assert_close(logprobs.double(), probabilities.gather(1, chosen)[:, 0].log(), rtol=1e-5, atol=1e-5)
+    above = cumulative.gather(1, chosen)[:, 0] - uniforms
+    assert (above > -1e-6).all()
+    assert (above - probabilities.gather(1, chosen)[:, 0] < 1e-6).all()
 
 
 def test_every_eos_id_ends_a_response() -> None:

@@ -27,8 +27,14 @@ from tests.tbrm.conftest import tiny_config, tiny_tree
 
 REPLAY = {
     "objective": {"name": "reval", "beta": 0.05, "centre_rewards": True, "reset_reference_every": 3},
-    "replay": {"capacity": 12, "samples_per_step": 4},
+    "replay": {"capacity": 12, "samples_per_step": 4, "sampling": "residual", "max_staleness": 5},
+    # Three steps to a rollout: the checkpoint of step 4 stands in the middle of one.
+    "rollout__prompts": 6,
+    "rollout__updates": 3,
 }
+
+
+AHEAD = {**REPLAY, "rollout__max_staleness": 2}
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -65,7 +71,7 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_a_result(tmp_path: Path) -
     assert (run / "checkpoints" / "latest").resolve().name == "step-000004"
 
 
-@pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
+@pytest.mark.parametrize("extra", [{}, REPLAY, AHEAD], ids=["tbrm", "reval with replay", "rollouts ahead"])
 def test_two_runs_are_identical(tmp_path: Path, extra: dict) -> None:
     for name in ("one", "other"):
         Trainer(tiny_config(tmp_path / name, **extra)).train()
@@ -97,7 +103,7 @@ DIES = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("extra", [{}, REPLAY], ids=["tbrm", "reval with replay"])
+@pytest.mark.parametrize("extra", [{}, REPLAY, AHEAD], ids=["tbrm", "reval with replay", "rollouts ahead"])
 def test_a_killed_run_resumes_to_the_same_numbers(tmp_path: Path, extra: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGKILL inside step 6, after the checkpoint of step 4; the resumed run must not differ in a single bit."""
     settings = {
@@ -144,6 +150,7 @@ def _count_objective_calls(config, steps: int, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(kind, "__call__", lambda *args: calls.append(1) or real(*args))
         for _ in range(steps):
             trainer.train_step()
+    trainer.supply.close()
     return len(calls)
 
 
@@ -159,15 +166,17 @@ def gradients_of_one_step(trainer: Trainer) -> dict[str, torch.Tensor]:
     return seen
 
 
-def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["tbrm", "tba"])
+def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path, objective: str) -> None:
     large, small = (
-        gradients_of_one_step(Trainer(tiny_config(tmp_path, trainer__batch_tokens=tokens))) for tokens in (4096, 40)
+        gradients_of_one_step(Trainer(tiny_config(tmp_path, objective__name=objective, trainer__batch_tokens=tokens)))
+        for tokens in (4096, 40)
     )
     for name, gradient in large.items():
         assert (small[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm"])
+@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm", "tba", "reinforce"])
 def test_gradients_do_not_depend_on_the_chunks_of_the_head(
     tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +229,7 @@ def test_held_out_prompts_in_a_file_are_not_trained_on(tmp_path: Path, capsys: p
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     trainer = Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
-    assert len(trainer.source.trajectories) == 1
+    assert len(trainer.supply.source.trajectories) == 1
     assert "1 of 2 left out" in capsys.readouterr().err
     path.write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(ConfigError, match=r"every prompt .* is held out"):
@@ -242,7 +251,7 @@ def test_a_step_whose_responses_are_all_dropped_changes_nothing(tmp_path: Path) 
 def test_a_step_that_is_not_finite_is_skipped_and_the_third_in_a_row_stops_the_run(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, trainer__max_skipped=3))
     before = {name: tensor.clone() for name, tensor in trainer.policy.state_dict().items()}
-    trainer.source = Recorded(trainer.source.collect(1, trainer.phases))
+    trainer.supply = Recorded(trainer.supply.collect(1, trainer.phases))
     with torch.no_grad():  # a weight that makes every logit, and so every loss, NaN
         norm = trainer.policy.lm.base_model.norm.weight
         kept = norm.clone()
@@ -291,7 +300,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trainer__steps=1, evaluation={"prompts": 0})
     Trainer(config).train()
     (tmp_path / "checkpoints" / "latest" / "trainer" / "state.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 2"):
+    with pytest.raises(ValueError, match=r"step-000001 cannot be resumed: state.json: format 99, this version reads 3"):
         Trainer(config, resume=True)
 
 

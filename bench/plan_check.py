@@ -1,0 +1,110 @@
+"""Whether `tbrm plan` foretells what a run takes: two models on 1, 2 and 4 processes, each run in fresh processes.
+
+    make bench-plan
+
+Two steps of training, rollouts included. `peak_memory_mib` of metrics.jsonl, of the process that holds most, less what an
+idle process holds that has imported the trainer. glibc is told to give back all that is freed (docs/scaling.md): the plan
+counts what is alive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from bench.machine import processor
+from tbrm.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PROCESSES = (1, 2, 4)
+MIB = 2**20
+SETTINGS = (
+    *("rollout.prompts=64", "trainer.steps=2", "optim.warmup_steps=0", "evaluation.prompts=0"),
+    *("model.device=cpu", "model.precision=bfloat16"),
+)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+# Not ru_maxrss: what a process starts with there is the size of the one that started it.
+IDLE = "import tbrm.trainer, re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+
+
+def main(out: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        random = Path(folder) / "random"
+        make_random_model(random)
+        # Micro-batches that have to be added up, with tied embeddings; and all in one, untied.
+        cases = (
+            ("SmolLM2-135M-Instruct", ["trainer.batch_tokens=384"]),
+            ("random Qwen3, 89M", [f"model.name={random}", "trainer.batch_tokens=4096"]),
+        )
+        idle = int(python("-c", IDLE)) / 1024
+        rows = []
+        for name, overrides in cases:
+            for processes in PROCESSES:
+                row = check(name, [*SETTINGS, *overrides], processes, idle, Path(folder) / "run")
+                print(row, flush=True)
+                rows.append(row)
+    out.write_text(HEAD.format(processor=processor(), torch=torch.__version__, idle=idle) + "\n".join(rows) + "\n")
+
+
+def check(name: str, overrides: Sequence[str], processes: int, idle: float, run: Path) -> str:
+    recipe = str(ROOT / "recipes/demo.yaml")
+    plan = json.loads(python("-m", "tbrm", "plan", recipe, "--gpus", str(processes), "--json", *overrides))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    python(*launcher, "-m", "tbrm", "train", recipe, "--overwrite", *overrides, f"run.dir={run}")
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    measured, planned = last["peak_memory_mib"] - idle, plan["peak"] / MIB
+    phase = max(plan["phases"], key=plan["phases"].get)
+    size = f"{plan['tokens']:,}"
+    return f"| {name} | {processes} | {size} | {planned:.0f} ({phase}) | {measured:.0f} | {planned / measured:.2f} |"
+
+
+def python(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"python {' '.join(arguments)}\n{done.stderr}")
+    return done.stdout
+
+
+def make_random_model(folder: Path) -> None:
+    """Untied, with grouped queries, and a vocabulary that its tokenizer does not use up."""
+    tokenizer = tiny_tokenizer()
+    config = Qwen3Config(
+        vocab_size=32768,
+        hidden_size=640,
+        intermediate_size=1920,
+        num_hidden_layers=10,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+HEAD = """Made by `make bench-plan` on {processor}, torch {torch}, gloo: the demo's recipe with 64 prompts a step, two steps,
+bfloat16 products. Planned: by `tbrm plan`, and the phase of its peak. Measured: `peak_memory_mib` of the process that
+holds most, in fresh processes, less the {idle:.0f} MiB of an idle one.
+
+| model | processes | tokens of a micro-batch, at most | planned, MiB | measured, MiB | planned / measured |
+|---|---|---|---|---|---|
+"""
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

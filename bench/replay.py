@@ -1,0 +1,165 @@
+"""What replay saves and what stale rollouts cost, on the demo's task: real runs, a table and plots from their own metrics.
+
+    python -m bench.replay RUNS OUT [--only replay] [--seeds 0 1 2] [--recipe R] [key.sub=value ...]
+
+RUNS holds a folder for each run; finished ones are not run again, and one that was stopped goes on from its last
+checkpoint. Checkpoints of finished runs are deleted. The overrides are for smaller settings:
+
+    python -m bench.replay /tmp/runs /tmp/out --seeds 0 --recipe recipes/tiny.yaml trainer.steps=8
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from tbrm.metrics import read_jsonl
+
+OBJECTIVES = {
+    # The recipe's own: one response to each of 96 problems.
+    "tbrm": ("objective.name=tbrm", "objective.beta=0.002", "rollout.samples=1"),
+    "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true", "rollout.samples=4"),
+    "reinforce": ("objective.name=reinforce", "objective.beta=0.01", "rollout.samples=4"),
+}
+STALENESS = (0, 1, 2, 4)
+REPLAY = ("rollout.updates=2", "replay.capacity=960")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One curve: the mean over the seeds of runs with these overrides."""
+
+    experiment: str
+    panel: str
+    name: str
+    overrides: tuple[str, ...]
+
+
+def variants(prompts: int) -> list[Variant]:
+    """`prompts` problems a rollout. All runs of a panel take the same number of updates of the same size."""
+    old = (*REPLAY, f"replay.samples_per_step={prompts // 2}")
+    found = [
+        Variant("replay", "tbrm", "without replay", ()),
+        Variant("replay", "tbrm", "replay and two updates a rollout", old),
+        Variant("replay", "tbrm", "the same by residual", (*old, "replay.sampling=residual")),
+    ]
+    for objective, settings in OBJECTIVES.items():
+        problems = prompts if objective == "tbrm" else prompts // 4
+        for steps in STALENESS:
+            overrides = (*settings, f"rollout.prompts={problems}", f"rollout.max_staleness={steps}")
+            found.append(Variant("staleness", objective, f"{steps} steps old", overrides))
+    return found
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: where it was evaluated."""
+
+    steps: list[int]
+    tokens: list[int]
+    """Generated in training so far."""
+    accuracy: list[float]
+    seconds: float
+    """Of training, evaluations left out."""
+
+    def tokens_to(self, target: float) -> int | None:
+        return next((t for t, a in zip(self.tokens, self.accuracy, strict=True) if a >= target), None)
+
+
+def train(folder: Path, recipe: str, overrides: list[str]) -> None:
+    if (folder / "result.json").exists():
+        return
+    command = [sys.executable, "-m", "tbrm", "train", recipe, "--resume", f"run.dir={folder}", *overrides]
+    print(" ".join(command), flush=True)
+    subprocess.run(command, check=True)
+    shutil.rmtree(folder / "checkpoints")
+
+
+def read_curve(folder: Path) -> Curve:
+    rows, evals = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "eval.jsonl")
+    generated = [0, *accumulate(row.get("generated_tokens", 0) for row in rows)]
+    steps = [row["step"] for row in evals]
+    # Phases of a step follow each other; those of rollouts beside it are not among them.
+    seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
+    return Curve(steps, [generated[s] for s in steps], [row["accuracy"] for row in evals], seconds)
+
+
+def table(curves: dict[Variant, list[Curve]], target: float) -> str:
+    lines = [
+        f"| runs | accuracy at the end, each seed | mean | tokens generated | of them to {target:.1%} | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant, found in curves.items():
+        ends = [curve.accuracy[-1] for curve in found]
+        reached = [curve.tokens_to(target) for curve in found]
+        cells = (
+            f"{variant.panel}, {variant.name}",
+            ", ".join(f"{end:.1%}" for end in ends),
+            f"{fmean(ends):.1%}",
+            f"{fmean(curve.tokens[-1] for curve in found):,.0f}",
+            ", ".join("never" if tokens is None else f"{tokens:,}" for tokens in reached),
+            f"{fmean(curve.seconds for curve in found):,.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(curves: dict[Variant, list[Curve]], target: float, path: Path) -> None:
+    """A panel per objective: accuracy against tokens generated; thin lines are seeds, thick ones their mean."""
+    panels = list(dict.fromkeys(variant.panel for variant in curves))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
+    for panel, ax in zip(panels, axes[0], strict=True):
+        shown = [(variant, found) for variant, found in curves.items() if variant.panel == panel]
+        for number, (variant, found) in enumerate(shown):
+            for curve in found:
+                ax.plot(curve.tokens, curve.accuracy, color=f"C{number}", lw=0.6, alpha=0.5)
+            # Evaluations stand at the same steps in all seeds.
+            mean_tokens = [fmean(values) for values in zip(*(curve.tokens for curve in found), strict=True)]
+            mean_accuracy = [fmean(values) for values in zip(*(curve.accuracy for curve in found), strict=True)]
+            ax.plot(mean_tokens, mean_accuracy, color=f"C{number}", lw=2, marker="o", ms=3, label=variant.name)
+        ax.axhline(target, color="black", lw=0.8, ls=":")
+        ax.set(title=panel, xlabel="tokens generated", ylabel="held-out accuracy")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser.add_argument("--only", choices=("replay", "staleness"), help="one of the two experiments")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--prompts", type=int, default=96, help="responses that each update is made of")
+    parser.add_argument("--target", type=float, default=0.55)
+    args = parser.parse_intermixed_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for experiment in [args.only] if args.only else ["replay", "staleness"]:
+        curves: dict[Variant, list[Curve]] = {}
+        for variant in (v for v in variants(args.prompts) if v.experiment == experiment):
+            for seed in args.seeds:
+                folder = args.runs / f"{experiment}-{variant.panel}-{variant.name} seed {seed}".replace(" ", "-")
+                common = [f"seed={seed}", f"rollout.prompts={args.prompts}", "evaluation.every=4", "checkpoint.every=8"]
+                train(folder, args.recipe, [*common, *variant.overrides, *args.overrides])
+                curves.setdefault(variant, []).append(read_curve(folder))
+        (args.out / f"{experiment}.md").write_text(table(curves, args.target))
+        plot(curves, args.target, args.out / f"{experiment}.png")
+        print(table(curves, args.target))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""LoRA through `peft`: the weights of the model stay as they are, and each chosen layer learns W + alpha / rank * B A.
+
+B begins as zero, so the policy begins as the model itself, which is also what it is with its adapters off: the reference needs
+no second copy of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tbrm.config import LoraConfig, ModelConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = "default"  # peft's own, of the one adapter of each layer
+
+
+class Adapters:
+    """The adapters of a model, which from now on are all that is trained of it. Raises ValueError where they cannot be."""
+
+    def __init__(self, lm: PreTrainedModel, config: LoraConfig, model: ModelConfig, seed: int) -> None:
+        peft = _peft("lora.rank")
+        head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+        self.config = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=config.targets,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=model.name,
+            revision=model.revision,
+        )
+        for target in config.targets:
+            matched = [module for name, module in lm.named_modules() if name == target or name.endswith(f".{target}")]
+            if not matched or not all(isinstance(module, nn.Linear) for module in matched):
+                raise ValueError(
+                    f"lora.targets: {target!r} is no linear layer of {type(lm).__name__}; name some of "
+                    f"{', '.join(_linear_layers(lm))}"
+                )
+            if head in matched and head.weight is embedding.weight:
+                raise ValueError(
+                    f"lora.targets: {target!r} is tied to the embedding in {type(lm).__name__}, and an adapter would untie "
+                    "them; leave it out, or train all weights (lora.rank 0)"
+                )
+        on_meta = lm.device.type == "meta"
+        peft.inject_adapter_in_model(self.config, lm, low_cpu_mem_usage=on_meta)
+        self.layers = [module for module in lm.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+        self._seed = seed
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Gives them the values they begin with, the same for the same seed on any number of processes."""
+        generator = torch.Generator().manual_seed(self._seed)
+        for layer in self.layers:
+            down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+            nn.init.zeros_(up)
+            value = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
+            if isinstance(down, DTensor):
+                value = distribute_tensor(value, down.device_mesh, down.placements, src_data_rank=None)
+            down.copy_(value)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within it the model is what it was without them."""
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(True)
+
+    def _switch(self, on: bool) -> None:
+        for layer in self.layers:
+            layer.enable_adapters(on)
+            # peft also freezes what it switches off, and a sharded weight that is frozen when it is first gathered stays so.
+            for matrix in (layer.lora_A, layer.lora_B):
+                matrix.requires_grad_(True)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Writes them as peft does; `weights` under peft's names."""
+        self.config.save_pretrained(folder)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight of the model is an adapter's, by its name."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def saved_name(name: str) -> str:
+    """What peft calls an adapter's weight in a file."""
+    return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer itself, without an adapter."""
+    layer: nn.Module = getattr(module, "base_layer", module)
+    return layer
+
+
+def adapted_weight(module: Any, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+    """W + alpha / rank * B A of a layer, given (some rows of) W; W itself where there is no adapter, or it is off."""
+    if base_layer(module) is module or module.disable_adapters:
+        return weight
+    up, down = module.lora_B[_NAME].weight[rows], module.lora_A[_NAME].weight
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=module.scaling[_NAME])
+
+
+def has_adapters(folder: str) -> bool:
+    return (Path(folder) / CONFIG).is_file()
+
+
+def load_merged(
+    config: ModelConfig, load_base: Callable[[ModelConfig], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the adapters of a folder were made for, with them added to its weights. Raises ValueError."""
+    peft = _peft(f"model.name: {config.name!r} holds adapters, and")
+    folder = Path(config.name)
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"model.name: {config.name!r} has {CONFIG} but no {WEIGHTS}; save the adapters as safetensors")
+    settings = json.loads((folder / CONFIG).read_text())
+    kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
+    if kind != "LORA" or not base:
+        raise ValueError(
+            f"model.name: {config.name!r} holds adapters of type {kind} for the model {base}; wants LORA, and a model's name"
+        )
+    lm, tokenizer = load_base(config.model_copy(update={"name": base, "revision": settings.get("revision")}))
+    merged: PreTrainedModel = peft.PeftModel.from_pretrained(lm, config.name).merge_and_unload()
+    return merged.requires_grad_(True), tokenizer
+
+
+def _linear_layers(lm: PreTrainedModel) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name, module in lm.named_modules() if isinstance(module, nn.Linear)})
+
+
+def _peft(what: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{what} needs peft: pip install 'tbrm[lora]'") from error
+    return peft

@@ -1,0 +1,26 @@
+"""The plain policy gradient (Williams, 1992): no ratio, no clipping; what old data does to it is not corrected."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tbrm.data import ScoredBatch
+from tbrm.objectives.base import Objective, TrajectoryLoss, comparable, group_means
+from tbrm_kernels import TokenStats, segment_sums
+
+
+class Reinforce(Objective):
+    """loss = -(A - beta (sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h))) sum_h log pi(a_h|s_h), the bracket detached.
+
+    A is the reward less the mean of its group, or, where every problem has one response, of the step. On fresh
+    trajectories this is the gradient of -(E[R] - beta KL(pi || pi_ref)).
+    """
+
+    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        return rewards - group_means(rewards, comparable(groups))
+
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        logprob_sums = segment_sums(stats.logprobs, batch.cu_seqlens)
+        log_ratio = logprob_sums - segment_sums(batch.ref_logprobs, batch.cu_seqlens)
+        residual = (log_ratio - batch.rewards / self.beta).detach()
+        return TrajectoryLoss(self.beta * residual * logprob_sums, residual)

@@ -1,0 +1,145 @@
+"""What a plan is made of: the sizes of the model's weights, what a step gives a process to do, and what the passes hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.chat import encode_problems
+from tbrm.config import Config
+from tbrm.data import Trajectory, common_prefix, deal, pack
+from tbrm.model import PolicyModel, load_model
+from tbrm.offline import read_trajectories
+from tbrm.rollout.embedded import end_token_ids
+from tbrm.tasks import ProblemStream
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the weights."""
+
+    shapes: tuple[torch.Size, ...]
+    """Of each weight, a tied one once."""
+    block: int
+    """Of the largest block."""
+    rest: int
+    """Outside of the blocks: embeddings, last norm, head."""
+    vocab: int
+    width: int
+    tied: bool
+
+    @property
+    def total(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
+    @property
+    def head(self) -> int:
+        return self.vocab * self.width
+
+    def slices(self, shard: int) -> int:
+        """Of the process that holds most, of `shard`: FSDP2 cuts the first dimension into equal parts, rounded up."""
+        return sum(-(-shape[0] // shard) * shape[1:].numel() for shape in self.shapes)
+
+
+def sizes_of(policy: PolicyModel) -> Sizes:
+    head = policy.lm.get_output_embeddings().weight
+    weights = policy.weights().values()
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in policy.blocks]
+    return Sizes(
+        shapes=tuple(weight.shape for weight in weights),
+        block=max(blocks, default=0),
+        rest=sum(weight.numel() for weight in weights) - sum(blocks),
+        vocab=head.shape[0],
+        width=head.shape[1],
+        tied=head is policy.lm.get_input_embeddings().weight,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step gives to the process that has most to do."""
+
+    tokens: int
+    """Packed, in all of its micro-batches together."""
+    longest: int
+    """Of one trajectory, which no budget cuts."""
+    actions_per_token: float
+    responses: int
+    """To be generated in a step or an evaluation; 0 if none are."""
+    prompt: int
+    """Tokens of the longest prompt, without what all of them begin with."""
+    sequence: int
+    """Tokens of the longest prompt and response."""
+
+    def micro_batches(self, budget: int) -> tuple[int, int]:
+        """Packed tokens of the first micro-batch under `trainer.batch_tokens: budget`, and of the largest later one; 0 if none
+        comes."""
+        first = min(self.tokens, max(budget, self.longest))
+        return first, min(first, self.tokens - first)
+
+
+def work_of(config: Config, trajectories: Sequence[Trajectory], processes: int) -> Work:
+    dealt = deal(trajectories, sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories), processes)
+    shares = [pack([trajectories[i] for batch in batches for i in batch]) for batches in dealt]
+    largest = max(shares, key=lambda share: len(share.input_ids))
+    rollout, evaluation = config.rollout, config.evaluation
+    asked = 0 if config.data.trajectories else rollout.prompts * rollout.samples
+    if config.task is not None:
+        asked = max(asked, evaluation.prompts * evaluation.samples)
+    prompts = [t.prompt_ids for t in trajectories]
+    return Work(
+        tokens=len(largest.input_ids),
+        longest=max(len(pack([t]).input_ids) for t in trajectories),
+        actions_per_token=len(largest.targets) / len(largest.input_ids),
+        responses=-(-asked // processes),
+        prompt=max(map(len, prompts)) - common_prefix(prompts),
+        sequence=max(map(len, prompts)) + rollout.max_new_tokens,
+    )
+
+
+def trajectories_of(config: Config, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase) -> list[Trajectory]:
+    """Those of a step: the first one's prompts, with responses as long as they may be; of a file, the longest that it has."""
+    rollout = config.rollout
+    count = rollout.prompts * rollout.samples
+    if config.data.trajectories is not None:
+        recorded = read_trajectories(config.data.trajectories, tokenizer, end_token_ids(policy.lm, tokenizer))
+        recorded.sort(key=lambda t: len(t.prompt_ids) + len(t.response_ids), reverse=True)
+        return (recorded * -(-count // len(recorded)))[:count]
+    assert config.task is not None  # the config's validation saw to it
+    prompts = encode_problems(tokenizer, ProblemStream(config.task, config.seed, []).take(rollout.prompts))
+    response = [0] * rollout.max_new_tokens
+    fresh = [Trajectory(prompt, response, reward=0.0) for prompt in prompts for _ in range(rollout.samples)]
+    replayed = config.replay.samples_per_step
+    return fresh + (fresh * -(-replayed // count))[:replayed]
+
+
+def few_of(trajectories: Sequence[Trajectory], prompts: int = 4, responses: int = 4) -> list[Trajectory]:
+    """All `responses` of the first `prompts`, or as many as there are: enough to see what a token takes."""
+    by_prompt: dict[tuple[int, ...], list[Trajectory]] = {}
+    for trajectory in trajectories:
+        by_prompt.setdefault(tuple(trajectory.prompt_ids), []).append(trajectory)
+    return [t for group in list(by_prompt.values())[:prompts] for t in group[:responses]]
+
+
+def meta_policy(config: Config) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
+    """The model without its weights, on the meta device, and its tokenizer."""
+    lm, tokenizer = load_model(config.model, config.seed, meta=True)
+    policy = PolicyModel(lm.to("meta"), precision=precision_of(config))  # type: ignore[arg-type]
+    if config.parallel.activation_checkpointing:
+        policy.checkpoint_activations()
+    return policy, tokenizer
+
+
+def precision_of(config: Config) -> torch.dtype:
+    """Of the products, on the device that is planned for rather than on this machine's."""
+    if config.model.device != "cpu" and config.model.precision == "auto":
+        return torch.bfloat16
+    return config.model.resolve_precision()
+
+
+def is_sharded(config: Config, processes: int) -> bool:
+    """Whether FSDP2 is at work: one process alone needs torchrun only for `parallel.cpu_offload`."""
+    return processes > 1 or config.parallel.cpu_offload

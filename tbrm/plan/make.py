@@ -1,0 +1,25 @@
+"""A plan from a config."""
+
+from __future__ import annotations
+
+from tbrm.config import Config, ConfigError
+from tbrm.plan.footprint import footprint
+from tbrm.plan.inputs import few_of, is_sharded, meta_policy, precision_of, sizes_of, trajectories_of, work_of
+from tbrm.plan.terms import Plan
+
+
+def make_plan(config: Config, processes: int) -> Plan:
+    """From the model's config, the tokenizer and the task's prompts: no weight is read. Raises ConfigError."""
+    shard = config.parallel.shard or processes
+    if processes % shard:
+        raise ConfigError(f"parallel.shard: got {shard} for {processes} processes; wants 0 or a divisor of {processes}")
+    if config.parallel.cpu_offload and config.model.device == "cpu":
+        raise ConfigError("parallel.cpu_offload: true, with model.device cpu; wants a GPU")
+    policy, tokenizer = meta_policy(config)
+    sizes = sizes_of(policy)
+    trajectories = trajectories_of(config, policy, tokenizer)
+    if is_sharded(config, processes):  # then weights come to the blocks in the precision of the products
+        policy.lm.to(precision_of(config))
+        policy.sum_in_float32()
+    held = footprint(policy, few_of(trajectories))
+    return Plan(config, processes, sizes, work_of(config, trajectories, processes), held)

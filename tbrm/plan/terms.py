@@ -1,0 +1,188 @@
+"""How much memory a recipe will take in each process, term by term, before anything runs.
+
+A step goes through phases, and a term is held in some of them; the largest sum is the peak. The terms follow the trainer:
+weights, gradients and moments (`tbrm.trainer`), what FSDP2 gathers and reduces (`tbrm.parallel`), the head's scratch
+(docs/kernels.md), what autograd keeps of the blocks (`tbrm.plan.footprint`) and generation (`tbrm.rollout.embedded`).
+
+All responses are taken to be as long as they may be, and the process is the one that has most to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tbrm.config import Config
+from tbrm.plan.footprint import Footprint
+from tbrm.plan.inputs import Sizes, Work, is_sharded, precision_of
+from tbrm_kernels.backends.cpu import multiplies_bfloat16
+from tbrm_kernels.single_pass import default_chunk_bytes
+
+PHASES = {
+    "rollout": "responses are generated",
+    "reference": "a micro-batch is scored by the reference",
+    "loss": "the forward pass has come to the head",
+    "backward": "the backward pass goes through the blocks",
+    "reduce": "the backward pass has come to the embeddings",
+    "update": "gradients are clipped and AdamW takes its step",
+}
+_PASSES = ("reference", "loss", "backward")
+_FLOAT32, _MOMENTS = 4, 8  # bytes of an element
+_CPU_AT_WORK = 75 * 2**20
+"""What the first step brings into a process on a CPU, however small the model: code of libraries, threads, their buffers.
+A run of recipes/tiny.yaml held so much more than a process that has imported the trainer."""
+
+
+class Term(NamedTuple):
+    """Bytes that one process holds in some phases of a step."""
+
+    name: str
+    size: float
+    phases: Collection[str] = tuple(PHASES)
+    on_host: bool = False
+    """In the CPU's memory, while the model runs on a GPU."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a recipe, for one of `processes` processes with a GPU each, or without any where `model.device` is cpu."""
+
+    config: Config
+    processes: int
+    sizes: Sizes
+    work: Work
+    footprint: Footprint
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.config.model.device == "cpu"
+
+    @property
+    def sharded(self) -> bool:
+        return is_sharded(self.config, self.processes)
+
+    @property
+    def precision(self) -> int:
+        """Bytes of an element in the products."""
+        return precision_of(self.config).itemsize
+
+    @property
+    def slices(self) -> int:
+        """Elements of this process's slices of the weights."""
+        return self.sizes.slices(self.config.parallel.shard or self.processes)
+
+    def terms(self, budget: int | None = None) -> list[Term]:
+        """With micro-batches of at most `budget` tokens; None for `trainer.batch_tokens`. Of the first micro-batch or of a
+        later one, whichever takes more: until the last one, gradients are added up."""
+        first, later = self.work.micro_batches(budget or self.config.trainer.batch_tokens)
+        choices = [self._terms(first, gradients_wait=False)]
+        if later:
+            choices.append(self._terms(later, gradients_wait=True))
+        return max(choices, key=lambda terms: max(peaks(terms).values()))
+
+    def peak(self, budget: int | None = None) -> float:
+        return max(peaks(self.terms(budget)).values())
+
+    def _terms(self, tokens: int, *, gradients_wait: bool) -> list[Term]:
+        terms = [*self._state(gradients_wait), *self._activations(tokens), *self._head(tokens), *self._rollout()]
+        terms.append(Term("libraries at work", _CPU_AT_WORK * self.on_cpu))
+        terms += [*self._gathered(), *self._reduced(gradients_wait)] if self.sharded else self._embeddings()
+        return [term for term in terms if term.size > 0]
+
+    def _state(self, gradients_wait: bool) -> list[Term]:
+        parallel, slices = self.config.parallel, self.slices
+        away = parallel.cpu_offload
+        early = _PASSES if gradients_wait and (parallel.accumulate_sharded or not self.sharded) else ()
+        terms = [
+            Term("weights, float32", _FLOAT32 * slices, on_host=away),
+            Term("reference, float32", _FLOAT32 * slices, on_host=away),
+            Term("AdamW's moments, float32", _MOMENTS * slices, on_host=away),
+            Term("gradients, float32", _FLOAT32 * slices, (*early, "reduce", "update"), on_host=away),
+        ]
+        if self.config.checkpoint.asynchronous:
+            copied = (_FLOAT32 + _MOMENTS) * slices
+            terms.append(Term("checkpoint being written", copied, on_host=not self.on_cpu))
+        return terms
+
+    def _activations(self, tokens: int) -> list[Term]:
+        kept, scoring = self.footprint.kept, self.footprint.scoring
+        return [
+            Term("weights as cast for the products", kept.fixed, ("loss", "backward")),
+            Term("activations", kept.per_token * tokens, ("loss", "backward")),
+            Term("one block at work", self.footprint.working(tokens), ("backward",)),
+            Term("one block at work, without gradient", scoring(tokens), ("reference",)),
+        ]
+
+    def _head(self, tokens: int) -> list[Term]:
+        """The formulas of docs/kernels.md."""
+        sizes = self.sizes
+        actions = round(self.work.actions_per_token * tokens)
+        weight = self.precision if self.sharded else _FLOAT32  # bytes of an element of what the kernel is given
+        logit = 2 if self.on_cpu and self.precision == 2 and multiplies_bfloat16() else _FLOAT32
+        chunk = default_chunk_bytes("cpu" if self.on_cpu else "cuda", sizes.vocab)
+        chunked = logit * sizes.vocab * actions > chunk
+        summed = 0  # beside the gradient's own memory
+        if weight == 2:
+            summed = 2 * chunked if self.on_cpu else _FLOAT32
+        cast = self.precision if self.precision < weight else 0
+        return [
+            Term("head's scratch", min(chunk, logit * sizes.vocab * actions), ("loss",)),
+            Term("float32 sum of the head's gradient", summed * sizes.head, ("loss",)),
+            Term("head's weight, cast", cast * sizes.head, ("reference", "loss")),
+            Term("hidden states of the actions, and their gradient", 2 * _FLOAT32 * sizes.width * actions, ("loss",)),
+            Term("head's gradient", weight * sizes.head, ("loss", "backward")),
+        ]
+
+    def _embeddings(self) -> list[Term]:
+        """The end of one process's backward pass; where embeddings and head are tied, their gradients are added up."""
+        return [Term("embeddings' gradient", _FLOAT32 * self.sizes.head * (1 + self.sizes.tied), ("reduce",))]
+
+    def _rollout(self) -> list[Term]:
+        """Transformers' `generate`."""
+        sizes, work, here = self.sizes, self.work, ("rollout",)
+        rows = min(self.config.rollout.batch_size, work.responses)
+        cast = self.precision * sizes.total if self.sharded or self.precision < _FLOAT32 else 0
+        cache = self.footprint.kv_per_token * work.sequence * rows
+        prompts = self.footprint.scoring.per_token * work.prompt * rows
+        # Logits as the head gives them, in float32, over the temperature, as probabilities, and the draw's noise.
+        logits = (self.precision + 4 * _FLOAT32) * sizes.vocab * rows
+        return [
+            Term("weights, whole, for generation", cast, here),
+            Term("keys and values", cache, here),
+            Term("one block at work on the prompts", prompts, here),
+            Term("logits and sampling", logits, here),
+        ]
+
+    def _gathered(self) -> list[Term]:
+        sizes, parallel, size = self.sizes, self.config.parallel, self.precision
+        terms = [Term("embeddings and head, gathered", size * sizes.rest, _PASSES)]
+        # What arrives is copied to where it is used; in the backward pass the next block arrives meanwhile.
+        terms.append(Term("a block, gathered", 2 * size * sizes.block, ("reference",)))
+        if parallel.reshard_after_forward:
+            terms.append(Term("two blocks, gathered", 3 * size * sizes.block, ("backward",)))
+        else:
+            terms.append(Term("all blocks, gathered", size * (sizes.total - sizes.rest), ("loss", "backward")))
+        return terms
+
+    def _reduced(self, gradients_wait: bool) -> list[Term]:
+        """Gradients on their way: made in the precision of the products, summed over the processes in float32."""
+        sizes, size = self.sizes, self.precision
+        # Copied to one float32 buffer; then the gradients are gone, and gloo makes a copy of the buffer.
+        copied = _FLOAT32 * (1 + self.on_cpu)
+        of_rest = size * (sizes.rest + sizes.tied * sizes.head)
+        arriving = _FLOAT32 * sizes.rest + max(of_rest, _FLOAT32 * sizes.rest * self.on_cpu)
+        terms = [
+            Term("a block's gradient, reduced", (size + copied) * sizes.block, ("backward",)),
+            Term("embeddings' and head's gradient, reduced", arriving, ("reduce",)),
+        ]
+        if gradients_wait and not self.config.parallel.accumulate_sharded:
+            whole = "gradients of earlier micro-batches, whole"
+            terms.append(Term(whole, _FLOAT32 * sizes.total, _PASSES))
+        return terms
+
+
+def peaks(terms: Iterable[Term]) -> dict[str, float]:
+    """Bytes held in each phase, on the device where the model runs."""
+    held = [term for term in terms if not term.on_host]
+    return {phase: sum(term.size for term in held if phase in term.phases) for phase in PHASES}

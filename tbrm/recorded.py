@@ -1,0 +1,91 @@
+"""Trajectories of others for the replay buffer: files of JSON lines, in the form of offline.py, that may grow while training
+goes on: `tbrm rollout` with another model, people, another run."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tbrm.config import ConfigError
+from tbrm.data import Trajectory
+from tbrm.metrics import Phases
+from tbrm.offline import trajectory_of, without_prompts
+from tbrm.replay import ReplayBuffer
+from tbrm.tasks import Task
+
+
+class RecordedFiles:
+    """Reads what is new in the files that `patterns` match: whole lines alone, each of them once. `position` is all of its
+    state: how many bytes and lines of each file are read, and how many groups were made of them."""
+
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: list[int],
+        task: Task | None,
+        heldout: Sequence[list[int]],
+    ) -> None:
+        for pattern in patterns:
+            if not (glob.has_magic(pattern) or Path(pattern).is_file()):
+                raise ConfigError(
+                    f"replay.files: {pattern!r} is not there; give files that are, or a pattern with * for those to come"
+                )
+        self.patterns = patterns
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.task = task
+        self.heldout = heldout
+        self.position: dict[str, list[int]] = {}
+
+    def feed(self, replay: ReplayBuffer, step: int, phases: Phases) -> dict[str, float]:
+        """Puts the new ones into the buffer, before update `step`. Raises ValueError naming a line that cannot be used."""
+        if not self.patterns:
+            return {}
+        with phases("replay"):
+            return {"recorded": self._feed(replay, step)}
+
+    def _feed(self, replay: ReplayBuffer, step: int) -> int:
+        new = [t for path in self._paths() for t in self._read(path)]
+        usable = without_prompts(new, self.heldout)
+        if len(usable) < len(new):
+            left_out = len(new) - len(usable)
+            print(f"replay.files: {left_out} of {len(new)} left out: their prompts are held out", file=sys.stderr)
+        groups: dict[tuple[int, ...], list[Trajectory]] = {}
+        for trajectory in usable:
+            groups.setdefault(tuple(trajectory.prompt_ids), []).append(trajectory)
+        made = self.position.setdefault("groups", [0])
+        for members in groups.values():
+            made[0] += 1
+            for trajectory in members:
+                trajectory.group = -made[0]  # those of rollouts count from 0 up
+        replay.add(f"recorded-{step:06d}", list(groups.values()))
+        return len(usable)
+
+    def _paths(self) -> list[str]:
+        return sorted({path for pattern in self.patterns for path in glob.glob(pattern)})
+
+    def _read(self, path: str) -> Iterator[Trajectory]:
+        place = self.position.setdefault(f"file {path}", [0, 0])
+        size = Path(path).stat().st_size
+        if size < place[0]:
+            raise ValueError(
+                f"replay.files: {path} is shorter than it was ({size} bytes, {place[0]} were read): only append"
+            )
+        with open(path, "rb") as file:
+            file.seek(place[0])
+            lines = file.read(size - place[0]).split(b"\n")[:-1]  # what follows the last newline is still being written
+        for line in lines:
+            place[0] += len(line) + 1
+            place[1] += 1
+            if not line.strip():
+                continue
+            try:
+                yield trajectory_of(json.loads(line), self.tokenizer, self.eos_ids, self.task)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{place[1]}: {error}") from error

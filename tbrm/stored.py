@@ -1,0 +1,76 @@
+"""Trajectories on disk: many in one safetensors file, memory-mapped, so that some are read without the others.
+
+Columns of one value per trajectory stand beside those that hold the tokens (or reference log-probs) of all, end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tbrm.data import ReferenceScore, Trajectory
+
+_NONE = -1  # a weight version or a reference version that there is not
+
+
+def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
+    """Writes all there is to them, reference scores included; read again, they are the same bit for bit."""
+
+    def column(values: Sequence[object], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+    scores = [t.reference for t in trajectories]
+    versions = [_NONE if t.weight_version is None else t.weight_version for t in trajectories]
+    chosen = [t.action_mask or [True] * len(t.response_ids) for t in trajectories]
+    tensors = {
+        "tokens": column([token for t in trajectories for token in (*t.prompt_ids, *t.response_ids)], torch.int32),
+        "chosen": column([is_action for mask in chosen for is_action in mask], torch.bool),
+        "prompt_lengths": column([len(t.prompt_ids) for t in trajectories], torch.int64),
+        "response_lengths": column([len(t.response_ids) for t in trajectories], torch.int64),
+        "rewards": column([t.reward for t in trajectories], torch.float64),
+        "truncated": column([t.truncated for t in trajectories], torch.bool),
+        "groups": column([t.group for t in trajectories], torch.int64),
+        "weight_versions": column(versions, torch.int64),
+        "reference_versions": column([score.version if score else _NONE for score in scores], torch.int64),
+        "reference_lengths": column([len(score.logprobs) if score else 0 for score in scores], torch.int64),
+        "reference_logprobs": torch.cat([torch.zeros(0), *(score.logprobs for score in scores if score)]),
+        "reference_values": torch.stack([torch.zeros(()), *(s.value if s else torch.zeros(()) for s in scores)])[1:],
+    }
+    save_file(tensors, path)
+
+
+def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Trajectory]:
+    """The trajectories at `rows`, in that order; without it all."""
+    with safe_open(path, framework="pt") as file:
+        columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    names = ("prompt_lengths", "response_lengths", "reference_lengths", "rewards", "truncated", "groups")
+    prompts, responses, scored, rewards, truncated, groups = (columns[name].tolist() for name in names)
+    weight_versions, reference_versions = columns["weight_versions"].tolist(), columns["reference_versions"].tolist()
+    token_at = [0, *accumulate(p + r for p, r in zip(prompts, responses, strict=True))]
+    chosen_at, score_at = [0, *accumulate(responses)], [0, *accumulate(scored)]
+
+    def load(row: int) -> Trajectory:
+        middle, stop = token_at[row] + prompts[row], token_at[row + 1]
+        chosen = columns["chosen"][chosen_at[row] : chosen_at[row + 1]].tolist()
+        score = None
+        if reference_versions[row] != _NONE:
+            logprobs = columns["reference_logprobs"][score_at[row] : score_at[row + 1]].clone()
+            score = ReferenceScore(reference_versions[row], logprobs, columns["reference_values"][row].clone())
+        return Trajectory(
+            prompt_ids=columns["tokens"][token_at[row] : middle].tolist(),
+            response_ids=columns["tokens"][middle:stop].tolist(),
+            reward=rewards[row],
+            truncated=truncated[row],
+            group=groups[row],
+            weight_version=None if weight_versions[row] == _NONE else weight_versions[row],
+            action_mask=None if all(chosen) else chosen,
+            reference=score,
+        )
+
+    return [load(row) for row in (range(len(prompts)) if rows is None else rows)]

@@ -1,0 +1,32 @@
+"""Fresh trajectories for the optimiser steps: what a source collects at once is dealt out over `rollout.updates` of them."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from tbrm.metrics import Phases
+from tbrm.offline import FileSource
+from tbrm.rollout.collect import Collected, RolloutSource
+
+
+class Supply:
+    """Collects when a step has nothing left to train on, with the weights of that moment."""
+
+    def __init__(self, source: RolloutSource | FileSource, updates: int) -> None:
+        self.source = source
+        self.updates = updates
+        self.waiting: deque[Collected] = deque()
+        """What is collected and not trained on yet, one for each of the next steps. With the source's position, which is
+        that after them, it is all there is to save."""
+
+    def collect(self, step: int, phases: Phases) -> Collected:
+        """What update `step` is to train on for the first time."""
+        if not self.waiting:
+            self.waiting.extend(self.source.collect(step, phases).split(self.updates))
+        return self.waiting.popleft()
+
+    def settle(self) -> None:
+        """Returns when nothing is being collected."""
+
+    def close(self) -> None:
+        """Ends what is being collected."""

@@ -1,0 +1,35 @@
+"""The step's benchmark: what all ways are given, and its table. The command itself checks every way before it is timed."""
+
+from __future__ import annotations
+
+import torch
+
+from bench import step
+from bench.step_ways import MICRO_BATCH, WAYS, Padded, padded_tokens, recorded
+
+
+def test_all_ways_are_given_the_same_trajectories() -> None:
+    prompts = [tuple(row["prompt_ids"]) for row in recorded()]
+    assert len(prompts) == 64
+    assert {prompts.count(prompt) for prompt in prompts} == {4}
+    assert 0 < sum(row["reward"] for row in recorded()) < 64  # else there were no advantages
+    batch = Padded()
+    assert batch.ids.numel() == padded_tokens()
+    for row, ids, attention, targets, mask in zip(
+        recorded(), batch.ids, batch.attention.bool(), batch.targets, batch.mask.bool(), strict=True
+    ):
+        assert ids[attention].tolist() == row["prompt_ids"] + row["response_ids"]
+        assert targets[mask].tolist() == row["response_ids"]
+    covered = torch.cat([torch.arange(64)[rows] for rows in batch.micro_batches()])
+    assert covered.tolist() == list(range(64))
+    assert len(batch.micro_batches()) == 64 // MICRO_BATCH
+
+
+def test_the_table_compares_with_ours() -> None:
+    first, *others = WAYS
+    measured = {first: {"seconds": [2.0, 1.0, 9.0], "peak_mib": 1000.0, "gap": 0.0}}
+    measured |= {way: {"seconds": [6.0], "peak_mib": 1500.0, "gap": 2e-5} for way in others}
+    text = step.table(measured)
+    assert f"| {first} | 2.00 | 1.00 | 1000 | 1.00 |" in text
+    assert all(f"| {way} | 6.00 | 3.00 | 1500 | 1.50 |" in text for way in others)
+    assert "within 2e-05" in text and "3,904 tokens" in text

@@ -1,0 +1,154 @@
+"""LoRA in one process; tests/tbrm/test_parallel.py has it in several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tbrm.cli import main
+from tbrm.config import ConfigError, LoraConfig, ModelConfig
+from tbrm.data import pack
+from tbrm.export import export
+from tbrm.lora import Adapters
+from tbrm.metrics import read_jsonl
+from tbrm.model import PolicyModel
+from tbrm.tiny import tiny_tokenizer
+from tbrm.trainer import Trainer
+from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
+from tests.tbrm.test_model import trajectories
+
+TARGETS = ["q_proj", "up_proj", "lm_head"]
+
+
+def with_adapters(architecture: str, *targets: str, tied: bool = False) -> PolicyModel:
+    lm = make_lm(architecture, tied=tied)
+    adapters = Adapters(lm, LoraConfig(rank=4, targets=list(targets)), ModelConfig(name="base"), seed=0)
+    policy = PolicyModel(lm)
+    policy.adapters = adapters
+    adapters.reset()
+    return policy
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_are_those_of_the_adapted_model_itself(architecture: str) -> None:
+    policy = with_adapters(architecture, *TARGETS)
+    lm, items = policy.lm, trajectories()
+    weights = {name: weight for name, weight in policy.trained_weights().items()}
+    assert len(weights) == 2 * (3 + 3 + 1)
+    for weight in weights.values():
+        torch.nn.init.normal_(weight, std=0.2)
+    for t in items:
+        with policy.generation_mode():
+            logits = lm(input_ids=torch.tensor([t.prompt_ids + t.response_ids]), use_cache=False).logits[0]
+        rows = [len(t.prompt_ids) + i - 1 for i in t.actions]
+        targets = torch.tensor([t.response_ids[i] for i in t.actions])
+        logits[rows].log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    expected = {name: weight.grad.clone() for name, weight in weights.items()}
+    lm.zero_grad()
+    policy(pack(items)).logprobs.sum().backward()
+    for name, weight in weights.items():
+        assert expected[name].any()
+        assert (weight.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
+    assert all(weight.grad is None for weight in policy.weights().values())
+
+
+@pytest.mark.parametrize(
+    ("targets", "tied", "message"),
+    [
+        (["q_proj", "lm_head"], True, "'lm_head' is tied to the embedding in LlamaForCausalLM"),
+        (["q_proj", "w_proj"], False, "'w_proj' is no linear layer of LlamaForCausalLM; name some of down_proj, "),
+        (["embed_tokens"], False, "'embed_tokens' is no linear layer"),
+    ],
+)
+def test_what_would_not_train_is_refused(targets: list[str], tied: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_adapters("llama", *targets, tied=tied)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "lora.rank is set but model.name is 'tiny'"),
+        (
+            {
+                "model__name": "folder",
+                "objective": {"name": "reval", "beta": 0.1, "reset_reference_every": 2},
+            },
+            "objective.reset_reference_every is 2 but lora.rank is set",
+        ),
+        (
+            {"model__name": "folder", "parallel": {"offload_reference": True}},
+            "parallel.offload_reference is true but lora.rank is set",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_with_adapters_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(tmp_path, lora__rank=4, **settings)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    config = type(ARCHITECTURES["qwen3"]).from_dict(
+        ARCHITECTURES["qwen3"].to_dict()
+        | {"vocab_size": len(tokenizer), "tie_word_embeddings": False, "eos_token_id": 0}
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_saves_resumes_exports_and_is_evaluated(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def config(run: str) -> Any:
+        lora = {"rank": 4, "targets": TARGETS}
+        return tiny_config(
+            tmp_path / run,
+            model__name=str(base),
+            lora=lora,
+            checkpoint={"every": 2, "keep": 9},
+            optim__learning_rate=0.03,
+        )
+
+    trainer = Trainer(config("run"))
+    assert trainer.reference.model is trainer.policy
+    trainer.train()
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["log_ratio_mean"] == 0.0 for row in rows] == [True, False, False, False]
+    latest = (tmp_path / "run" / "checkpoints" / "latest").resolve()
+    assert [path.name for path in latest.glob("*.safetensors")] == ["adapter_model.safetensors"]
+    assert json.loads((latest / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again, symlinks=True)
+    (again / "checkpoints" / "latest").unlink()
+    (again / "checkpoints" / "latest").symlink_to("step-000002")
+    Trainer(config("again"), resume=True).train()
+    for file in ("adapter_model.safetensors", "trainer/optimizer/model.safetensors"):
+        assert (again / "checkpoints" / "latest" / file).read_bytes() == (latest / file).read_bytes()
+
+    # peft itself reads what was saved, and says the same as the trained policy and as the export.
+    ids = torch.arange(3, 15)[None]
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    plain = lm(ids).logits
+    theirs = PeftModel.from_pretrained(lm, latest).eval()(ids).logits
+    with trainer.policy.generation_mode() as ours:
+        torch.testing.assert_close(ours(ids).logits, theirs)
+    export(str(latest), tmp_path / "exported")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(ids).logits, theirs)
+    assert (theirs - plain).abs().max() > 1e-3
+
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
+    assert main(["eval", str(tmp_path / "run"), "--task", str(recipe), "--prompts", "2"]) == 0
+    assert "accuracy" in capsys.readouterr().out
