@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,14 +282,21 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
     assert_answers_are_the_policys(engine, trainer.policy)
 
 
-def test_a_server_killed_during_a_request_is_replaced_and_asked_again(engine: VllmEngine) -> None:
+def test_a_server_killed_during_a_request_is_replaced_and_asked_again(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = PROMPTS * 4, 8, Sampling(300, seed=9)
-    begun = time.monotonic()
     expected = [[r.token_ids for r in rs] for rs in engine.generate(*arguments)]
-    took = time.monotonic() - begun
     before = engine.update_weights(engine._version)
     left = Left.of(engine)
-    threading.Timer(took / 4, kill_worker, [engine]).start()
+    ask, asked = Server.generate, itertools.count()
+
+    def killed_once(server: Server, *request: Any) -> Any:
+        if next(asked) == 3:  # three requests are under way, and this one is about to be
+            kill_worker(engine)
+        return ask(server, *request)
+
+    monkeypatch.setattr(Server, "generate", killed_once)
     answers = engine.generate(*arguments)
     assert [[r.token_ids for r in rs] for rs in answers] == expected
     assert {r.weight_version for rs in answers for r in rs} == {engine._version}
