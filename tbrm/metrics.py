@@ -183,12 +183,16 @@ class Phases:
         return time.perf_counter()
 
 
+_LINUX_STATUS = Path("/proc/self/status")
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """The most memory held so far, in MiB: of torch's allocator on a GPU, of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+    if _LINUX_STATUS.exists():  # where getrusage starts with the size of the process that launched this one
+        return int(_LINUX_STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 _ON_THE_BAR = {

@@ -54,7 +54,7 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: int
     _, errors = process.communicate(timeout=60)
     last = read_jsonl(run / "metrics.jsonl")[-1]["step"]
     line = f"tbrm train: {signal.Signals(number).name}: stopped after step {last}, which is saved; go on with --resume"
-    assert line in errors
+    assert line in errors, errors
     assert (run / "checkpoints" / "latest").resolve().name == f"step-{last:06d}"
     assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.step == last
     if processes == 1:
