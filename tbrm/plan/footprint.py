@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.model import PolicyModel
+from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 
-KV_TOKENS = 16  # fewer than the sliding window of any model that is not a test's
+KV_TOKENS = 16
 
 
 class Line(NamedTuple):
@@ -98,9 +99,14 @@ def _score(policy: PolicyModel, batch: TrajectoryBatch) -> int:
 
 @torch.no_grad()
 def _kv_bytes(policy: PolicyModel) -> int:
-    with policy.generation_mode() as lm:
-        output = lm.base_model(input_ids=torch.zeros(1, KV_TOKENS, dtype=torch.int64), use_cache=True)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    cache = KeyValueCache(rows=1)
+    cache.reserve(KV_TOKENS)
+    nobody = torch.zeros(0, dtype=torch.int64)
+    reading = Reading(cache, nobody, 0, [Prompts(first=0, count=1, start=0, length=KV_TOKENS)])
+    ids = torch.arange(KV_TOKENS)[None]
+    with policy.generation_mode(CACHED_ATTENTION) as lm:
+        lm.base_model(input_ids=ids, position_ids=ids, reading=reading, use_cache=False)
+    return cache.nbytes
 
 
 class _LiveBytes(TorchDispatchMode):

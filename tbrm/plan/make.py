@@ -15,6 +15,9 @@ def make_plan(config: Config, processes: int) -> Plan:
         raise ConfigError(f"parallel.shard: got {shard} for {processes} processes; wants 0 or a divisor of {processes}")
     if config.parallel.cpu_offload and config.model.device == "cpu":
         raise ConfigError("parallel.cpu_offload: true, with model.device cpu; wants a GPU")
+    if config.parallel.vocab_parallel or config.lora.rank:
+        key = "lora.rank" if config.lora.rank else "parallel.vocab_parallel"
+        raise ConfigError(f"{key}: what it saves is not planned for; leave it out to see the memory without it")
     policy, tokenizer = meta_policy(config)
     sizes = sizes_of(policy)
     trajectories = trajectories_of(config, policy, tokenizer)

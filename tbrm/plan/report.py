@@ -120,6 +120,8 @@ def sentences(plan: Plan, memory: float | None) -> list[str]:
                 + (", which fits" if change.peak <= memory else "")
                 for change in changes(plan, memory)
             ]
+    if plan.config.rollout.engine != "embedded":
+        found.append("Without vLLM's memory, of which rollout.vllm.* decides.")
     found.append(
         "Counted beyond what an idle process holds that has imported the trainer. glibc may hold up to a third more than is "
         "alive, unless MALLOC_MMAP_THRESHOLD_ is low (docs/scaling.md)."

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from tbrm.config import Config
 from tbrm.plan.footprint import Footprint
 from tbrm.plan.inputs import Sizes, Work, is_sharded, precision_of
+from tbrm.rollout.embedded import PROMPT_TOKENS
 from tbrm_kernels.backends.cpu import multiplies_bfloat16
 from tbrm_kernels.single_pass import default_chunk_bytes
 
@@ -96,7 +97,7 @@ class Plan:
         early = _PASSES if gradients_wait and (parallel.accumulate_sharded or not self.sharded) else ()
         terms = [
             Term("weights, float32", _FLOAT32 * slices, on_host=away),
-            Term("reference, float32", _FLOAT32 * slices, on_host=away),
+            Term("reference, float32", _FLOAT32 * slices, on_host=away or parallel.offload_reference),
             Term("AdamW's moments, float32", _MOMENTS * slices, on_host=away),
             Term("gradients, float32", _FLOAT32 * slices, (*early, "reduce", "update"), on_host=away),
         ]
@@ -139,16 +140,24 @@ class Plan:
         return [Term("embeddings' gradient", _FLOAT32 * self.sizes.head * (1 + self.sizes.tied), ("reduce",))]
 
     def _rollout(self) -> list[Term]:
-        """Transformers' `generate`."""
-        sizes, work, here = self.sizes, self.work, ("rollout",)
-        rows = min(self.config.rollout.batch_size, work.responses)
-        cast = self.precision * sizes.total if self.sharded or self.precision < _FLOAT32 else 0
+        """The embedded engine's; vLLM has memory of its own."""
+        sizes, work, rollout, here = self.sizes, self.work, self.config.rollout, ("rollout",)
+        if rollout.engine != "embedded":
+            return []
+        rows = min(rollout.batch_size, work.responses)
+        whole = self.precision * sizes.total if self.sharded else 0
+        # On a CPU all linear layers are laid out anew, an untied embedding is not; on a GPU autocast makes copies.
+        linear = sizes.total - (0 if sizes.tied else sizes.head)
+        copied = self.precision * linear if self.on_cpu or (self.precision < _FLOAT32 and not self.sharded) else 0
         cache = self.footprint.kv_per_token * work.sequence * rows
-        prompts = self.footprint.scoring.per_token * work.prompt * rows
-        # Logits as the head gives them, in float32, over the temperature, as probabilities, and the draw's noise.
-        logits = (self.precision + 4 * _FLOAT32) * sizes.vocab * rows
+        prompts = self.footprint.scoring.per_token * min(work.prompt * rows, max(work.prompt, PROMPT_TOKENS))
+        logits = (self.precision + _FLOAT32) * sizes.vocab * rows  # as the head gives them, and as probabilities
         return [
-            Term("weights, whole, for generation", cast, here),
+            Term(
+                "policy's copy, which rollouts ahead are made by", _FLOAT32 * sizes.total * bool(rollout.max_staleness)
+            ),
+            Term("weights, whole, for generation", whole, here),
+            Term("weights, laid out or cast for generation", copied, here),
             Term("keys and values", cache, here),
             Term("one block at work on the prompts", prompts, here),
             Term("logits and sampling", logits, here),

@@ -28,6 +28,10 @@ class KeyValueCache:
         self.columns = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for stored in self._layers.values() for x in stored)
+
     def reserve(self, columns: int) -> None:
         """Makes room for rows of so many tokens."""
         if columns <= self.columns:

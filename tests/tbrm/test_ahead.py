@@ -19,6 +19,7 @@ from tbrm.parallel import World
 from tbrm.rollout import EmbeddedEngine, Sampling, ahead
 from tbrm.rollout.ahead import RolloutLateError, SupplyAhead
 from tbrm.rollout.frozen import EngineClosed, FrozenEngine
+from tbrm.rollout.split import SplitEngine
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_trainer import assert_same_run
@@ -87,8 +88,8 @@ def test_an_evaluation_is_of_the_weights_of_now(tmp_path: Path, monkeypatch: pyt
     checked = []
     real = trainer_module.evaluate
 
-    def evaluate(engine: FrozenEngine, *arguments, **options):
-        checked.append(same(weights_of(engine._copy), weights_of(trainer.policy)))
+    def evaluate(engine: SplitEngine, *arguments, **options):
+        checked.append(same(weights_of(engine.engine._copy), weights_of(trainer.policy)))
         return real(engine, *arguments, **options)
 
     monkeypatch.setattr(trainer_module, "evaluate", evaluate)
@@ -145,7 +146,7 @@ def test_a_rollout_that_hangs_ends_the_run_within_the_time_limit(
 
 def test_closing_the_engine_ends_a_generation_of_another_thread(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, rollout__max_staleness=1))
-    trainer.engine._engine.eos_ids = [len(trainer.tokenizer)]  # a response without end
+    trainer.engine.engine._engine.eos_ids = [len(trainer.tokenizer)]  # a response without end
     with ThreadPoolExecutor(1) as threads:
         generation = threads.submit(trainer.engine.generate, [[1, 2, 3]], 1, Sampling(max_new_tokens=1_000_000))
         time.sleep(0.5)
