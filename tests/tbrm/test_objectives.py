@@ -65,6 +65,11 @@ def tabular_stats(logits: Tensor, trajectories: list[Trajectory]) -> TokenStats:
     return TokenStats(logits[states, actions] - lse, lse, None)
 
 
+def log_reference(tree: Tree, leaf: tuple[int, ...]) -> float:
+    """log pi_ref of the trajectory that ends in `leaf`."""
+    return sum(tree.reference[INDEX[leaf[:h]]].log_softmax(-1)[leaf[h]].item() for h in range(HORIZON))
+
+
 def batch_of(tree: Tree, trajectories: list[Trajectory]) -> ScoredBatch:
     reference = tabular_stats(tree.reference, trajectories)
     rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
@@ -73,13 +78,17 @@ def batch_of(tree: Tree, trajectories: list[Trajectory]) -> ScoredBatch:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", ["tbrm", "reval", "brm"])
-def test_zero_loss_is_the_optimal_policy(name: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), [("tbrm", {}), ("tbrm", {"reward_offset": 2.0}), ("reval", {}), ("brm", {})]
+)
+def test_zero_loss_is_the_optimal_policy(name: str, options: dict[str, float], seed: int) -> None:
     tree = Tree(seed)
     trajectories = tree.sample(4096)
     assert len({tuple(t.response_ids) for t in trajectories}) == VOCABULARY**HORIZON
     batch = batch_of(tree, trajectories)
-    objective = OBJECTIVES(name)(name=name, beta=BETA)
+    objective = OBJECTIVES(name)(name=name, beta=BETA, **options)
+    rewards = objective.shape_rewards(batch.rewards, torch.zeros(len(trajectories), dtype=torch.int64))
+    batch = dataclasses.replace(batch, rewards=rewards)
 
     logits = torch.zeros(len(STATES), VOCABULARY, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe")  # fmt: skip  # noqa: E501
@@ -98,6 +107,10 @@ def test_zero_loss_is_the_optimal_policy(name: str, seed: int) -> None:
     policy = logits.detach().softmax(-1)
     total_variation = 0.5 * (policy - optimum).abs().sum(-1)
     assert total_variation.max() < 1e-3
+    if name == "tbrm":  # V(s_1) at the optimum: the value of the problem, and what an offset adds to it
+        value = math.log(sum(math.exp(log_reference(tree, leaf) + r / BETA) for leaf, r in tree.rewards.items()))
+        raised = value + options.get("reward_offset", 0.0) / BETA
+        assert logits.detach()[INDEX[()]].logsumexp(-1).item() == pytest.approx(raised, abs=1e-3)
     # The test means something only if the optimum is neither of the policies that we began with.
     for other in (tree.behaviour, tree.reference.softmax(-1), torch.full_like(optimum, 1 / VOCABULARY)):
         assert (0.5 * (other - optimum).abs().sum(-1)).max() > 0.1
