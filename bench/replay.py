@@ -28,7 +28,7 @@ from tbrm.metrics import read_jsonl
 
 OBJECTIVES = {
     # The recipe's own: one response to each of 96 problems.
-    "tbrm": ("objective.name=tbrm", "objective.beta=0.002", "rollout.samples=1"),
+    "tbrm": ("objective.name=tbrm", "rollout.samples=1"),
     "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true", "rollout.samples=4"),
     "reinforce": ("objective.name=reinforce", "objective.beta=0.01", "rollout.samples=4"),
 }

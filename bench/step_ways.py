@@ -55,6 +55,8 @@ class Tbrm:
             f"model.precision={precision}",
             "model.device=cpu",
             f"data.trajectories={TRAJECTORIES}",
+            f"objective.beta={BETA}",
+            "objective.reward_offset=0.0",
             "rollout.prompts=16",
             "rollout.samples=4",
             "optim.schedule=constant",

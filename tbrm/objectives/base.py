@@ -27,6 +27,11 @@ class Objective(ABC, BaseModel):
     beta: float = Field(
         gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."
     )
+    reward_offset: float = Field(
+        0.0,
+        description="Added to each reward: the best policy stays, V(s_1) rises by offset / beta. For tbrm, choose it so that the "
+        "mean of R/beta starts a little above the metric value_mean.",
+    )
     reset_reference_every: int = Field(
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
     )
@@ -36,7 +41,7 @@ class Objective(ABC, BaseModel):
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """The rewards [N] that the loss is to use; groups [N] int64 says which trajectories answer the same problem."""
-        return rewards
+        return rewards + self.reward_offset
 
     def compare(self, rewards: Tensor, groups: Tensor, log_ratios: Tensor) -> Tensor:
         """The rewards [N] that the loss is to use, where that takes the log-ratios [N] of all trajectories of the step:

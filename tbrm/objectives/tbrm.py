@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor
-
 from tbrm.data import ScoredBatch
 from tbrm.objectives.base import Objective, TrajectoryLoss
 from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
@@ -16,15 +13,6 @@ class Tbrm(Objective):
     Nothing is detached: this is the true gradient. The mean of R/beta must not be below V(s_1), which is the level of the
     logits, 35 to 50 for a small chat model, or wrong answers are pushed down before right ones are pushed up.
     """
-
-    reward_offset: float = Field(
-        0.0,
-        description="Added to each reward. It leaves the best policy as it is and raises V(s_1) by offset / beta: choose it "
-        "so that the mean of R/beta starts a little above the metric value_mean.",
-    )
-
-    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        return rewards + self.reward_offset
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
