@@ -52,6 +52,7 @@ class Tbrm:
 
     def __init__(self, precision: str) -> None:
         overrides = [
+            f"model.name={MODEL}",
             f"model.precision={precision}",
             "model.device=cpu",
             f"data.trajectories={TRAJECTORIES}",
@@ -68,13 +69,13 @@ class Tbrm:
 
     @torch.no_grad()
     def logprobs(self) -> list[float]:
-        return self.trainer.policy(pack(self.trainer.source.trajectories)).logprobs.tolist()
+        return self.trainer.policy(pack(self.trainer.supply.source.trajectories)).logprobs.tolist()
 
     def steps(self) -> list[float]:
         return [self._step() for _ in range(ROUNDS + 1)]
 
     def _step(self) -> float:
-        for trajectory in self.trainer.source.trajectories:
+        for trajectory in self.trainer.supply.source.trajectories:
             trajectory.reference = None  # a fresh trajectory has not been scored yet
         return timed(self.trainer.train_step)
 

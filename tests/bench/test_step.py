@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
-from bench import step
+from bench import step, step_ways
 from bench.step_ways import MICRO_BATCH, WAYS, Padded, padded_tokens, recorded
 
 
@@ -23,6 +27,20 @@ def test_all_ways_are_given_the_same_trajectories() -> None:
     covered = torch.cat([torch.arange(64)[rows] for rows in batch.micro_batches()])
     assert covered.tolist() == list(range(64))
     assert len(batch.micro_batches()) == 64 // MICRO_BATCH
+
+
+def test_our_way_takes_its_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the tiny model, and trajectories of its own vocabulary: SmolLM2 is not downloaded for a test."""
+    rows = [{"prompt": f"{i} + 1", "response": str(i + 1), "reward": i % 2} for i in range(64)]
+    file = tmp_path / "trajectories.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(step_ways, "TRAJECTORIES", str(file))
+    monkeypatch.setattr(step_ways, "MODEL", "tiny")
+    ours = step_ways.Tbrm("float32")
+    before = ours.logprobs()
+    assert len(before) > 64
+    assert len(ours.steps()) == step_ways.ROUNDS + 1
+    assert ours.logprobs() != before
 
 
 def test_the_table_compares_with_ours() -> None:
