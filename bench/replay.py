@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 from tbrm.metrics import read_jsonl
 
 OBJECTIVES = {
-    # The recipe's own: one response to each of 96 problems.
+    # The recipe's own: one response to each problem.
     "tbrm": ("objective.name=tbrm", "rollout.samples=1"),
     "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true", "rollout.samples=4"),
     "reinforce": ("objective.name=reinforce", "objective.beta=0.01", "rollout.samples=4"),

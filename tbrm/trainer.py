@@ -133,7 +133,8 @@ class Trainer:
         replayed = self.replay.sample(self.state.step, self.phases)
         trajectories = [t for t in collected.trajectories + replayed if t.actions]
         groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
-        rewards = objective.shape_rewards(torch.tensor([t.reward for t in trajectories]), groups)
+        rewards = torch.tensor([t.reward for t in trajectories]) + objective.reward_offset
+        rewards = objective.shape_rewards(rewards, groups)
 
         measured = StepMetrics(self.device)
         unscored, scored = self._micro_batches(trajectories)

@@ -40,8 +40,9 @@ class Objective(ABC, BaseModel):
     """Whether `compare` is to be asked before each update, at the price of one more forward pass."""
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """The rewards [N] that the loss is to use; groups [N] int64 says which trajectories answer the same problem."""
-        return rewards + self.reward_offset
+        """The rewards [N] that the loss is to use, of those with the offset; groups [N] int64 says which trajectories
+        answer the same problem."""
+        return rewards
 
     def compare(self, rewards: Tensor, groups: Tensor, log_ratios: Tensor) -> Tensor:
         """The rewards [N] that the loss is to use, where that takes the log-ratios [N] of all trajectories of the step:

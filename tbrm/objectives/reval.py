@@ -20,7 +20,6 @@ class Reval(Objective):
     centre_rewards: bool = Field(False, description="Subtract from each reward the mean over its problem's responses.")
 
     def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        rewards = super().shape_rewards(rewards, groups)
         return rewards - group_means(rewards, groups) if self.centre_rewards else rewards
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:

@@ -44,8 +44,8 @@ class Tree:
         drawn = torch.multinomial(torch.tensor(chances), count, replacement=True, generator=self.generator)
         return [Trajectory([0], list(leaves[i]), self.rewards[leaves[i]]) for i in drawn]
 
-    def optimum(self) -> Tensor:
-        """The policy that maximises E[R] - BETA KL(pi || pi_ref), by backward induction; [states, vocabulary]."""
+    def optimum(self) -> tuple[Tensor, float]:
+        """The policy that maximises E[R] - BETA KL(pi || pi_ref), by backward induction, [states, vocabulary]; and V(s_1)."""
         log_reference = self.reference.log_softmax(-1)
         policy = torch.zeros_like(log_reference)
         value: dict[tuple[int, ...], Tensor] = {}
@@ -55,7 +55,7 @@ class Tree:
             q = log_reference[INDEX[state]] + after
             value[state] = q.logsumexp(0)
             policy[INDEX[state]] = q.softmax(0)
-        return policy
+        return policy, value[()].item()
 
 
 def tabular_stats(logits: Tensor, trajectories: list[Trajectory]) -> TokenStats:
@@ -63,11 +63,6 @@ def tabular_stats(logits: Tensor, trajectories: list[Trajectory]) -> TokenStats:
     actions = torch.tensor([a for t in trajectories for a in t.response_ids])
     lse = logits[states].logsumexp(-1)
     return TokenStats(logits[states, actions] - lse, lse, None)
-
-
-def log_reference(tree: Tree, leaf: tuple[int, ...]) -> float:
-    """log pi_ref of the trajectory that ends in `leaf`."""
-    return sum(tree.reference[INDEX[leaf[:h]]].log_softmax(-1)[leaf[h]].item() for h in range(HORIZON))
 
 
 def batch_of(tree: Tree, trajectories: list[Trajectory]) -> ScoredBatch:
@@ -87,8 +82,7 @@ def test_zero_loss_is_the_optimal_policy(name: str, options: dict[str, float], s
     assert len({tuple(t.response_ids) for t in trajectories}) == VOCABULARY**HORIZON
     batch = batch_of(tree, trajectories)
     objective = OBJECTIVES(name)(name=name, beta=BETA, **options)
-    rewards = objective.shape_rewards(batch.rewards, torch.zeros(len(trajectories), dtype=torch.int64))
-    batch = dataclasses.replace(batch, rewards=rewards)
+    batch = dataclasses.replace(batch, rewards=batch.rewards + objective.reward_offset)  # as the trainer adds it
 
     logits = torch.zeros(len(STATES), VOCABULARY, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe")  # fmt: skip  # noqa: E501
@@ -103,13 +97,12 @@ def test_zero_loss_is_the_optimal_policy(name: str, options: dict[str, float], s
     optimizer.step(closure)
     assert start > 0.1
     assert closure().item() < 1e-8
-    optimum = tree.optimum()
+    optimum, value = tree.optimum()
     policy = logits.detach().softmax(-1)
     total_variation = 0.5 * (policy - optimum).abs().sum(-1)
     assert total_variation.max() < 1e-3
     if name == "tbrm":  # V(s_1) at the optimum: the value of the problem, and what an offset adds to it
-        value = math.log(sum(math.exp(log_reference(tree, leaf) + r / BETA) for leaf, r in tree.rewards.items()))
-        raised = value + options.get("reward_offset", 0.0) / BETA
+        raised = value + objective.reward_offset / BETA
         assert logits.detach()[INDEX[()]].logsumexp(-1).item() == pytest.approx(raised, abs=1e-3)
     # The test means something only if the optimum is neither of the policies that we began with.
     for other in (tree.behaviour, tree.reference.softmax(-1), torch.full_like(optimum, 1 / VOCABULARY)):

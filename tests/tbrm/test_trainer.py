@@ -71,6 +71,18 @@ def test_a_run_leaves_metrics_samples_checkpoints_and_a_result(tmp_path: Path) -
     assert (run / "checkpoints" / "latest").resolve().name == "step-000004"
 
 
+@pytest.mark.parametrize("name", ["tbrm", "reval"])  # reval shapes rewards in its own way
+def test_the_offset_is_added_to_what_the_loss_sees_of_rewards(tmp_path: Path, name: str) -> None:
+    first = {}
+    for offset in (0.0, 0.5):
+        objective = {"name": name, "beta": 0.1, "reward_offset": offset}
+        config = tiny_config(tmp_path / str(offset), objective=objective, trainer__steps=1, optim__warmup_steps=0)
+        Trainer(config).train()
+        first[offset] = rows(tmp_path / str(offset))[0]
+    assert first[0.5]["residual_mean"] == pytest.approx(first[0.0]["residual_mean"] - 0.5 / 0.1, abs=1e-4)
+    assert first[0.5]["reward_mean"] == first[0.0]["reward_mean"]
+
+
 @pytest.mark.parametrize("extra", [{}, REPLAY, AHEAD], ids=["tbrm", "reval with replay", "rollouts ahead"])
 def test_two_runs_are_identical(tmp_path: Path, extra: dict) -> None:
     for name in ("one", "other"):
