@@ -23,6 +23,9 @@ from pathlib import Path
 PATIENCE = 10.0
 """Seconds for the group to end when asked."""
 
+shared: set[str] = set()
+"""Files in shared memory that processes of the group were seen to hold."""
+
 
 def main(kind: str, *arguments: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None)  # not ignored, which the command would inherit
@@ -33,8 +36,12 @@ def main(kind: str, *arguments: str) -> None:
             time.sleep(0.05)
     else:
         threading.Thread(target=watch_trainer).start()
-        code = subprocess.Popen(arguments, stdin=subprocess.DEVNULL).wait()
-        print(f"the server ended with exit code {code}", flush=True)
+        server = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
+        while server.returncode is None:
+            note_shared()  # all along: when one process is killed, the others may be gone before anybody looks
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(1.0)
+        print(f"the server ended with exit code {server.returncode}", flush=True)
         end_group()
 
 
@@ -47,17 +54,22 @@ def end_group() -> None:
     """Ends the others of the group, by force if asking does not help, and the guard itself."""
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
-    shared: set[str] = set()
     while others := others_in_group():
-        for pid in others:
-            with suppress(OSError):  # it has just ended
-                shared.update(re.findall(r"/dev/shm/[^/\s]+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
-                if time.monotonic() > deadline:
+        note_shared()
+        if time.monotonic() > deadline:
+            for pid in others:
+                with suppress(ProcessLookupError):  # it has just ended
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    for path in shared:  # vLLM takes its shared memory with it, but not when one of its processes was killed
+    for path in list(shared):  # vLLM takes its shared memory with it, but not when one of its processes was killed
         Path(path).unlink(missing_ok=True)
     os._exit(0)
+
+
+def note_shared() -> None:
+    for pid in others_in_group():
+        with suppress(OSError):  # it has just ended
+            shared.update(re.findall(r"/dev/shm/[^/\s]+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
 
 
 def others_in_group() -> list[int]:
