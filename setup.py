@@ -17,7 +17,8 @@ from setuptools import Extension, setup
 
 SOURCE = "csrc/head.cpp"
 HEADERS = [
-    f"csrc/{name}.h" for name in ("arguments", "block_sums", "hidden_gradient", "product", "softmax_tile", "weight_sum")
+    f"csrc/{name}.h"
+    for name in ("arguments", "block_sums", "hidden_gradient", "huge_pages", "product", "softmax_tile", "weight_sum")
 ]
 FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-Wno-psabi"]
 

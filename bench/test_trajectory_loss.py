@@ -19,7 +19,7 @@ from bench.worker import CHECKED_TOKENS, Worker, WorkerFailed
 
 LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}  # of a gradient, relative, in the 2-norm
 MOST_ROUNDS = 7
-SECONDS = 6  # of rounds, if that is more than one
+SECONDS = 10  # of rounds, if that is more than one
 WARM_UP_BELOW = 20  # seconds of a step; a longer one is warmed up at CHECKED_TOKENS alone
 
 Errors = dict[tuple[str, int, str], dict[str, float]]

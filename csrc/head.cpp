@@ -14,13 +14,10 @@
 
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "arguments.h"
 #include "block_sums.h"
 #include "hidden_gradient.h"
+#include "huge_pages.h"
 #include "product.h"
 #include "softmax_tile.h"
 #include "weight_sum.h"
@@ -263,16 +260,6 @@ void round_weight(Tensor& grad_weight, const Tensor& low_halves) {
   });
 }
 
-// Asks for huge pages for memory that was not touched yet: 512 times fewer page faults when it is.
-void use_huge_pages(Tensor& tensor) {
-#ifdef __linux__
-  constexpr uintptr_t page = 4096;
-  const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
-#endif
-}
-
 }  // namespace
 
 TORCH_LIBRARY(tbrm_kernels_cpu, m) {
@@ -290,7 +277,8 @@ TORCH_LIBRARY(tbrm_kernels_cpu, m) {
   m.impl("head_forward", c10::DispatchKey::CPU, TORCH_FN(head_forward));
   m.impl("head_hidden_gradient", c10::DispatchKey::CPU, TORCH_FN(head_hidden_gradient));
   m.impl("round_weight", c10::DispatchKey::CPU, TORCH_FN(round_weight));
-  m.impl("use_huge_pages", c10::DispatchKey::CPU, TORCH_FN(use_huge_pages));
+  m.impl("use_huge_pages", c10::DispatchKey::CPU,
+         [](Tensor& tensor) { use_huge_pages(tensor.data_ptr(), tensor.nbytes()); });
   m.impl("head_backward", c10::DispatchKey::CPU, TORCH_FN(head_backward));
 }
 

@@ -10,8 +10,8 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
-#include <memory>
 
+#include "huge_pages.h"
 #include "product.h"
 #include "softmax_tile.h"
 
@@ -47,7 +47,7 @@ void hidden_gradient(const float* derivatives, int64_t lanes, const at::Tensor& 
     const int64_t t_begin = first == last ? begin % down * kTileTokens : 0;
     const int64_t t_end = first == last ? std::min(lanes, ((end - 1) % down + 1) * kTileTokens) : lanes;
     const int64_t ld = kDepth + 32;  // not a power of 2, so that rows do not share cache sets
-    const std::unique_ptr<float[]> left(new float[(t_end - t_begin) * ld]);
+    const Buffer<float> left = make_buffer<float>((t_end - t_begin) * ld);
     // A float32 weight is multiplied as it lies, unless its rows are whole pages apart and would share cache sets.
     const bool direct = std::is_same_v<W, float> && ld_w % 1024 != 0;
     PackedMatrix<float> copy(direct ? 0 : std::min(kDepth, V), columns, width);

@@ -10,9 +10,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <vector>
+
+#include "huge_pages.h"
 
 namespace tbrm {
 
@@ -38,7 +39,7 @@ template <typename P>
 class PackedMatrix {
  public:
   PackedMatrix(int64_t K, int64_t N, int64_t width)
-      : K_(Product<P>::padded(K)), width_(width), panels_(divup(N, width)), data_(new P[panels_ * width * K_]) {}
+      : K_(Product<P>::padded(K)), width_(width), panels_(divup(N, width)), data_(make_buffer<P>(panels_ * width * K_)) {}
 
   template <typename Value>
   PackedMatrix(int64_t K, int64_t N, int64_t width, const Value& value) : PackedMatrix(K, N, width) {
@@ -75,7 +76,7 @@ class PackedMatrix {
 
  private:
   int64_t K_, width_, panels_;
-  std::unique_ptr<P[]> data_;
+  Buffer<P> data_;
 };
 
 // A block of the weight as the product wants it: itself, or where its type or an odd width forbids that, a copy.
