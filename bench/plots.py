@@ -20,11 +20,12 @@ LONGEST_BAR = 8  # times the floor; beyond it only the figure grows
 
 
 def plot_time(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of time over the floor: a row of panels per dtype and number of tokens, a column per vocabulary."""
-    lines = sorted({(r["dtype"], r["tokens"]) for r in rows})
-    vocabularies = sorted({r["vocab"] for r in rows})
-    figure, axes = _panels(len(lines), len(vocabularies), (4.2, 2.6), sharex=True)
-    for (dtype, tokens), line in zip(lines, axes, strict=True):
+    """Bars of time over the floor, at the middle number of tokens: a row of panels per dtype, a column per vocabulary."""
+    dtypes, vocabularies = sorted({r["dtype"] for r in rows}), sorted({r["vocab"] for r in rows})
+    counts = sorted({r["tokens"] for r in rows})
+    tokens = counts[len(counts) // 2]
+    figure, axes = _panels(len(dtypes), len(vocabularies), (3.4, 2.6), sharex=True)
+    for dtype, line in zip(dtypes, axes, strict=True):
         for vocab, ax in zip(vocabularies, line, strict=True):
             found = {r["way"]: r for r in rows if (r["dtype"], r["tokens"], r["vocab"]) == (dtype, tokens, vocab)}
             for place, way in enumerate(WAYS):

@@ -1,6 +1,7 @@
-"""The problem of the head's benchmark: the TBRM loss of 4 trajectories and its gradients, from the hidden states on.
+"""The problem of the head's benchmark: the TBRM loss of trajectories of 256 tokens and its gradients, from the hidden states
+on.
 
-T tokens, V vocabulary entries, D hidden width (896, Qwen2.5-0.5B's).
+T tokens, V vocabulary entries, D hidden width (896, Qwen2.5-0.5B's), N trajectories.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from bench.shapes import DEVICE
 from tbrm_kernels import linear_token_stats, trajectory_residual
 
-D, N, BETA = 896, 4, 0.002
+D, LENGTH, BETA = 896, 256, 0.002
 
 
 class Problem:
@@ -22,9 +23,10 @@ class Problem:
         self.hidden = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
         self.weight = torch.randn(vocab, D, generator=generator).div_(D**0.5).to(dtype).requires_grad_()
         self.targets = torch.randint(vocab, (tokens,), generator=generator)
-        self.cu_seqlens = torch.arange(0, tokens + 1, tokens // N, dtype=torch.int32)
-        self.rewards = torch.tensor([0.0, 1.0, 0.0, 1.0])
-        self.ref_logprob_sums = torch.linspace(-10.0, -9.0, N) * (tokens / N)
+        count = max(1, tokens // LENGTH)
+        self.cu_seqlens = torch.arange(0, tokens + 1, tokens // count, dtype=torch.int32)
+        self.rewards = torch.arange(count).remainder(2).float()
+        self.ref_logprob_sums = torch.linspace(-10.0, -9.0, count) * (tokens / count)
 
     def loss(self, logprobs: Tensor, lse: Tensor) -> Tensor:
         """The TBRM loss of per-token log-probs and lse, [T] each."""
@@ -43,19 +45,23 @@ class Problem:
         assert gradients[0] is not None and gradients[1] is not None
         return gradients[0], gradients[1]
 
-    def gradient_errors(self) -> dict[str, float]:
-        """Of the gradients that a way has left, relative to float64, in the 2-norm."""
-        errors = {}
-        for name, ours, exact in zip(("hidden", "weight"), self.take_gradients(), self.exact_gradients(), strict=True):
+    def errors(self, loss: Tensor) -> dict[str, float]:
+        """Of a way's loss and of the gradients that it has left, relative to float64; of gradients in the 2-norm."""
+        found = self.take_gradients()
+        exact_loss, exact_gradients = self.exact()
+        errors = {"error_loss": float((loss.double() - exact_loss).abs() / exact_loss)}
+        for name, ours, exact in zip(("hidden", "weight"), found, exact_gradients, strict=True):
             scale = exact.norm()
             errors[f"error_{name}"] = float(exact.sub_(ours).norm() / scale)  # in place: it may be of 2 GiB
         return errors
 
-    def exact_gradients(self) -> tuple[Tensor, Tensor]:
-        """In float64, through the torch backend, which the tests hold to the definition (and gradcheck to its gradients)."""
+    def exact(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Loss and gradients in float64, through the torch backend, which the tests hold to the definition (and gradcheck to
+        its gradients)."""
         exact = copy.copy(self)
         exact.hidden = self.hidden.detach().double().requires_grad_()
         exact.weight = self.weight.detach().double().requires_grad_()
         stats = linear_token_stats(exact.hidden, exact.weight, self.targets)
-        exact.loss(stats.logprobs, stats.lse).backward()
-        return exact.take_gradients()
+        loss = exact.loss(stats.logprobs, stats.lse)
+        loss.backward()
+        return loss.detach(), exact.take_gradients()

@@ -1,6 +1,6 @@
 """Tables and plots of the head's benchmark, from the file that pytest-benchmark wrote.
 
-python -m bench.table RESULTS.json bench/results
+python -m bench.table RESULTS.json [MORE.json ...] bench/results
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.plots import plot_memory, plot_time
+from bench.problem import LENGTH, D
 from bench.ways import FLOOR, ONE_PRODUCT, SCORING, WAYS
 from bench.worker import CHECKED_TOKENS
 
@@ -24,6 +25,7 @@ COLUMNS = (
     "rounds",
     "over_floor",
     "peak_mib",
+    "error_loss",
     "error_hidden",
     "error_weight",
     "note",
@@ -54,18 +56,20 @@ def shape_of(row: dict[str, Any]) -> tuple[str, int, int]:
 
 def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
-        f"Made by `make bench` on {machine}. Time: median of the rounds, each a forward and backward pass, over that",
-        "of the three bare products (for scoring: a forward pass, over one product) in the same run. Memory: peak beyond the",
-        f"inputs, gradients included, in a process of its own. Errors: of the gradients at {CHECKED_TOKENS} tokens, relative",
-        "to float64, in the 2-norm.",
+        f"Made by `make bench` on {machine}. T tokens in trajectories of {LENGTH}, D = {D}. Time:",
+        "median of the rounds, each a forward and backward pass, over that of the three bare products (for scoring: a forward",
+        "pass, over one product) in the same run. Memory: peak beyond the inputs, gradients included, in a process of its own.",
+        f"Errors: of loss and gradients at {CHECKED_TOKENS} tokens, relative to float64; of gradients in the 2-norm.",
+        "A trajectory that is longer than a chunk of the single pass (by default 512 tokens in bfloat16, 256 in float32) would",
+        'take the time of "recompute".',
         "",
     ]
     for shape in dict.fromkeys(map(shape_of, rows)):
         lines += [
             "### {}, V = {}, T = {}".format(*shape),
             "",
-            "| | time, ms | rounds | over floor | peak, MiB | error, hidden | error, weight |",
-            "|---|---|---|---|---|---|---|",
+            "| | time, ms | rounds | over floor | peak, MiB | error, loss | error, hidden | error, weight |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             if shape_of(row) == shape:
@@ -74,6 +78,7 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
                     _cell(row, "rounds", str),
                     _cell(row, "over_floor", lambda x: f"{x:.2f}"),
                     _cell(row, "peak_mib", lambda x: f"{x:.0f}"),
+                    _cell(row, "error_loss", lambda x: f"{x:.1e}"),
                     _cell(row, "error_hidden", lambda x: f"{x:.1e}"),
                     _cell(row, "error_weight", lambda x: f"{x:.1e}"),
                 ]
@@ -88,10 +93,10 @@ def _cell(row: dict[str, Any], name: str, text: Any) -> str:
 
 
 def main() -> None:
-    path, out = map(Path, sys.argv[1:])
-    results = json.loads(path.read_text())
-    rows = rows_of(results)
-    info = results["machine_info"]
+    *paths, out = map(Path, sys.argv[1:])
+    runs = [json.loads(path.read_text()) for path in paths]
+    info = runs[0]["machine_info"]
+    rows = rows_of({key: [row for run in runs for row in run[key]] for key in ("benchmarks", "failures")})
     machine = f"{info['cpu'].get('brand_raw', 'an unnamed CPU')} ({info['torch']})"
     out.mkdir(parents=True, exist_ok=True)
     (out / "trajectory_loss.md").write_text(markdown(rows, machine))

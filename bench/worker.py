@@ -81,10 +81,13 @@ class Case:
         self.way, self.vocab, self.tokens, self.dtype = way, int(vocab), int(tokens), DTYPES[dtype]
 
     def check(self) -> dict[str, float]:
-        """The errors of the gradients, if the way makes any."""
+        """The errors of loss and gradients, if the way makes any."""
+        if self.way not in WAYS:
+            return {}
         problem = Problem(self.vocab, CHECKED_TOKENS, self.dtype)
-        step_of(self.way, problem)()
-        return problem.gradient_errors() if self.way in WAYS else {}
+        loss = WAYS[self.way](problem)
+        loss.backward()
+        return problem.errors(loss.detach())
 
     def warm_up(self) -> dict[str, float]:
         """The seconds of a small step whose code has run before."""
