@@ -54,6 +54,7 @@ class TbrmOutput(NamedTuple):
     """sum_h log pi(a_h|s_h)."""
 
 
+@torch.compiler.disable
 def fused_linear_tbrm_loss(
     hidden: Tensor,  # [T, D]
     weight: Tensor,  # [V, D]

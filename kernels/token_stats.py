@@ -30,6 +30,7 @@ class TokenStats(NamedTuple):
     """-sum p log p over the vocabulary; None unless asked for."""
 
 
+@torch.compiler.disable
 def linear_token_stats(
     hidden: Tensor,  # [T, D]
     weight: Tensor,  # [V, D]
@@ -55,7 +56,8 @@ def linear_token_stats(
 
     hidden and weight share one of the dtypes bfloat16, float16, float32 and float64; bias may have any of them.
     Products and sums are in float32 (float64 for float64), and each gradient is rounded once, to its tensor's dtype.
-    Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do.
+    Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do, and so may hidden's
+    gradient be. In a model under torch.compile the graph breaks here.
 
     filter_gradients: leave out of the gradients what rounding would lose anyway. The Triton backend then skips, in its backward
         pass, tiles of the logits that hold no target and next to none of their rows' probability: what is skipped of a

@@ -15,6 +15,7 @@ from .backends import triton
 from .backends.registry import select
 
 
+@torch.compiler.disable
 def segment_sums(
     values: Tensor,  # [T] float
     cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
@@ -34,6 +35,7 @@ def segment_sums(
     return _segment_sums(values, cu_seqlens)
 
 
+@torch.compiler.disable
 def trajectory_residual(
     logprobs: Tensor,  # [T] float
     lse: Tensor,  # [T] float

@@ -54,9 +54,11 @@ def _load() -> str | None:
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16; without them float32 is several times faster."""
+    """Whether this processor has instructions for products of bfloat16, and torch may use them (ATEN_CPU_CAPABILITY); without
+    them float32 is several times faster."""
     able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return bool(allowed and (able.get("avx512_bf16") or able.get("amx_bf16")))
 
 
 def token_stats_forward(

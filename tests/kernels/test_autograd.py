@@ -118,22 +118,22 @@ def test_tied_embedding_collects_both_gradients() -> None:
     """The weight is the embedding too, so that it is used twice in one graph."""
     grads = []
     for function in (linear_token_stats, token_stats_reference):
-        weight = leaves(torch.float64)["weight"].detach().requires_grad_()
+        weight = leaves()["weight"].detach().requires_grad_()
         tokens = targets()
         hidden = torch.tanh(weight[tokens.roll(1)])
         loss_of(function(hidden, weight, tokens, entropy=True)).backward()
         grads.append(weight.grad)
-    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", [[T], [7, 13], [1, 0, 12, 7]], ids=str)
 def test_accumulated_gradients_equal_those_of_one_batch(parts: list[int]) -> None:
-    whole, split = leaves(torch.float64), leaves(torch.float64)
+    whole, split = leaves(), leaves()
     linear_token_stats(targets=targets(), **whole).logprobs.sum().backward()
     for hidden, part in zip(split["hidden"].split(parts), targets().split(parts), strict=True):
         linear_token_stats(hidden, split["weight"], part, bias=split["bias"]).logprobs.sum().backward()
     for name in whole:
-        torch.testing.assert_close(split[name].grad, whole[name].grad)
+        torch.testing.assert_close(split[name].grad, whole[name].grad, rtol=1e-4, atol=1e-5)
 
 
 def rounded(tensor: Tensor) -> Tensor:

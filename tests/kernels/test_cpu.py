@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tbrm_kernels import TokenStats, backends, fused_linear_trajectory_loss
+from tbrm_kernels import TokenStats, backends, fused_linear_trajectory_loss, linear_token_stats
 from tbrm_kernels.backends import cpu
-from tests.kernels.heads import Head, assert_as_good_as_plain_torch, random_head
+from tests.kernels.heads import Head, assert_as_good_as_plain_torch, random_head, values_and_gradients
 
 pytestmark = pytest.mark.skipif(not backends("cpu")["cpu"].usable, reason="its kernels are not built")
 
@@ -151,6 +156,44 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
         results.append([loss.detach(), stats.logprobs, stats.lse, *(leaf.grad for leaf in leaves)])
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_statistics_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    head = random_head(150, 1001, 333, dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(partial(linear_token_stats, backend="cpu"), head, entropy=True))
+    for others in results[1:]:
+        assert all(torch.equal(value, others[name]) for name, value in results[0].items())
+
+
+def test_bfloat16_on_a_processor_without_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands are widened and multiplied as float32, exactly."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    assert_as_good_as_plain_torch(random_head(150, 1001, 333, torch.bfloat16), slack=16, entropy=True)
+    test_the_gradient_is_rounded_whatever_comes_last(torch.bfloat16, [64, 0, 200, 0, 0], 264)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="this processor has no AVX-512")
+def test_the_library_for_avx2() -> None:
+    """What other processors load, on this one: torch, oneDNN and we are told that there is no AVX-512."""
+    narrow = {
+        **os.environ,
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+    code = "from tbrm_kernels.backends import cpu; import torch; print(torch.backends.cpu.get_cpu_capability(), cpu._load())"
+    loaded = subprocess.run([sys.executable, "-c", code], env=narrow, capture_output=True, text=True)
+    assert loaded.stdout.split() == ["AVX2", "None"], loaded.stderr
+    chosen = ["-k", "cpu and (any_packing or extreme or rows_of or shapes_and_dtypes or width_of_several)"]
+    files = [
+        str(Path(__file__).parent / name) for name in ("test_single_pass.py", "test_token_stats.py", "test_cpu.py")
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *files, *chosen], env=narrow, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
