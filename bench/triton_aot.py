@@ -47,7 +47,7 @@ class Case:
     tile: str = ""
 
 
-FLOATS = {name: "fp32" for name in ("inner", "outer", "factor", "negligible", "beta")}
+FLOATS = {name: "fp32" for name in ("inner", "outer", "factor", "beta")}
 INTEGERS = (
     "T",
     "V",
@@ -61,12 +61,23 @@ INTEGERS = (
     "ignore_index",
     "out_stride",
 )
-PLAIN = {name: "" for name in ("bias", "weighted", "entropy", "entropy_out", "grad_entropy", "tile_lse", "ref_values")}
+OPTIONAL = (
+    "bias",
+    "weighted",
+    "entropy",
+    "entropy_out",
+    "grad_entropy",
+    "tile_lse",
+    "tile_matters",
+    "ref_values",
+)
+PLAIN = dict.fromkeys(OPTIONAL, "")
 
 
 def cases(major: int) -> Iterator[Case]:
     for dtype, name in TYPES.items():
         with_bias = {"bias": f"*{name}"}
+        filtered = {"tile_lse": "*fp32", "tile_matters": "*i8"}
         wide = launch.WIDE_CONFIGS.get((major, dtype), ())
         for config in wide + launch.CONFIGS[major, dtype]:
             blocks = {"hidden": (config.block_t, config.block_d), "weight": (config.block_v, config.block_d)}
@@ -77,11 +88,15 @@ def cases(major: int) -> Iterator[Case]:
                 of_kernel = {"out": f"*{name}", "targets": "*i64"}
                 for options, types, capped in (
                     ("", PLAIN, False),
-                    ("filtered", PLAIN | {"tile_lse": "*fp32"}, False),
-                    ("bias, soft-cap, entropy", with_bias | {"tile_lse": ""}, True),
+                    ("filtered", PLAIN | filtered, False),
+                    ("bias, soft-cap, entropy", with_bias | {"tile_lse": "", "tile_matters": ""}, True),
+                    ("filtered, bias, soft-cap", PLAIN | with_bias | filtered, True),
+                    ("filtered, bias, soft-cap, entropy", with_bias, True),
                 ):
                     if options and config in wide:
                         continue
+                    if kernel is dlogits.dlogits_kernel and options == "filtered, bias, soft-cap, entropy":
+                        continue  # a gradient through the entropy is not filtered
                     constants = {
                         "CAPPED": capped,
                         "FACTOR": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
@@ -100,12 +115,12 @@ def cases(major: int) -> Iterator[Case]:
     for options, types in (("", PLAIN), ("entropy", {})):
         combine = {"targets": "*i64"} | types
         yield Case(forward.combine_kernel, options, combine, {"BLOCK": forward.COMBINE_BLOCK}, forward.COMBINE_WARPS)
-    segment = {"cu_seqlens": "*i32"}
+    nothing = PLAIN | {"lse": "", "grad_lse": ""}
     for kernel in (segments.residual_kernel, segments.residual_grad_kernel):
-        yield Case(kernel, "calibrated", segment, {"BLOCK": segments.BLOCK}, segments.WARPS)
-        yield Case(
-            kernel, "sums", segment | PLAIN | {"lse": "", "grad_lse": ""}, {"BLOCK": segments.BLOCK}, segments.WARPS
-        )
+        for bounds in ("i32", "i64"):
+            for options, types in (("calibrated", {}), ("sums", nothing)):
+                segment = {"cu_seqlens": f"*{bounds}"} | types
+                yield Case(kernel, f"{options}, {bounds}", segment, {"BLOCK": segments.BLOCK}, segments.WARPS)
 
 
 def compile_(case: Case, capability: int) -> Any:

@@ -48,7 +48,7 @@ CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
     ),
     (8, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
     (9, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
-    (10, torch.float32): (TileConfig(64, 64, 32, 4, 3),),
+    (10, torch.float32): (TileConfig(64, 64, 32, 4, 2),),
 }
 
 # Taken first where nothing is asked for but log-probs and lse of plain logits: that leaves registers for a tile that fetches
