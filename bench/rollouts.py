@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.conftest import machine
 from tbrm.chat import encode_messages, encode_problems
-from tbrm.config import Config, load_config
-from tbrm.model import PolicyModel, load_policy
+from tbrm.config import Config
+from tbrm.load import load_policy
+from tbrm.model import PolicyModel
+from tbrm.recipe import load_config
 from tbrm.rollout import Sampling, make_engine
 from tbrm.tasks import ProblemStream
 

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    from tbrm.config import load_config
     from tbrm.parallel import launched
+    from tbrm.recipe import load_config
     from tbrm.run_writer import prepare_run_dir
     from tbrm.trainer import Trainer
 
@@ -56,16 +56,16 @@ def train(args: argparse.Namespace) -> None:
 
 
 def show_config(args: argparse.Namespace) -> None:
-    from tbrm.config import describe, load_config
+    from tbrm.recipe import describe, load_config
 
     config = load_config(args.recipe, args.overrides)
     print(_table(describe(type(config), dict(config)), ("key", "value", "meaning")))
 
 
 def plan(args: argparse.Namespace) -> None:
-    from tbrm.config import load_config
     from tbrm.plan import PHASES, make_plan
     from tbrm.plan.report import GIB, as_dict, rows, sentences
+    from tbrm.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
     _quiet_libraries()
@@ -79,9 +79,9 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def eval_model(args: argparse.Namespace) -> None:
-    from tbrm.config import load_sections
     from tbrm.evaluate import evaluate
-    from tbrm.model import load_policy, resolve_model
+    from tbrm.load import load_policy, resolve_model
+    from tbrm.recipe import load_sections
     from tbrm.rollout import Sampling, make_engine
 
     temperature = args.temperature if args.temperature is not None else float(args.k > 1)
@@ -108,8 +108,8 @@ def eval_model(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    from tbrm.config import load_sections
-    from tbrm.model import load_policy, resolve_model
+    from tbrm.load import load_policy, resolve_model
+    from tbrm.recipe import load_sections
     from tbrm.score import score_file
 
     config = load_sections(None, args.overrides, model={"name": resolve_model(args.model)})
@@ -121,7 +121,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def rollout(args: argparse.Namespace) -> None:
-    from tbrm.config import load_config
+    from tbrm.recipe import load_config
     from tbrm.rollout.record import record
 
     config = load_config(args.recipe, args.overrides)
@@ -255,7 +255,7 @@ class _HelpWithKeys(argparse.Action):
     """`--help` that also lists every key of a recipe; the list is made only then, as it needs torch."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from tbrm.config import describe
+        from tbrm.recipe import describe
 
         parser.print_help()
         print(

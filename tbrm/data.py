@@ -82,6 +82,8 @@ class Segment:
     start: int
     stop: int
     prefix: int
+    branches: tuple[int, ...]
+    """The first token of each response, in order; the prompt is before them."""
     allowed: Tensor | None
     """[L, prefix + L] bool, whether query i may see key j; None where prefix is 0 and it is simply j <= i."""
 
@@ -193,7 +195,7 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
     prefix = common_prefix([t.prompt_ids for t in leaders]) if len(leaders) > 1 else 0
     input_ids = leaders[0].prompt_ids[:prefix] if prefix else []
     position_ids = list(range(prefix))
-    segments = [Segment(0, prefix, 0, None)] if prefix else []
+    segments = [Segment(0, prefix, 0, (), None)] if prefix else []
     rows: list[list[int]] = [[] for _ in trajectories]
     for members in members_of:
         start = len(input_ids)
@@ -203,19 +205,21 @@ def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> T
         input_ids += prompt[seen:]
         position_ids += range(seen, len(prompt))
         last = len(input_ids) - 1
+        branches = []
         for number, member in enumerate(members, start=1):
             trajectory = trajectories[member]
             fed = _fed_tokens(trajectory)
             first = len(input_ids)
+            branches.append(first)
             rows[member] = [last if i == 0 else first + i - 1 for i in trajectory.actions]
             input_ids += trajectory.response_ids[:fed]
             position_ids += range(len(prompt), len(prompt) + fed)
             branch += [number] * fed
         alone = len(members) == 1 and seen == 0
         allowed = None if alone else _tree_mask(branch, position_ids[start:], seen)
-        segments.append(Segment(start, len(input_ids), seen, allowed))
+        segments.append(Segment(start, len(input_ids), seen, tuple(branches), allowed))
     if not segments:
-        input_ids, position_ids, segments = [0], [0], [Segment(0, 1, 0, None)]
+        input_ids, position_ids, segments = [0], [0], [Segment(0, 1, 0, (), None)]
 
     targets = [t.response_ids[i] for t in trajectories for i in t.actions]
     lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int32)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tbrm.checkpoint import Checkpoint
-from tbrm.config import ConfigError, load_sections
-from tbrm.model import load_policy, resolve_model
+from tbrm.config import ConfigError
+from tbrm.load import load_policy, resolve_model
+from tbrm.recipe import load_sections
 
 
 def export(source: str, out: Path) -> None:

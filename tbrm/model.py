@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from tbrm.attention import PACKED_ATTENTION
-from tbrm.config import Config, ModelConfig
 from tbrm.data import Trajectory, TrajectoryBatch, pack
-from tbrm.lora import Adapters, adapted_weight, has_adapters, is_adapter, load_merged, saved_name
-from tbrm.parallel import ALONE, Sharding, World
-from tbrm.tiny import tiny_model, tiny_tokenizer
+from tbrm.flash_attention import FLASH_ATTENTION, Paths
+from tbrm.liger import use_liger_kernels
+from tbrm.lora import Adapters, adapted_weight, is_adapter, saved_name
+from tbrm.parallel import Sharding
 from tbrm.vocab_parallel import DividedVocabulary, VocabParallelPass
-from tbrm.weights import materialise, read_weights
+from tbrm.weights import materialise
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
 
@@ -38,16 +32,28 @@ class PolicyModel(nn.Module):
 
     The logits are what the model itself would compute (its head's bias, logit scale and soft-cap included), divided by
     `temperature`: Q(s, a) of the paper. Only positions that predict an action reach the head.
+
+    attention: PACKED_ATTENTION or FLASH_ATTENTION, for packed batches.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, *, temperature: float = 1.0, precision: torch.dtype = torch.float32
+        self,
+        lm: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        precision: torch.dtype = torch.float32,
+        attention: str = PACKED_ATTENTION,
+        liger: bool = False,
     ) -> None:
         super().__init__()
         text_config = lm.config.get_text_config()
+        if liger:
+            use_liger_kernels(lm)
         self.lm = lm.eval()  # dropout would make Q, and with it the residual, noise
         self.temperature = temperature
         self.precision = precision
+        self.attention = attention
+        self.liger = liger
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(text_config)
         # The transformer blocks: what is gathered, and what is computed again, as a whole.
@@ -59,7 +65,7 @@ class PolicyModel(nn.Module):
         """Embedding and head, where the vocabulary is divided over processes."""
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self._plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
-        lm.set_attn_implementation(PACKED_ATTENTION)
+        lm.set_attn_implementation(attention)
 
     @property
     def device(self) -> torch.device:
@@ -88,8 +94,10 @@ class PolicyModel(nn.Module):
     def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
         """[A, D]: the hidden states that predict the batch's actions."""
         tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
+        flash = self.attention == FLASH_ATTENTION
+        segments = Paths.of(batch.segments, self.device) if flash else batch.segments
         backbone = self.lm.base_model(
-            **tokens, position_ids=batch.position_ids[None], segments=batch.segments, use_cache=False
+            **tokens, position_ids=batch.position_ids[None], segments=segments, use_cache=False
         )
         hidden: Tensor = backbone.last_hidden_state[0, batch.action_rows]
         return hidden
@@ -177,7 +185,9 @@ class PolicyModel(nn.Module):
             return copy.deepcopy(self).requires_grad_(False)
         with torch.device("meta"):
             lm = type(self.lm)(copy.deepcopy(self.lm.config))
-        twin = PolicyModel(lm, temperature=self.temperature, precision=self.precision).requires_grad_(False)
+        twin = PolicyModel(
+            lm, temperature=self.temperature, precision=self.precision, attention=self.attention, liger=self.liger
+        ).requires_grad_(False)
         twin.shard(self.sharding.of_reference())
         twin.load_state_dict(self.state_dict())
         return twin
@@ -195,7 +205,7 @@ class PolicyModel(nn.Module):
                     stack.enter_context(self.vocabulary.gathered(self.precision, self.device))
                 yield self.lm
         finally:
-            self.lm.set_attn_implementation(PACKED_ATTENTION)
+            self.lm.set_attn_implementation(self.attention)
 
     def own_logits(self, tokens: Tensor) -> Tensor:
         """[T, V]: what the model itself says of one sequence [T], the same on all processes. Sharded as in `forward`."""
@@ -211,7 +221,7 @@ class PolicyModel(nn.Module):
                     logits = self.lm(inputs_embeds=together.embed()[None], use_cache=False).logits[0]
                 return logits
         finally:
-            self.lm.set_attn_implementation(PACKED_ATTENTION)
+            self.lm.set_attn_implementation(self.attention)
 
     @torch.no_grad()
     def check_architecture(self) -> None:
@@ -268,91 +278,6 @@ class PolicyModel(nn.Module):
         config.save_pretrained(folder)
         if self.lm.generation_config is not None:
             self.lm.generation_config.save_pretrained(folder)
-
-
-def load_model(
-    config: ModelConfig, seed: int, *, meta: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model. A folder of
-    LoRA adapters is the model they were made for, with them added to its weights.
-
-    With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
-    """
-    if has_adapters(config.name):
-        if meta:
-            raise ValueError(
-                f"model.name: {config.name!r} holds adapters, which one process must add to the model before several can share "
-                "it: `tbrm export` writes the sum as a Hugging Face folder"
-            )
-        return load_merged(config, lambda base: load_model(base, seed))
-    lm: Any  # transformers' types do not cover what its Auto classes return
-    tokenizer: Any
-    if config.name == "tiny":
-        tokenizer = tiny_tokenizer()
-        return tiny_model(len(tokenizer), seed), tokenizer
-    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
-        if meta:
-            with torch.device("meta"):
-                settings = AutoConfig.from_pretrained(config.name, **where)
-                remote_code = {"trust_remote_code": config.trust_remote_code}
-                lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **remote_code)
-            with suppress(OSError):  # it has none of its own: the model's config says it all
-                lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
-            if any(is_adapter(name) for name, _ in lm.named_parameters()):
-                raise ValueError("it holds adapters; download them to a folder, and name that")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
-            "(needs the network), or 'tiny'. `tbrm import-gguf FILE OUT` makes a folder of a GGUF file."
-        ) from error
-    return lm, tokenizer
-
-
-def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
-    """The config's model on its device, or sharded over the processes, checked, and its tokenizer.
-
-    No process of several ever holds all of a model that is read from files.
-    """
-    in_slices = any(Path(config.model.name).glob("shard-*.safetensors"))  # a checkpoint of several processes
-    lm, tokenizer = load_model(config.model, config.seed, meta=in_slices or world.mesh is not None)
-    unread = lm.device.type == "meta"
-    device, precision = config.model.resolve_device(), config.model.resolve_precision()
-    adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
-    policy = PolicyModel(lm, temperature=config.rollout.temperature, precision=precision)
-    policy.adapters = adapters
-    if config.parallel.activation_checkpointing:
-        policy.checkpoint_activations()
-    if world.mesh is not None:
-        policy.shard(Sharding(world.mesh, config.parallel, precision))
-    elif unread:
-        materialise(lm, device, device)
-    else:
-        policy = policy.to(device)
-    if unread:
-        read_weights(policy.weights(), _weights_folder(config.model))
-    if adapters is not None:
-        adapters.reset()
-    policy.check_architecture()
-    return policy, tokenizer
-
-
-def _weights_folder(config: ModelConfig) -> Path:
-    if Path(config.name).is_dir():
-        return Path(config.name)
-    return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=["*.safetensors"]))
-
-
-def resolve_model(name: str) -> str:
-    """A model's name as it is, or, for the folder of a run, its best checkpoint, else its latest."""
-    checkpoints = Path(name) / "checkpoints"
-    for link in ("best", "latest"):
-        if (checkpoints / link).exists():
-            return str(checkpoints / link)
-    return name
 
 
 def _logit_scale(config: object) -> float:

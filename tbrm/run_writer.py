@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import yaml
 
-from tbrm.config import Config, ConfigError, config_to_dict
+from tbrm.config import Config, ConfigError
 from tbrm.evaluate import Evaluation
 from tbrm.metrics import Metric, MetricsLog, Progress
+from tbrm.recipe import config_to_dict
 
 RUN_FILES = (
     "config.yaml",

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from tbrm.chat import decode
 from tbrm.config import Config, ConfigError
+from tbrm.load import load_policy
 from tbrm.metrics import Phases
-from tbrm.model import load_policy
 from tbrm.rollout.collect import RolloutSource
 from tbrm.rollout.engines import make_engine
 from tbrm.tasks import ProblemStream

@@ -20,7 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tbrm.config import Config, parse_config
+from tbrm.config import Config
+from tbrm.recipe import parse_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VOCABULARY = 97

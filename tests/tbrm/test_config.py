@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbrm.config import ConfigError, config_to_dict, describe, load_config, load_sections, parse_config
+from tbrm.config import ConfigError
+from tbrm.recipe import config_to_dict, describe, load_config, load_sections, parse_config
 from tests.tbrm.conftest import RECIPES, tiny_tree
 
 

@@ -1,0 +1,121 @@
+"""From a config's model section to a model: read from a folder or the hub, put on its device or cut over the processes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tbrm.attention import PACKED_ATTENTION
+from tbrm.config import Config, ConfigError, ModelConfig
+from tbrm.flash_attention import FLASH_ATTENTION
+from tbrm.lora import Adapters, has_adapters, is_adapter, load_merged
+from tbrm.model import PolicyModel
+from tbrm.parallel import ALONE, Sharding, World
+from tbrm.tiny import tiny_model, tiny_tokenizer
+from tbrm.weights import materialise, read_weights
+
+
+def load_model(
+    config: ModelConfig, seed: int, *, meta: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The transformers model, float32 on the CPU, and its tokenizer. `seed` initialises the built-in tiny model. A folder of
+    LoRA adapters is the model they were made for, with them added to its weights.
+
+    With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
+    """
+    if has_adapters(config.name):
+        if meta:
+            raise ValueError(
+                f"model.name: {config.name!r} holds adapters, which one process must add to the model before several can share "
+                "it: `tbrm export` writes the sum as a Hugging Face folder"
+            )
+        return load_merged(config, lambda base: load_model(base, seed))
+    lm: Any  # transformers' types do not cover what its Auto classes return
+    tokenizer: Any
+    if config.name == "tiny":
+        tokenizer = tiny_tokenizer()
+        return tiny_model(len(tokenizer), seed), tokenizer
+    where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
+        if meta:
+            with torch.device("meta"):
+                settings = AutoConfig.from_pretrained(config.name, **where)
+                remote_code = {"trust_remote_code": config.trust_remote_code}
+                lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **remote_code)
+            with suppress(OSError):  # it has none of its own: the model's config says it all
+                lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
+            if any(is_adapter(name) for name, _ in lm.named_parameters()):
+                raise ValueError("it holds adapters; download them to a folder, and name that")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
+            "(needs the network), or 'tiny'. `tbrm import-gguf FILE OUT` makes a folder of a GGUF file."
+        ) from error
+    return lm, tokenizer
+
+
+def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
+    """The config's model on its device, or sharded over the processes, checked, and its tokenizer.
+
+    No process of several ever holds all of a model that is read from files.
+    """
+    device, precision = config.model.resolve_device(), config.model.resolve_precision()
+    flash = config.model.resolve_attention() == "flash"
+    if config.model.liger and device.type != "cuda":
+        raise ConfigError(f"model.liger: true; wants a GPU, and this is {device}: set it to false")
+    in_slices = any(Path(config.model.name).glob("shard-*.safetensors"))  # a checkpoint of several processes
+    lm, tokenizer = load_model(config.model, config.seed, meta=in_slices or world.mesh is not None)
+    unread = lm.device.type == "meta"
+    adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
+    policy = PolicyModel(
+        lm,
+        temperature=config.rollout.temperature,
+        precision=precision,
+        attention=FLASH_ATTENTION if flash else PACKED_ATTENTION,
+        liger=config.model.liger,
+    )
+    policy.adapters = adapters
+    if config.parallel.activation_checkpointing:
+        policy.checkpoint_activations()
+    if world.mesh is not None:
+        policy.shard(Sharding(world.mesh, config.parallel, precision))
+    elif unread:
+        materialise(lm, device, device)
+    else:
+        policy = policy.to(device)
+    if unread:
+        read_weights(policy.weights(), _weights_folder(config.model))
+    if adapters is not None:
+        adapters.reset()
+    policy.check_architecture()
+    return policy, tokenizer
+
+
+def _weights_folder(config: ModelConfig) -> Path:
+    if Path(config.name).is_dir():
+        return Path(config.name)
+    return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=["*.safetensors"]))
+
+
+def resolve_model(name: str) -> str:
+    """A model's name as it is, or, for the folder of a run, its best checkpoint, else its latest."""
+    checkpoints = Path(name) / "checkpoints"
+    for link in ("best", "latest"):
+        if (checkpoints / link).exists():
+            return str(checkpoints / link)
+    return name

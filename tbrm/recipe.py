@@ -1,0 +1,190 @@
+"""From a YAML recipe, with dotted overrides, to a checked config; and messages that say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from tbrm.config import Config, ConfigError
+from tbrm.objectives import OBJECTIVES, Objective
+from tbrm.tasks import TASKS, Task
+
+_PLUGGABLE = {"objective": (Objective, OBJECTIVES), "task": (Task, TASKS)}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; everybody else, and this loader, as a number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe, applies `key.sub=value` overrides and checks everything. Raises ConfigError."""
+    return parse_config(_overridden(_read(recipe), overrides))
+
+
+def load_sections(
+    source: str | None, overrides: Sequence[str] = (), *, seed: int = 0, **sections: dict[str, Any]
+) -> Config:
+    """A config for the commands that use a model without training it. Raises ConfigError.
+
+    `source` is a recipe, of which the task, rollout and evaluation sections are taken, or a task's name, or None.
+    `sections` replace keys of these and others (None values are left out), and overrides come last.
+    """
+    tree: dict[str, Any] = {}
+    if source is not None:
+        is_recipe = source.endswith((".yaml", ".yml"))
+        tree = _read(source) if is_recipe else {"task": {"name": source}}
+        tree = {key: value for key, value in tree.items() if key in ("task", "rollout", "evaluation")}
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | {key: value for key, value in values.items() if value is not None}
+    required = {"run": {"dir": "."}, "objective": {"name": "tbrm", "beta": 1.0}, "trainer": {"steps": 1}, "seed": seed}
+    if source is None:
+        required["data"] = {"trajectories": "-"}
+    return parse_config(_overridden({**required, **tree}, overrides))
+
+
+def _read(recipe: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(Path(recipe).read_text(), _Loader)
+    except OSError as error:
+        raise ConfigError(f"recipe {str(recipe)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {str(recipe)!r} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"recipe {str(recipe)!r} holds {type(tree).__name__}; wants sections such as `model:` and `trainer:`"
+        )
+    return tree
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Checks a config given as nested dicts. Raises ConfigError."""
+    tree = dict(tree)
+    for section, (base, registry) in _PLUGGABLE.items():
+        if isinstance(tree.get(section), dict):
+            tree[section] = _build(section, tree[section], base, registry)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, Config, tree)) from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _build(section: str, values: dict[str, Any], base: Any, registry: Any) -> Any:
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{section}.name: got {name!r}; wants one of {', '.join(registry.builtin)}, or an import path"
+        )
+    kind: Any
+    try:
+        kind = registry(name)
+    except ValueError as error:
+        raise ConfigError(f"{section}.name: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ConfigError(f"{section}.name: {name!r} is not a subclass of tbrm.{section}s.{base.__name__}")
+    model: type[BaseModel] = kind
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, values, prefix=section)) from None
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with every `key.sub=value` set in it."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: wants key.sub=value, for instance optim.learning_rate=2e-5")
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {parent} is not a section")
+        try:
+            node[leaf] = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+    return tree
+
+
+def _explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any], prefix: str = "") -> str:
+    known = [f"{prefix}.{key}" if prefix else key for key in _known_keys(model, tree)]
+    return "\n".join(_explain_one(detail, known, prefix) for detail in error.errors())
+
+
+def _explain_one(detail: ErrorDetails, known: list[str], prefix: str) -> str:
+    key = ".".join(str(part) for part in ((prefix,) if prefix else ()) + detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
+        near = difflib.get_close_matches(key, known, n=1) or [
+            leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1)
+        ]
+        hint = f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(known)}"
+        return f"{key}: unknown key (value {detail['input']!r}){hint}"
+    if detail["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"] or detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return (
+        f"{key}: got {detail['input']!r} ({type(detail['input']).__name__}); wants: {message[0].lower()}{message[1:]}"
+    )
+
+
+def _known_keys(model: type[BaseModel], tree: dict[str, Any]) -> list[str]:
+    return [key for key, _, _ in describe(model, tree)]
+
+
+def describe(model: type[BaseModel] = Config, values: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
+    """Every key as (dotted name, default or value, one line of meaning). The objective's and the task's own keys are
+    those of the classes that `values` holds, or of the base class."""
+    values = values or {}
+    rows: list[tuple[str, str, str]] = []
+    for name, info in model.model_fields.items():
+        value = values.get(name, info.get_default(call_default_factory=True))
+        section = type(value) if isinstance(value, BaseModel) else _section_type(info.annotation)
+        if section is not None:
+            nested = dict(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else {}
+            rows += [(f"{name}.{key}", default, text) for key, default, text in describe(section, nested)]
+        else:
+            rows.append(
+                (name, "required" if value is PydanticUndefined else _yaml_inline(value), info.description or "")
+            )
+    return rows
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+        for inner in get_args(candidate):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                return inner
+    return None
+
+
+def _yaml_inline(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
