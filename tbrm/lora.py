@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.config import LoraConfig, ModelConfig
+from tbrm.weights import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's own, of the one adapter of each layer
@@ -83,6 +84,16 @@ class Adapters:
             # peft also freezes what it switches off, and a sharded weight that is frozen when it is first gathered stays so.
             for matrix in (layer.lora_A, layer.lora_B):
                 matrix.requires_grad_(True)
+
+    def merged(self, name: str, weight: Tensor, adapters: Mapping[str, Tensor]) -> Tensor:
+        """A weight of the model, whole, with what is learnt added to it, if its layer has an adapter. `adapters` are all of
+        them by peft's names, perhaps in slices: all processes ask for the same weight together."""
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        up, down = (adapters.get(f"{layer}.lora_{which}.weight") for which in "BA")
+        if up is None or down is None:
+            return weight
+        scaling = self.config.lora_alpha / self.config.r
+        return torch.addmm(weight.float(), whole(up).float(), whole(down).float(), alpha=scaling)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes them as peft does; `weights` under peft's names."""

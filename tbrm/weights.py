@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -45,9 +45,14 @@ _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64:
 
 
 @torch.no_grad()
-def write_whole(tensors: Mapping[str, Tensor], path: Path | None, dtype: torch.dtype) -> None:
-    """Writes one safetensors file, floating point numbers as `dtype`. Sharded tensors are gathered one at a time, so no
-    process ever holds the model; all processes call this, and those that only help to gather have no path."""
+def write_whole(
+    tensors: Mapping[str, Tensor], gathered: Iterable[Tensor], path: Path | None, dtype: torch.dtype
+) -> None:
+    """Writes one safetensors file, floating point numbers as `dtype`.
+
+    `tensors` say names and shapes, and `gathered` gives the values of each in turn, whole, so that no process need ever hold
+    the model. All processes call this, and those that only help to gather have no path.
+    """
 
     def stored(tensor: Tensor) -> torch.dtype:
         return dtype if tensor.is_floating_point() else tensor.dtype
@@ -63,10 +68,9 @@ def write_whole(tensors: Mapping[str, Tensor], path: Path | None, dtype: torch.d
     with path.open("wb") if path else nullcontext() as file:
         if file is not None:
             file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            gathered = whole(tensor)
+        for values in gathered:
             if file is not None:
-                file.write(gathered.to("cpu", stored(tensor)).flatten().view(torch.uint8).numpy().data)
+                file.write(values.to("cpu", stored(values)).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def whole(tensor: Tensor) -> Tensor:

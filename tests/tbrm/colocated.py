@@ -31,9 +31,12 @@ def state_of_process() -> dict[str, object]:
     }
 
 
-def main(folder: Path, tied: bool) -> None:
+def main(folder: Path, head: str) -> None:
+    """head: tied, untied, or adapted: by LoRA adapters, as other layers are."""
     torch.set_num_threads(1)
-    trainer = Trainer(vllm_config(folder / "run", save_model(folder / "model", tied=tied), "vllm_colocated"))
+    model = save_model(folder / "model", tied=head == "tied")
+    adapters = ("q_proj", "down_proj", "lm_head") if head == "adapted" else ()
+    trainer = Trainer(vllm_config(folder / "run", model, "vllm_colocated", adapters=adapters))
     engine: ColocatedEngine = trainer.engine.engine
     torch.manual_seed(5)
     before = state_of_process()
@@ -66,4 +69,4 @@ def main(folder: Path, tied: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "tied")
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tbrm.cli import main
@@ -19,6 +20,7 @@ from tbrm.export import export
 from tbrm.lora import Adapters
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
+from tbrm.rollout.vllm.handover import Handover
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
@@ -57,6 +59,23 @@ def test_gradients_are_those_of_the_adapted_model_itself(architecture: str) -> N
         assert expected[name].any()
         assert (weight.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
     assert all(weight.grad is None for weight in policy.weights().values())
+
+
+@torch.no_grad()
+def test_vllm_is_handed_the_sums() -> None:
+    """Under the names of the model without adapters, which then says what the adapted one does."""
+    policy, plain = with_adapters("qwen3", *TARGETS), make_lm("qwen3", tied=False)
+    for weight in policy.trained_weights().values():
+        torch.nn.init.normal_(weight, std=0.2)
+    handover = Handover(policy, torch.float32)
+    assert handover.folder is not None
+    handover.write()
+    weights = load_file(handover.folder / "model.safetensors")
+    shutil.rmtree(handover.folder)
+    assert weights.keys() == plain.state_dict().keys()
+    plain.load_state_dict(weights)
+    batch = pack(trajectories())
+    torch.testing.assert_close(PolicyModel(plain)(batch).logprobs, policy(batch).logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from tbrm.checkpoint import Checkpoint
-from tbrm.config import config_to_dict
 from tbrm.metrics import read_jsonl
+from tbrm.recipe import config_to_dict
 from tbrm.rollout import Sampling
 from tbrm.rollout.split import SplitEngine
 from tbrm.rollout.vllm import handover
@@ -174,7 +174,7 @@ def test_stale_weights_stop_the_run(
     """None of them sent; all but the head, of which vLLM has a copy; all, but what was computed with the old ones kept."""
     # A pause empties the cache, too, as long as vLLM has it so.
     skipped = {"weights": ["/collective_rpc"], "cache": ["/pause?mode=wait", "/reset_prefix_cache"]}.get(left_out, [])
-    call, weights = Server.call, handover.Handover.weights
+    call, named = Server.call, handover.Handover._named
     with monkeypatch.context() as patch:
         patch.setattr(
             Server,
@@ -183,7 +183,7 @@ def test_stale_weights_stop_the_run(
         )
         if left_out == "head":
             patch.setattr(
-                handover.Handover, "weights", lambda s: {k: v for k, v in weights(s).items() if k != "lm_head.weight"}
+                handover.Handover, "_named", lambda s: {k: v for k, v in named(s).items() if k != "lm_head.weight"}
             )
         change_weights(trainer)
         trainer.state.step = engine._version + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,19 @@ def save_model(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def vllm_config(run_dir: Path, model: Path, engine: str = "vllm", **vllm: Any) -> Config:
+def vllm_config(
+    run_dir: Path, model: Path, engine: str = "vllm", *, adapters: Sequence[str] = (), **vllm: Any
+) -> Config:
+    """`adapters`: the layers that get one, and are trained so fast that a step shows."""
     settings = {"kv_cache_gib": 1, "start_timeout": 240, "request_timeout": 120, "options": OPTIONS, **vllm}
+    lora = {"lora": {"rank": 4, "targets": list(adapters)}, "optim__learning_rate": 0.03} if adapters else {}
     return tiny_config(
-        run_dir, model__name=str(model), rollout__engine=engine, rollout__vllm=settings, evaluation={"prompts": 0}
+        run_dir,
+        model__name=str(model),
+        rollout__engine=engine,
+        rollout__vllm=settings,
+        evaluation={"prompts": 0},
+        **lora,
     )
 
 

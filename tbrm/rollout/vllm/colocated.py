@@ -50,8 +50,7 @@ class ColocatedEngine:
             self._handover = Handover(self.policy, self._dtype)
             self._llm = self._start(self._handover)
         with self._awake(), _process_left_as_it_was():
-            weights = ((name, weight.detach()) for name, weight in self._handover.weights().items())
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._handover.weights()})
             # Else what it has computed of known prompts would stay that of the old weights.
             self._llm.reset_prefix_cache()
         probes = self._generate([self._check.prompt], [self._check.sampling])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tbrm.config import VllmConfig
 from tbrm.model import PolicyModel
-from tbrm.weights import write_whole
+from tbrm.weights import whole, write_whole
 
 
 def engine_dtype(config: VllmConfig, policy: PolicyModel) -> torch.dtype:
@@ -30,21 +31,31 @@ class Handover:
         self.dtype = dtype
         self.folder: Path | None = None
         if owner:
-            size = sum(weight.numel() * self.dtype.itemsize for weight in self.weights().values())
+            size = sum(weight.numel() * self.dtype.itemsize for weight in self._named().values())
             self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size)))
             policy.save_config(self.folder)
 
     def write(self) -> None:
         """Puts the policy's weights, as they are now, in the place of the last ones, in one move. All processes call it."""
+        gathered = (weight for _, weight in self.weights())
         if self.folder is None:
-            write_whole(self.weights(), None, self.dtype)
+            write_whole(self._named(), gathered, None, self.dtype)
             return
         unfinished = self.folder / "unfinished"
-        write_whole(self.weights(), unfinished, self.dtype)
+        write_whole(self._named(), gathered, unfinished, self.dtype)
         unfinished.rename(self.folder / "model.safetensors")
 
-    def weights(self) -> dict[str, Tensor]:
-        """What vLLM must be sent, by its names in the transformers model."""
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What vLLM must be sent, by its names in the transformers model: one weight at a time, whole, and with what an adapter
+        adds to it. All processes go through them together."""
+        adapters = self.policy.adapters
+        added = self.policy.trained_weights() if adapters else {}
+        for name, weight in self._named().items():
+            gathered = whole(weight.detach())
+            yield name, adapters.merged(name, gathered, added) if adapters else gathered
+
+    def _named(self) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = dict(self.policy.weights())
         if "lm_head.weight" not in weights:
             # A tied head goes by the embedding's name, but on a CPU vLLM has a copy of it, which would stay as it was.
