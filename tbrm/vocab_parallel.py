@@ -31,6 +31,15 @@ from tbrm_kernels import TokenStats, TrajectoryLossFn
 from tbrm_kernels.vocab_parallel import sum_gradient
 
 
+def check_divisible(entries: int, processes: int) -> None:
+    """Raises ValueError if one of the processes would have no row of a vocabulary."""
+    if (processes - 1) * -(-entries // processes) >= entries:
+        raise ValueError(
+            f"parallel.vocab_parallel: a vocabulary of {entries} leaves one of {processes} processes without an entry; "
+            "set it to false, or parallel.shard to fewer processes"
+        )
+
+
 class DividedVocabulary:
     """The embedding and the head of `lm`, tied or not, with their rows cut over the shard dimension of `mesh`."""
 
@@ -46,11 +55,7 @@ class DividedVocabulary:
             for name, _ in module.named_parameters(recurse=False)
         ]
         entries, processes = self.embedding.num_embeddings, self.group.size()
-        if (processes - 1) * -(-entries // processes) >= entries:
-            raise ValueError(
-                f"parallel.vocab_parallel: a vocabulary of {entries} leaves one of {processes} processes without an entry; "
-                "set it to false, or parallel.shard to fewer processes"
-            )
+        check_divisible(entries, processes)
         placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
         cut: dict[nn.Parameter, nn.Parameter] = {}
         for module, name in self._names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.chat import encode_problems
 from tbrm.config import Config
 from tbrm.data import Trajectory, common_prefix, deal, pack
-from tbrm.model import PolicyModel, load_model
+from tbrm.load import load_model
+from tbrm.lora import Adapters, base_layer
+from tbrm.model import PolicyModel
 from tbrm.offline import read_trajectories
 from tbrm.rollout.embedded import end_token_ids
 from tbrm.tasks import ProblemStream
@@ -22,39 +24,54 @@ class Sizes:
     """Elements of the weights."""
 
     shapes: tuple[torch.Size, ...]
-    """Of each weight, a tied one once."""
+    """Of each weight, adapters included, a tied one once."""
+    trained: tuple[torch.Size, ...]
+    """Of those that are trained: all, or the adapters."""
     block: int
     """Of the largest block."""
+    block_trained: int
+    """Of that, what is trained."""
     rest: int
     """Outside of the blocks: embeddings, last norm, head."""
     vocab: int
     width: int
     tied: bool
+    head_adapted: bool
 
     @property
     def total(self) -> int:
         return sum(shape.numel() for shape in self.shapes)
 
     @property
-    def head(self) -> int:
-        return self.vocab * self.width
+    def adapters_only(self) -> bool:
+        return len(self.trained) < len(self.shapes)
 
-    def slices(self, shard: int) -> int:
-        """Of the process that holds most, of `shard`: FSDP2 cuts the first dimension into equal parts, rounded up."""
-        return sum(-(-shape[0] // shard) * shape[1:].numel() for shape in self.shapes)
+    @property
+    def embeddings(self) -> int:
+        """Embedding and head."""
+        return self.vocab * self.width * (1 if self.tied else 2)
+
+
+def slices(shapes: Iterable[torch.Size], shard: int) -> int:
+    """Elements of the process that holds most, of `shard`: FSDP2 cuts the first dimension into equal parts, rounded up."""
+    return sum(-(-shape[0] // shard) * shape[1:].numel() for shape in shapes)
 
 
 def sizes_of(policy: PolicyModel) -> Sizes:
-    head = policy.lm.get_output_embeddings().weight
-    weights = policy.weights().values()
-    blocks = [sum(weight.numel() for weight in block.parameters()) for block in policy.blocks]
+    head = policy.lm.get_output_embeddings()
+    weights, trained = list(policy.parameters()), list(policy.trained_weights().values())
+    blocks = [{id(weight): weight.numel() for weight in block.parameters()} for block in policy.blocks]
+    largest: dict[int, int] = max(blocks, key=lambda block: sum(block.values()), default={})
     return Sizes(
         shapes=tuple(weight.shape for weight in weights),
-        block=max(blocks, default=0),
-        rest=sum(weight.numel() for weight in weights) - sum(blocks),
-        vocab=head.shape[0],
-        width=head.shape[1],
-        tied=head is policy.lm.get_input_embeddings().weight,
+        trained=tuple(weight.shape for weight in trained),
+        block=sum(largest.values()),
+        block_trained=sum(largest.get(id(weight), 0) for weight in trained),
+        rest=sum(weight.numel() for weight in weights) - sum(sum(block.values()) for block in blocks),
+        vocab=head.weight.shape[0],
+        width=head.weight.shape[1],
+        tied=head.weight is policy.lm.get_input_embeddings().weight,
+        head_adapted=base_layer(head) is not head,
     )
 
 
@@ -127,7 +144,10 @@ def few_of(trajectories: Sequence[Trajectory], prompts: int = 4, responses: int 
 def meta_policy(config: Config) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
     """The model without its weights, on the meta device, and its tokenizer."""
     lm, tokenizer = load_model(config.model, config.seed, meta=True)
-    policy = PolicyModel(lm.to("meta"), precision=precision_of(config))  # type: ignore[arg-type]
+    lm = lm.to("meta")  # type: ignore[arg-type]
+    adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
+    policy = PolicyModel(lm, precision=precision_of(config))
+    policy.adapters = adapters
     if config.parallel.activation_checkpointing:
         policy.checkpoint_activations()
     return policy, tokenizer

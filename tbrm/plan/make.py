@@ -6,20 +6,20 @@ from tbrm.config import Config, ConfigError
 from tbrm.plan.footprint import footprint
 from tbrm.plan.inputs import few_of, is_sharded, meta_policy, precision_of, sizes_of, trajectories_of, work_of
 from tbrm.plan.terms import Plan
+from tbrm.vocab_parallel import check_divisible
 
 
 def make_plan(config: Config, processes: int) -> Plan:
-    """From the model's config, the tokenizer and the task's prompts: no weight is read. Raises ConfigError."""
+    """From the model's config, the tokenizer and the task's prompts: no weight is read. Raises ValueError."""
     shard = config.parallel.shard or processes
     if processes % shard:
         raise ConfigError(f"parallel.shard: got {shard} for {processes} processes; wants 0 or a divisor of {processes}")
     if config.parallel.cpu_offload and config.model.device == "cpu":
         raise ConfigError("parallel.cpu_offload: true, with model.device cpu; wants a GPU")
-    if config.parallel.vocab_parallel or config.lora.rank:
-        key = "lora.rank" if config.lora.rank else "parallel.vocab_parallel"
-        raise ConfigError(f"{key}: what it saves is not planned for; leave it out to see the memory without it")
     policy, tokenizer = meta_policy(config)
     sizes = sizes_of(policy)
+    if config.parallel.vocab_parallel:
+        check_divisible(sizes.vocab, shard)
     trajectories = trajectories_of(config, policy, tokenizer)
     if is_sharded(config, processes):  # then weights come to the blocks in the precision of the products
         policy.lm.to(precision_of(config))

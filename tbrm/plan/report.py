@@ -51,6 +51,8 @@ def _keys(plan: Plan) -> Iterator[tuple[str, str, Any]]:
         yield "parallel", "accumulate_sharded", True
         yield "parallel", "reshard_after_forward", True
         yield "parallel", "shard", 0
+        if plan.sizes.vocab >= plan.processes**2:
+            yield "parallel", "vocab_parallel", True
     if not plan.on_cpu:
         yield "parallel", "cpu_offload", True
     if plan.on_cpu:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tbrm.config import Config
 from tbrm.plan.footprint import Footprint
-from tbrm.plan.inputs import Sizes, Work, is_sharded, precision_of
+from tbrm.plan.inputs import Sizes, Work, is_sharded, precision_of, slices
 from tbrm.rollout.embedded import PROMPT_TOKENS
 from tbrm_kernels.backends.cpu import multiplies_bfloat16
 from tbrm_kernels.single_pass import default_chunk_bytes
@@ -69,9 +69,19 @@ class Plan:
         return precision_of(self.config).itemsize
 
     @property
-    def slices(self) -> int:
-        """Elements of this process's slices of the weights."""
-        return self.sizes.slices(self.config.parallel.shard or self.processes)
+    def shard(self) -> int:
+        """Processes that hold the weights between them."""
+        return self.config.parallel.shard or self.processes
+
+    @property
+    def divided(self) -> bool:
+        """Whether each of them computes with its own rows of embedding and head."""
+        return self.config.parallel.vocab_parallel and self.sharded
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the head that this process computes with."""
+        return -(-self.sizes.vocab // self.shard) if self.divided else self.sizes.vocab
 
     def terms(self, budget: int | None = None) -> list[Term]:
         """With micro-batches of at most `budget` tokens; None for `trainer.batch_tokens`. Of the first micro-batch or of a
@@ -88,21 +98,28 @@ class Plan:
     def _terms(self, tokens: int, *, gradients_wait: bool) -> list[Term]:
         terms = [*self._state(gradients_wait), *self._activations(tokens), *self._head(tokens), *self._rollout()]
         terms.append(Term("libraries at work", _CPU_AT_WORK * self.on_cpu))
-        terms += [*self._gathered(), *self._reduced(gradients_wait)] if self.sharded else self._embeddings()
+        if self.sharded:
+            terms += [*self._gathered(), *self._reduced(gradients_wait)]
+        if self.divided or not self.sharded:
+            terms += self._embeddings()
         return [term for term in terms if term.size > 0]
 
     def _state(self, gradients_wait: bool) -> list[Term]:
-        parallel, slices = self.config.parallel, self.slices
+        parallel, sizes = self.config.parallel, self.sizes
+        weights, trained = slices(sizes.shapes, self.shard), slices(sizes.trained, self.shard)
+        reference = 0 if sizes.adapters_only else weights  # the policy with its adapters off
         away = parallel.cpu_offload
         early = _PASSES if gradients_wait and (parallel.accumulate_sharded or not self.sharded) else ()
         terms = [
-            Term("weights, float32", _FLOAT32 * slices, on_host=away),
-            Term("reference, float32", _FLOAT32 * slices, on_host=away or parallel.offload_reference),
-            Term("AdamW's moments, float32", _MOMENTS * slices, on_host=away),
-            Term("gradients, float32", _FLOAT32 * slices, (*early, "reduce", "update"), on_host=away),
+            Term("weights, float32", _FLOAT32 * weights, on_host=away),
+            Term("reference, float32", _FLOAT32 * reference, on_host=away or parallel.offload_reference),
+            Term("AdamW's moments, float32", _MOMENTS * trained, on_host=away),
+            Term("gradients, float32", _FLOAT32 * trained, (*early, "reduce", "update"), on_host=away),
         ]
         if self.config.checkpoint.asynchronous:
-            copied = (_FLOAT32 + _MOMENTS) * slices
+            copied = _MOMENTS * trained + _FLOAT32 * (0 if sizes.adapters_only else weights)
+            if self.config.objective.reset_reference_every:
+                copied += _FLOAT32 * reference
             terms.append(Term("checkpoint being written", copied, on_host=not self.on_cpu))
         return terms
 
@@ -117,27 +134,34 @@ class Plan:
 
     def _head(self, tokens: int) -> list[Term]:
         """The formulas of docs/kernels.md."""
-        sizes = self.sizes
-        actions = round(self.work.actions_per_token * tokens)
-        weight = self.precision if self.sharded else _FLOAT32  # bytes of an element of what the kernel is given
+        width, elements = self.sizes.width, self.vocab * self.sizes.width
+        # A divided vocabulary's rows meet the actions of all.
+        actions = round(self.work.actions_per_token * tokens) * (self.shard if self.divided else 1)
+        gathered = self.sharded and not self.divided
+        weight = self.precision if gathered else _FLOAT32  # bytes of an element of what the kernel is given
         logit = 2 if self.on_cpu and self.precision == 2 and multiplies_bfloat16() else _FLOAT32
-        chunk = default_chunk_bytes("cpu" if self.on_cpu else "cuda", sizes.vocab)
-        chunked = logit * sizes.vocab * actions > chunk
+        chunk = default_chunk_bytes("cpu" if self.on_cpu else "cuda", self.vocab)
+        chunked = logit * self.vocab * actions > chunk
         summed = 0  # beside the gradient's own memory
         if weight == 2:
             summed = 2 * chunked if self.on_cpu else _FLOAT32
         cast = self.precision if self.precision < weight else 0
+        adapted = self.sizes.head_adapted
+        trained = adapted or not self.sizes.adapters_only
         return [
-            Term("head's scratch", min(chunk, logit * sizes.vocab * actions), ("loss",)),
-            Term("float32 sum of the head's gradient", summed * sizes.head, ("loss",)),
-            Term("head's weight, cast", cast * sizes.head, ("reference", "loss")),
-            Term("hidden states of the actions, and their gradient", 2 * _FLOAT32 * sizes.width * actions, ("loss",)),
-            Term("head's gradient", weight * sizes.head, ("loss", "backward")),
+            Term("head's scratch", min(chunk, logit * self.vocab * actions), ("loss",)),
+            Term("float32 sum of the head's gradient", summed * elements * trained, ("loss",)),
+            Term("head's weight, cast", cast * elements, ("reference", "loss")),
+            Term("head's weight, adapted", weight * elements * adapted, ("loss",)),
+            Term("hidden states of the actions, and their gradient", 2 * _FLOAT32 * width * actions, ("loss",)),
+            Term("head's gradient", weight * elements * trained, ("loss",) if adapted else ("loss", "backward")),
         ]
 
     def _embeddings(self) -> list[Term]:
-        """The end of one process's backward pass; where embeddings and head are tied, their gradients are added up."""
-        return [Term("embeddings' gradient", _FLOAT32 * self.sizes.head * (1 + self.sizes.tied), ("reduce",))]
+        """The end of one process's backward pass, or of its own rows'; where embeddings and head are tied, their gradients are
+        added up."""
+        made = 0 if self.sizes.adapters_only else self.vocab * self.sizes.width * (1 + self.sizes.tied)
+        return [Term("embeddings' gradient", _FLOAT32 * made, ("reduce",))]
 
     def _rollout(self) -> list[Term]:
         """The embedded engine's; vLLM has memory of its own."""
@@ -147,7 +171,7 @@ class Plan:
         rows = min(rollout.batch_size, work.responses)
         whole = self.precision * sizes.total if self.sharded else 0
         # On a CPU all linear layers are laid out anew, an untied embedding is not; on a GPU autocast makes copies.
-        linear = sizes.total - (0 if sizes.tied else sizes.head)
+        linear = sizes.total - (0 if sizes.tied else sizes.embeddings // 2)
         copied = self.precision * linear if self.on_cpu or (self.precision < _FLOAT32 and not self.sharded) else 0
         cache = self.footprint.kv_per_token * work.sequence * rows
         prompts = self.footprint.scoring.per_token * min(work.prompt * rows, max(work.prompt, PROMPT_TOKENS))
@@ -163,9 +187,14 @@ class Plan:
             Term("logits and sampling", logits, here),
         ]
 
+    @property
+    def _rest(self) -> int:
+        """Elements outside of the blocks that are gathered."""
+        return self.sizes.rest - (self.sizes.embeddings if self.divided else 0)
+
     def _gathered(self) -> list[Term]:
         sizes, parallel, size = self.sizes, self.config.parallel, self.precision
-        terms = [Term("embeddings and head, gathered", size * sizes.rest, _PASSES)]
+        terms = [Term("embeddings and head, gathered", size * self._rest, _PASSES)]
         # What arrives is copied to where it is used; in the backward pass the next block arrives meanwhile.
         terms.append(Term("a block, gathered", 2 * size * sizes.block, ("reference",)))
         if parallel.reshard_after_forward:
@@ -179,15 +208,18 @@ class Plan:
         sizes, size = self.sizes, self.precision
         # Copied to one float32 buffer; then the gradients are gone, and gloo makes a copy of the buffer.
         copied = _FLOAT32 * (1 + self.on_cpu)
-        of_rest = size * (sizes.rest + sizes.tied * sizes.head)
-        arriving = _FLOAT32 * sizes.rest + max(of_rest, _FLOAT32 * sizes.rest * self.on_cpu)
+        rest = 0 if sizes.adapters_only else self._rest
+        of_rest = size * (rest + (sizes.embeddings if sizes.tied and rest and not self.divided else 0))
+        arriving = _FLOAT32 * rest + max(of_rest, _FLOAT32 * rest * self.on_cpu)
         terms = [
-            Term("a block's gradient, reduced", (size + copied) * sizes.block, ("backward",)),
+            Term("a block's gradient, reduced", (size + copied) * sizes.block_trained, ("backward",)),
             Term("embeddings' and head's gradient, reduced", arriving, ("reduce",)),
         ]
         if gradients_wait and not self.config.parallel.accumulate_sharded:
-            whole = "gradients of earlier micro-batches, whole"
-            terms.append(Term(whole, _FLOAT32 * sizes.total, _PASSES))
+            whole = sum(shape.numel() for shape in sizes.trained)
+            if self.divided and not sizes.adapters_only:  # but for those of the vocabulary's rows
+                whole -= sizes.embeddings - sizes.embeddings // sizes.vocab * self.vocab
+            terms.append(Term("gradients of earlier micro-batches, whole", _FLOAT32 * whole, _PASSES))
         return terms
 
 
