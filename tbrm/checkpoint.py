@@ -216,23 +216,12 @@ class Checkpoint:
     def __init__(self, folder: Path, world: World = ALONE) -> None:
         self.folder = folder
         try:
-            values = json.loads((folder / _STATE).read_text())
-            found = values.pop("format")
-            if found != FORMAT:
-                raise ValueError(f"state.json: format {found!r}, this version reads {FORMAT}")
-            self.state = TrainerState(**values)
-            manifest = json.loads((folder / _MANIFEST).read_text())
-            damaged = world.split(
-                lambda names: [_check(folder, name, manifest[name]) for name in names], list(manifest)
-            )
-            if any(damaged):
-                raise ValueError("; ".join(filter(None, damaged)))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            others = sorted(other for other in folder.parent.glob("step-*") if other != folder)
-            way_out = "There is no other: train again with --overwrite"
-            if others:
+            self.state = _checked_state(folder, world)
+        except _WRONG as error:
+            way_out = "There is no good one before it: train again with --overwrite"
+            if before := _good_one_before(folder, world):
                 link = folder.parent / "latest"
-                way_out = f"Go on from the one before: `ln -sfn {others[-1].name} {link}`, then --resume"
+                way_out = f"Go on from the one before: `ln -sfn {before.name} {link}`, then --resume"
             raise CheckpointError(f"checkpoint {folder} cannot be resumed: {error}. {way_out}") from error
 
     def load(
@@ -262,6 +251,33 @@ class Checkpoint:
             Collected(load_trajectories(path), metrics=json.loads(path.with_suffix(".json").read_text()))
             for path in paths
         ]
+
+
+_WRONG = (OSError, ValueError, TypeError, KeyError, AttributeError)
+"""What reading a folder that is no whole checkpoint of this version may raise."""
+
+
+def _checked_state(folder: Path, world: World) -> TrainerState:
+    values = json.loads((folder / _STATE).read_text())
+    found = values.pop("format")
+    if found != FORMAT:
+        raise ValueError(f"state.json: format {found!r}, this version reads {FORMAT}")
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    damaged = world.split(lambda names: [_check(folder, name, manifest[name]) for name in names], list(manifest))
+    if any(damaged):
+        raise ValueError("; ".join(filter(None, damaged)))
+    return TrainerState(**values)
+
+
+def _good_one_before(folder: Path, world: World) -> Path | None:
+    earlier = sorted(other for other in folder.parent.glob("step-*") if other.name < folder.name)
+    for other in reversed(world.gather(earlier)[0]):  # all processes look at the same ones
+        try:
+            _checked_state(other, world)
+        except _WRONG:
+            continue
+        return other
+    return None
 
 
 def _write_waiting(folder: Path, waiting: Sequence[Collected]) -> None:

@@ -28,8 +28,10 @@ LIGHT = {
     "pink": "#cc79a7",
     "sky": "#56b4e9",
     "yellow": "#e69f00",
+    "lemon": "#f0e442",
+    "grey": "#999999",
 }
-_SERIES = [LIGHT[name] for name in ("blue", "orange", "green", "pink", "sky", "yellow")]
+_SERIES = [LIGHT[name] for name in ("blue", "orange", "green", "pink", "sky", "yellow", "lemon", "grey")]
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp, and in the page's font
     "svg.hashsalt": "tbrm",  # the same run gives the same bytes

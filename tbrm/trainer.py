@@ -28,8 +28,8 @@ from tbrm.config import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, deal, pack
 from tbrm.evaluate import evaluate
 from tbrm.interruption import Interrupted, Interruption
+from tbrm.load import load_policy
 from tbrm.metrics import Phases, peak_memory_mib
-from tbrm.model import load_policy
 from tbrm.objectives.base import TrajectoryLoss
 from tbrm.offline import write_trajectories
 from tbrm.parallel import ALONE, World, accumulate
@@ -151,6 +151,7 @@ class Trainer:
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(batch, len(trajectories), measured)
             self.reference.share_scores(trajectories, [i for members in unscored for i in members], self.world)
+        with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)
             skipped = not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
@@ -165,6 +166,7 @@ class Trainer:
             self.reference.reset(self.policy)
 
         seconds = self.phases.take()
+        of_step = sum(seconds.values()) - seconds.get("seconds/checkpoint", 0.0)
         return {
             **means,
             **trajectory_metrics(trajectories, self.state.step),
@@ -175,7 +177,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "skipped": int(skipped),
             **seconds,
-            "tokens_per_second": measured.tokens / sum(seconds.values()),
+            "tokens_per_second": measured.tokens / of_step,
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }
 
@@ -266,20 +268,22 @@ class Trainer:
         return result.accuracy
 
     def _save(self, *, best: bool) -> None:
+        """Its time is in the next step's line of metrics."""
         self.supply.settle()
         self.state.position = self.supply.source.position
         self.state.recorded = self.recorded.position
         self.state.reference_version = self.reference.version
-        self.checkpoints.save(
-            self.state,
-            self.policy,
-            self.tokenizer,
-            self.optimizer,
-            self.reference,
-            self.replay,
-            list(self.supply.waiting),
-            best=best,
-        )
+        with self.phases("checkpoint"):
+            self.checkpoints.save(
+                self.state,
+                self.policy,
+                self.tokenizer,
+                self.optimizer,
+                self.reference,
+                self.replay,
+                list(self.supply.waiting),
+                best=best,
+            )
 
     def _result(self) -> dict[str, Any]:
         config, state = self.config, self.state

@@ -111,7 +111,17 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path: Pa
     assert_same_weights(tmp_path / "run", whole)
 
     (folder / "step-000003" / "trainer" / "replay" / "index.json").unlink()
-    with pytest.raises(CheckpointError, match=r"replay/index\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"replay/index\.json is missing\. There is no good one before it"):
+        Checkpoint(folder / "step-000003")  # step 4 is a good one, but not before it
+
+
+def test_of_two_damaged_checkpoints_neither_is_offered(tmp_path: Path) -> None:
+    settings = {"evaluation": {"prompts": 0}, "checkpoint": {"every": 1, "keep": 4}}
+    Trainer(tiny_config(tmp_path, trainer__steps=3, **settings)).train()
+    folder = tmp_path / "checkpoints"
+    for step in (2, 3):
+        (folder / f"step-{step:06d}" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"`ln -sfn step-000001 "):
         Checkpoint(folder / "step-000003")
 
 
