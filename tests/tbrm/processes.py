@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbrm.config import Config, ParallelConfig
-from tbrm.data import Trajectory
+from tbrm.data import Trajectory, deal
 from tbrm.model import PolicyModel
 from tbrm.parallel import World, launched
 from tbrm.rollout import EmbeddedEngine, Sampling
@@ -30,8 +30,8 @@ from tbrm_kernels import segment_sums, single_pass
 from tests.tbrm.conftest import tiny_config
 
 MODELS = [f"{name}-{head}" for name in ("llama", "qwen3", "gemma3") for head in ("tied", "untied")]
-MICRO_BATCHES = {1: 100_000, 2: 260, 4: 130}
-"""Forward and backward passes in a step of one process: trainer.batch_tokens that makes so many."""
+MICRO_BATCHES = (1, 2, 4)
+"""Forward and backward passes in a step, of each process."""
 
 PROMPTS = [[1, 5], [1, 5, 6, 7], [1, 8, 9, 10, 11, 12], [1, 5, 6]]
 
@@ -52,10 +52,10 @@ class OneStep:
 
     def __init__(self, config: Config, world: World) -> None:
         self.trainer = Trainer(config, world=world)
-        self.passes = 0
 
     def __call__(self, trajectories: list[Trajectory] | None = None, **settings: Any) -> dict[str, Any]:
         trainer = self.trainer
+        self.passes = 0
         section = trainer.config.trainer.model_copy(update=settings)
         trainer.config = trainer.config.model_copy(update={"trainer": section})
         trainer.state.step = 0
@@ -81,6 +81,12 @@ class OneStep:
             log_ratios.append(ratio.abs().max().item())
             real(metrics, stats, losses, batch)
 
+        def counted(*arguments: Any) -> None:
+            self.passes += 1
+            add_gradients(*arguments)
+
+        add_gradients = type(trainer)._add_gradients.__get__(trainer)
+        trainer._add_gradients = counted
         real, StepMetrics.add, trainer._update = StepMetrics.add, spy, keep
         ours, trainer.supply = trainer.supply, supply
         try:
@@ -88,7 +94,7 @@ class OneStep:
         finally:
             StepMetrics.add, trainer.supply = real, ours
         largest = max(trainer.world.gather(max(log_ratios)))
-        return {"gradients": gradients, "metrics": metrics, "largest_log_ratio": largest}
+        return {"gradients": gradients, "metrics": metrics, "largest_log_ratio": largest, "passes": self.passes}
 
 
 class Fixed:
@@ -99,14 +105,23 @@ class Fixed:
         return Collected(self.trajectories)
 
 
+def budget_for(trajectories: list[Trajectory], processes: int, count: int) -> int:
+    """The largest trainer.batch_tokens with which each process has so many micro-batches."""
+    return next(tokens for tokens in range(1000, 0, -1) if len(deal(trajectories, tokens, processes)[0]) == count)
+
+
 def run(folder: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    budgets: dict[int, int] = {}
     for model in MODELS:
         for divided in (False, True):
             config = config_of(folder, world, model, parallel={"vocab_parallel": divided})
             step = OneStep(config, world)
             what = f"{model}, vocabulary divided" if divided else model
-            for count, tokens in MICRO_BATCHES.items():
+            if not budgets:
+                collected = step.trainer.supply.source.collect(1, step.trainer.phases).trajectories
+                budgets = {count: budget_for(collected, world.size, count) for count in MICRO_BATCHES}
+            for count, tokens in budgets.items():
                 found[f"{what}, {count} micro-batches"] = step(batch_tokens=tokens)
             if world.mesh:
                 found[f"{what}, whole heads"] = whole_heads(config, world)

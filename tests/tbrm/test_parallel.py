@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tbrm.config import ConfigError, load_config
+from tbrm.config import ConfigError
 from tbrm.export import export
 from tbrm.metrics import is_timing, read_jsonl
 from tbrm.parallel import launched
+from tbrm.recipe import load_config
 from tbrm.tiny import tiny_tokenizer
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.processes import MICRO_BATCHES, MODELS
@@ -117,6 +118,7 @@ def test_loss_and_gradients_do_not_depend_on_processes_or_micro_batches(
         step = steps[count][f"{model}{vocabulary}, {micro_batches} micro-batches"]
         assert_same_step(step, whole)
         assert step["largest_log_ratio"] == 0.0  # of every trajectory, exactly
+        assert step["passes"] == micro_batches
 
 
 @pytest.mark.parametrize("processes", COUNTS)
