@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from tbrm.attention import PACKED_ATTENTION
 from tbrm.data import Trajectory, TrajectoryBatch, pack
