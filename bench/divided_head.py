@@ -8,8 +8,6 @@ The TBRM loss forward and backward of the benchmark's problem, with the weight's
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -20,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from bench.machine import processor
-from bench.problem import BETA, D, Problem
-from bench.worker import taken_mib
-from tbrm_kernels import fused_linear_tbrm_loss
+from bench.problem import D, Problem
+from bench.ways import single_pass
+from bench.worker import begin_peak_anew, taken_mib
 
 VOCABULARIES = (49152, 151936)
 PROCESSES = (1, 2, 4)
@@ -37,20 +35,8 @@ def worker(vocab: int) -> None:
         problem = Problem(vocab, TOKENS, torch.bfloat16)
         weight = problem.weight.detach().chunk(count)[rank].clone().requires_grad_()
         problem.weight = weight
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = taken_mib()
-        loss = fused_linear_tbrm_loss(
-            problem.hidden,
-            weight,
-            problem.targets,
-            problem.cu_seqlens,
-            problem.ref_logprob_sums,
-            problem.rewards,
-            beta=BETA,
-            tp_group=dist.group.WORLD,
-        ).loss
+        before = begin_peak_anew()
+        loss = single_pass(problem, dist.group.WORLD)
         loss.backward()
         mine = taken_mib(peak=True) - before + weight.nbytes / 2**20
     everybodys: list[Any] = [None] * count

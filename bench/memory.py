@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.machine import processor
-from bench.plan_check import IDLE, ROOT, peak_mib, python
+from bench.plan_check import IDLE, peak_mib, python
 
 SETTINGS = (
     *("rollout.prompts=64", "trainer.batch_tokens=4096", "trainer.steps=2", "optim.warmup_steps=0"),
@@ -46,7 +46,7 @@ def main(out: Path) -> None:
             cells = [str(processes)]
             for divided in (False, True) if processes > 1 else (False,):
                 overrides = [*SETTINGS, *(["parallel.vocab_parallel=true"] if divided else [])]
-                taken = peak_mib(str(ROOT / "recipes/demo.yaml"), overrides, processes, Path(folder) / "run") - idle
+                taken = peak_mib(overrides, processes, Path(folder) / "run") - idle
                 alone = alone or taken
                 shares[processes] = max(taken / alone, shares.get(processes, 0.0))
                 cells += [f"{taken:.0f}", f"{taken / alone:.2f}"]

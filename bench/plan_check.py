@@ -24,6 +24,7 @@ from bench.machine import processor
 from tbrm.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "recipes/demo.yaml")
 MIB = 2**20
 TOLERANCE = 0.15
 SETTINGS = (
@@ -65,19 +66,18 @@ def main(out: Path) -> None:
 
 def check(name: str, overrides: Sequence[str], processes: int, idle: float, run: Path) -> tuple[str, float]:
     """The table's row, and planned over measured."""
-    recipe = str(ROOT / "recipes/demo.yaml")
-    plan = json.loads(python("-m", "tbrm", "plan", recipe, "--gpus", str(processes), "--json", *overrides))
-    measured, planned = peak_mib(recipe, overrides, processes, run) - idle, plan["peak"] / MIB
+    plan = json.loads(python("-m", "tbrm", "plan", RECIPE, "--gpus", str(processes), "--json", *overrides))
+    measured, planned = peak_mib(overrides, processes, run) - idle, plan["peak"] / MIB
     phase = max(plan["phases"], key=plan["phases"].get)
     size = f"{plan['tokens']:,}"
     row = f"| {name} | {processes} | {size} | {planned:.0f} ({phase}) | {measured:.0f} | {planned / measured:.2f} |"
     return row, planned / measured
 
 
-def peak_mib(recipe: str, overrides: Sequence[str], processes: int, run: Path) -> float:
+def peak_mib(overrides: Sequence[str], processes: int, run: Path) -> float:
     """Of the process that holds most, in a run of its own."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    python(*launcher, "-m", "tbrm", "train", recipe, "--overwrite", *overrides, f"run.dir={run}")
+    python(*launcher, "-m", "tbrm", "train", RECIPE, "--overwrite", *overrides, f"run.dir={run}")
     peak: float = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_mib"]
     return peak
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bench.problem import BETA, Problem
 from tbrm_kernels import fused_linear_tbrm_loss, linear_token_stats
 
 
-def single_pass(problem: Problem) -> Tensor:
+def single_pass(problem: Problem, tp_group: dist.ProcessGroup | None = None) -> Tensor:
     return fused_linear_tbrm_loss(
         problem.hidden,
         problem.weight,
@@ -22,6 +23,7 @@ def single_pass(problem: Problem) -> Tensor:
         problem.ref_logprob_sums,
         problem.rewards,
         beta=BETA,
+        tp_group=tp_group,
     ).loss
 
 

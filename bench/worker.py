@@ -102,12 +102,7 @@ class Case:
     def prepare(self) -> dict[str, float]:
         self.problem = Problem(self.vocab, self.tokens, self.dtype)
         self.step_of_way = step_of(self.way, self.problem)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        self.before = taken_mib()
+        self.before = begin_peak_anew()
         return {}
 
     def step(self) -> dict[str, float]:
@@ -121,6 +116,16 @@ class Case:
 def wait_for_device() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def begin_peak_anew() -> float:
+    """What this process takes now, in MiB: the least that its peak can be from here on."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return taken_mib()
 
 
 def taken_mib(*, peak: bool = False) -> float:

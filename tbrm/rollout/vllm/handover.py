@@ -38,12 +38,10 @@ class Handover:
     def write(self) -> None:
         """Puts the policy's weights, as they are now, in the place of the last ones, in one move. All processes call it."""
         gathered = (weight for _, weight in self.weights())
-        if self.folder is None:
-            write_whole(self._named(), gathered, None, self.dtype)
-            return
-        unfinished = self.folder / "unfinished"
+        unfinished = self.folder / "unfinished" if self.folder else None
         write_whole(self._named(), gathered, unfinished, self.dtype)
-        unfinished.rename(self.folder / "model.safetensors")
+        if unfinished is not None:
+            unfinished.rename(unfinished.with_name("model.safetensors"))
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
