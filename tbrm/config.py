@@ -40,10 +40,19 @@ class ModelConfig(Section):
     liger: bool = Field(
         False, description="liger-kernel's RMSNorm, RoPE and gated MLP, on a GPU (pip install 'tbrm[gpu]')."
     )
+    compile: bool = Field(
+        False, description="torch.compile of each block's norms and MLP; the first steps wait for it. Not with liger."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto takes a GPU where there is one.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off for good reason."
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_fuse(self) -> ModelConfig:
+        if self.compile and self.liger:
+            raise ValueError("compile and liger are both true, and both replace norms and MLP: set one to false")
+        return self
 
     def resolve_device(self) -> torch.device:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)

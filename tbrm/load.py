@@ -88,6 +88,7 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
         precision=precision,
         attention=FLASH_ATTENTION if flash else PACKED_ATTENTION,
         liger=config.model.liger,
+        compiled=config.model.compile,
     )
     policy.adapters = adapters
     if config.parallel.activation_checkpointing:

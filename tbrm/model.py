@@ -15,6 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from tbrm.attention import PACKED_ATTENTION
+from tbrm.compiled import compile_around_attention, not_compiled
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.flash_attention import FLASH_ATTENTION, Paths
 from tbrm.liger import use_liger_kernels
@@ -42,6 +43,7 @@ class PolicyModel(nn.Module):
         precision: torch.dtype = torch.float32,
         attention: str = PACKED_ATTENTION,
         liger: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         text_config = lm.config.get_text_config()
@@ -52,10 +54,13 @@ class PolicyModel(nn.Module):
         self.precision = precision
         self.attention = attention
         self.liger = liger
+        self.compiled = compiled
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(text_config)
         # The transformer blocks: what is gathered, and what is computed again, as a whole.
         self.blocks = [module for module in lm.modules() if type(module).__name__ in (lm._no_split_modules or ())]
+        if compiled:
+            compile_around_attention(self.blocks)
         self.sharding: Sharding | None = None
         self.adapters: Adapters | None = None
         """Which are all that is trained, if there are any."""
@@ -184,7 +189,12 @@ class PolicyModel(nn.Module):
         with torch.device("meta"):
             lm = type(self.lm)(copy.deepcopy(self.lm.config))
         twin = PolicyModel(
-            lm, temperature=self.temperature, precision=self.precision, attention=self.attention, liger=self.liger
+            lm,
+            temperature=self.temperature,
+            precision=self.precision,
+            attention=self.attention,
+            liger=self.liger,
+            compiled=self.compiled,
         ).requires_grad_(False)
         twin.shard(self.sharding.of_reference())
         twin.load_state_dict(self.state_dict())
@@ -197,6 +207,7 @@ class PolicyModel(nn.Module):
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.autocast())
+                stack.enter_context(not_compiled())
                 if self.sharding is not None:
                     stack.enter_context(self.sharding.gathered(self))
                 if self.vocabulary is not None:

@@ -154,10 +154,16 @@ def run(folder: Path, world: World) -> dict[str, Any]:
             step = OneStep(config_of(folder, world, parallel=keys), meshed)
             found[name] = step(batch_tokens=130)
             found[f"{name}, once more"] = step(batch_tokens=130)
+    step = OneStep(config_of(folder, world, model__compile=True, parallel={"activation_checkpointing": True}), world)
+    found["compiled"] = step(batch_tokens=130)
+    found["compiled, once more"] = step(batch_tokens=130)
     lora = {"rank": 4, "targets": ["q_proj", "down_proj", "lm_head"]}
-    for divided in (False, True):
-        step = OneStep(config_of(folder, world, "qwen3-untied", lora=lora, parallel={"vocab_parallel": divided}), world)
-        what = "adapters, vocabulary divided" if divided else "adapters"
+    for what, settings in {
+        "adapters": {},
+        "adapters, vocabulary divided": {"parallel": {"vocab_parallel": True}},
+        "adapters, compiled": {"model__compile": True},
+    }.items():
+        step = OneStep(config_of(folder, world, "qwen3-untied", lora=lora, **settings), world)
         found[what] = step(batch_tokens=130)
         learn_something(step)
         found[f"{what}, later"] = step(batch_tokens=130)

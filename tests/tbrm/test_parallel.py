@@ -140,21 +140,22 @@ def test_with_its_vocabulary_divided_no_process_holds_a_whole_head(
         "checkpointed activations",
         "vocabulary divided in pairs",
         "vocabulary divided, all else too",
+        "compiled",
     ],
 )
-def test_no_key_of_parallel_changes_the_step(steps: dict[int, dict[str, Any]], setting: str, processes: int) -> None:
+def test_no_setting_changes_the_step(steps: dict[int, dict[str, Any]], setting: str, processes: int) -> None:
     whole = steps[1]["qwen3-tied, 1 micro-batches"]
     assert_same_step(steps[processes][setting], whole)
     assert_same_step(steps[processes][f"{setting}, once more"], whole)
 
 
 @pytest.mark.parametrize("processes", (1, *COUNTS))
-@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+@pytest.mark.parametrize("setting", ["", ", vocabulary divided", ", compiled"])
 def test_adapters_the_heads_too_learn_the_same_on_any_number_of_processes(
-    steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
+    steps: dict[int, dict[str, Any]], setting: str, processes: int
 ) -> None:
     for when in ("", ", later"):
-        ours = steps[processes][f"adapters{vocabulary}{when}"]
+        ours = steps[processes][f"adapters{setting}{when}"]
         assert_same_step(ours, steps[1][f"adapters{when}"])
         assert (ours["largest_log_ratio"] == 0.0) == (when == "")
         idle = {name for name, gradient in ours["gradients"].items() if not gradient.any()}
