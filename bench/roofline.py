@@ -1,6 +1,6 @@
 """How fast the Triton backend can be: bytes and operations counted from its tile plan, against data-sheet rates.
 
-python -m bench.roofline bench/results/roofline.md
+    make roofline
 
 Nothing here is measured. Per kernel: the operations of the tensor cores, the exponentials (which a unit of their own
 computes), what must pass through DRAM and what the tiles fetch from the second-level cache; the time that each takes at its
@@ -21,7 +21,8 @@ from tbrm_kernels.backends.triton import head, launch
 from tbrm_kernels.single_pass import CHUNK_BYTES_PER_VOCABULARY_ENTRY
 
 T = 8192
-BF16, F32 = 2, 4
+TRAJECTORIES = 32
+BF16, F32, INT64 = 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,14 @@ def works(gpu: Gpu, V: int, D: int) -> Iterator[Work]:
     # All row tiles of a split run at once, so that each part of the weight comes from DRAM once; hidden stays in the cache.
     passes = ceil(row_tiles / gpu.sms)
     yield Work(
-        "forward",
+        "forward (recompute)",
         product,
         logits,
-        (hidden + passes * weight) * BF16 + 8 * splits * T * F32,
+        (hidden + passes * weight) * BF16 + 4 * splits * T * F32,
         fetched,
         serial_epilogue=True,
     )
+    yield Work("combine (recompute)", 0, 2 * splits * T, T * (4 * splits * F32 + INT64 + 4 * F32))
 
     width = config.block_v * max(1, head.SCRATCH_BYTES // (T * config.block_v * BF16))
     slices = ceil(V / width)
@@ -104,6 +106,8 @@ def works(gpu: Gpu, V: int, D: int) -> Iterator[Work]:
     accumulate = (2 * chunks - 1) * weight * F32 + weight * (F32 + BF16)
     operands = 2 * logits + 2 * hidden + chunks * weight
     yield Work("cuBLAS: dH and dW (single pass)", 2 * product, 0, operands * BF16 + accumulate)
+    of_each = INT64 + 5 * F32  # cu_seqlens; reference, reward, lse of the first token, residual, its gradient
+    yield Work("residual and its gradient (both)", 0, 0, 3 * T * F32 + TRAJECTORIES * of_each)
 
 
 def _products(logits: int, hidden: int, weight: int, slices: int) -> tuple[float]:
@@ -114,7 +118,7 @@ def _products(logits: int, hidden: int, weight: int, slices: int) -> tuple[float
 def main() -> None:
     lines = [
         __doc__ or "",
-        f"T = {T} tokens, bfloat16. Times in ms; recompute: one forward, one dlogits, two products.",
+        f"T = {T} tokens in {TRAJECTORIES} trajectories, bfloat16. Times in ms, without launches (microseconds each).",
         "",
     ]
     for gpu in GPUS:
@@ -131,9 +135,11 @@ def main() -> None:
                 limit, reachable = work.reachable(gpu)
                 best = seconds[limit] / reachable
                 fetch = f"{work.tile_fetches / best / 1e12:.1f} TB/s" if work.tile_fetches else ""
-                cells = [f"{1e3 * seconds[key]:.2f}" for key in ("tensor", "exp", "DRAM")]
+                cells = [f"{1e3 * seconds[key]:.3g}" for key in ("tensor", "exp", "DRAM")]
                 lines.append(f"| {name} | {work.kernel} | {' | '.join(cells)} | {limit} | {reachable:.0%} | {fetch} |")
-                totals["single pass" if "single pass" in work.kernel else "recompute"] += best
+                for way in totals:
+                    if way in work.kernel or "both" in work.kernel:
+                        totals[way] += best
             floor = 3 * 2 * T * V * D / gpu.tensor
             lines.append(
                 f"| {name} | **single pass {totals['single pass'] / floor:.2f}, recompute {totals['recompute'] / floor:.2f} "
