@@ -31,9 +31,14 @@ from tbrm_kernels import TokenStats, TrajectoryLossFn
 from tbrm_kernels.vocab_parallel import sum_gradient
 
 
+def is_divisible(entries: int, processes: int) -> bool:
+    """Whether each of the processes has a row of a vocabulary."""
+    return (processes - 1) * -(-entries // processes) < entries
+
+
 def check_divisible(entries: int, processes: int) -> None:
     """Raises ValueError if one of the processes would have no row of a vocabulary."""
-    if (processes - 1) * -(-entries // processes) >= entries:
+    if not is_divisible(entries, processes):
         raise ValueError(
             f"parallel.vocab_parallel: a vocabulary of {entries} leaves one of {processes} processes without an entry; "
             "set it to false, or parallel.shard to fewer processes"

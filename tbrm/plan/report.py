@@ -9,6 +9,7 @@ from typing import Any
 from tbrm.config import Config
 from tbrm.plan.make import make_plan
 from tbrm.plan.terms import PHASES, Plan, peaks
+from tbrm.vocab_parallel import is_divisible
 
 GIB = 2**30
 
@@ -51,7 +52,7 @@ def _keys(plan: Plan) -> Iterator[tuple[str, str, Any]]:
         yield "parallel", "accumulate_sharded", True
         yield "parallel", "reshard_after_forward", True
         yield "parallel", "shard", 0
-        if plan.sizes.vocab >= plan.processes**2:
+        if is_divisible(plan.sizes.vocab, plan.shard):
             yield "parallel", "vocab_parallel", True
     if not plan.on_cpu:
         yield "parallel", "cpu_offload", True
