@@ -89,11 +89,8 @@ class Case:
         loss.backward()
         return problem.errors(loss.detach())
 
-    def warm_up(self) -> dict[str, float]:
-        """The seconds of a small step whose code has run before."""
+    def small_step(self) -> dict[str, float]:
         step = step_of(self.way, Problem(self.vocab, CHECKED_TOKENS, self.dtype))
-        step()
-        wait_for_device()
         start = time.perf_counter()
         step()
         wait_for_device()
