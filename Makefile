@@ -58,7 +58,7 @@ lint: $(VENV)/installed
 	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
 	MYPYPATH=build/types $(BIN)/mypy -p tbrm_kernels -p tbrm
 
-# Over an hour for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
+# Two hours for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
 bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	mkdir -p build

@@ -1,6 +1,6 @@
 """Time and peak memory of the TBRM loss, forward and backward, beside the three bare products that nobody can do without.
 
-    make bench                                       # all of it, over an hour on two cores, and the table and plots
+    make bench                                       # all of it, two hours on two cores, and the table and plots
     make bench SHAPES="32768x1024"                   # vocabulary x tokens: DESIGN.md's one shape, minutes
 
 Each way is checked against float64 before it is timed, at the same vocabulary and 64 tokens. Compare rows of one run

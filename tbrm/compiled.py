@@ -7,6 +7,8 @@ row of tokens, of which one graph takes any length.
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +22,13 @@ _as_written: ContextVar[bool] = ContextVar("as_written", default=False)
 
 
 def compile_around_attention(blocks: Iterable[nn.Module]) -> None:
-    """Compiles the children of transformer blocks in place, but for those that take an attention mask."""
+    """Compiles the children of transformer blocks in place, but for those that take an attention mask.
+
+    Raises ValueError without a C++ compiler, which torch.compile needs, for a GPU too.
+    """
+    compiler = os.environ.get("CXX", "g++")  # as torch.compile has it
+    if shutil.which(compiler) is None:
+        raise ValueError(f"model.compile: true, but there is no {compiler}: install one, or name yours by CXX")
     for block in blocks:
         for child in block.children():
             if "attention_mask" not in inspect.signature(child.forward).parameters:

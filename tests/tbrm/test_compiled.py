@@ -100,3 +100,9 @@ def test_a_run_learns_as_without(tmp_path: Path) -> None:
 def test_liger_and_compile_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model: compile and liger are both true"):
         parse_config(tiny_tree(tmp_path, model__compile=True, model__liger=True))
+
+
+def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"model.compile: true, but there is no no-such-compiler: install one"):
+        PolicyModel(make_lm("llama", tied=True), compiled=True)
