@@ -61,7 +61,8 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
         f"Made by `make bench` on {machine}. T tokens in trajectories of {LENGTH}, D = {D}. Time:",
         "median of the rounds, each a forward and backward pass, over that of the three bare products (for scoring: a forward",
-        "pass, over one product) in the same run; and the least of the rounds over the floor's least. Memory: peak beyond the inputs, gradients included, in a process of its own.",
+        "pass, over one product) in the same run; least: the least of the rounds over the least of theirs. Memory: peak beyond",
+        "the inputs, gradients included, in a process of its own.",
         f"Errors: of loss and gradients at {CHECKED_TOKENS} tokens, relative to float64; of gradients in the 2-norm.",
         "A trajectory that is longer than a chunk of the single pass (by default 512 tokens in bfloat16, 256 in float32) would",
         'take the time of "recompute".',
