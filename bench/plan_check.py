@@ -3,8 +3,8 @@
     make bench-plan
 
 Two steps of training, rollouts included. `peak_memory_mib` of metrics.jsonl, of the process that holds most, less what an
-idle process holds that has imported the trainer. glibc is told to give back all that is freed (docs/scaling.md): the plan
-counts what is alive.
+idle process holds that has imported the trainer. glibc is told to give back all that is freed, and oneDNN to keep the code of
+few products (docs/scaling.md): the plan counts what is alive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS = (
     *("rollout.prompts=64", "trainer.steps=2", "optim.warmup_steps=0", "evaluation.prompts=0"),
     *("model.device=cpu", "model.precision=bfloat16"),
 )
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 # Not ru_maxrss: what a process starts with there is the size of the one that started it.
 IDLE = "import tbrm.trainer, re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
 

@@ -32,8 +32,7 @@ _PASSES = ("reference", "loss", "backward")
 _FLOAT32, _MOMENTS = 4, 8  # bytes of an element
 _CPU_AT_WORK = 75 * 2**20
 """What the first step brings into a process on a CPU, however small the model: code of libraries, threads, their buffers.
-A run of recipes/tiny.yaml held so much more than a process that has imported the trainer. With adapters thrice that: oneDNN
-keeps code for every product it has met, and a layer has three of them in place of one."""
+A run of recipes/tiny.yaml held so much more than a process that has imported the trainer."""
 
 
 class Term(NamedTuple):
@@ -98,8 +97,7 @@ class Plan:
 
     def _terms(self, tokens: int, *, gradients_wait: bool) -> list[Term]:
         terms = [*self._state(gradients_wait), *self._activations(tokens), *self._head(tokens), *self._rollout()]
-        at_work = _CPU_AT_WORK * (3 if self.sizes.adapters_only else 1)
-        terms.append(Term("libraries at work", at_work * self.on_cpu))
+        terms.append(Term("libraries at work", _CPU_AT_WORK * self.on_cpu))
         if self.sharded:
             terms += [*self._gathered(), *self._reduced(gradients_wait)]
         if self.divided or not self.sharded:
