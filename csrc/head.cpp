@@ -273,12 +273,9 @@ TORCH_LIBRARY(tbrm_kernels_cpu, m) {
       "Tensor(b!)? grad_weight, Tensor(c!)? low_halves, bool fresh, bool last, Tensor(d!)? grad_bias) -> ()");
   m.def("head_hidden_gradient(Tensor exps, Tensor weight, int T) -> Tensor");
   m.def("round_weight(Tensor(a!) grad_weight, Tensor(b!) low_halves) -> ()");
-  m.def("use_huge_pages(Tensor(a!) tensor) -> ()");
   m.impl("head_forward", c10::DispatchKey::CPU, TORCH_FN(head_forward));
   m.impl("head_hidden_gradient", c10::DispatchKey::CPU, TORCH_FN(head_hidden_gradient));
   m.impl("round_weight", c10::DispatchKey::CPU, TORCH_FN(round_weight));
-  m.impl("use_huge_pages", c10::DispatchKey::CPU,
-         [](Tensor& tensor) { use_huge_pages(tensor.data_ptr(), tensor.nbytes()); });
   m.impl("head_backward", c10::DispatchKey::CPU, TORCH_FN(head_backward));
 }
 

@@ -1,4 +1,4 @@
-// Memory in huge pages: fewer page faults where it is new, and no cache lines that push each other out where it is not.
+// Operands in huge pages, whose cache lines do not push each other out.
 //
 // A second-level cache finds its lines by physical address. A packed operand that nearly fills it, in pages of 4 KiB
 // that lie anywhere, loses part of itself to itself: on some runs of a program a quarter of the time went there.
@@ -15,16 +15,6 @@
 
 namespace tbrm {
 
-// For memory that was not touched yet. A hint: it may fail.
-inline void use_huge_pages(void* data, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t page = 4096;
-  const auto address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 struct Free {
   void operator()(void* data) const { std::free(data); }
 };
@@ -40,7 +30,9 @@ Buffer<T> make_buffer(int64_t count) {
   const size_t bytes = (wanted + alignment - 1) / alignment * alignment;
   void* data = std::aligned_alloc(alignment, bytes);
   if (!data && bytes > 0) throw std::bad_alloc();
-  if (alignment == huge) use_huge_pages(data, bytes);
+#ifdef __linux__
+  if (alignment == huge) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: it may fail
+#endif
   return Buffer<T>(static_cast<T*>(data));
 }
 

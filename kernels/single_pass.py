@@ -37,7 +37,7 @@ TrajectoryLossFn = Callable[[TokenStats, Tensor, int], Tensor]
 
 
 def default_chunk_bytes(device_type: str, vocab: int) -> int:
-    """What `max_chunk_bytes` is where None is given."""
+    """What `max_chunk_bytes` is where None is given and there are several chunks."""
     per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
     return per_entry.get(device_type, per_entry["cpu"]) * vocab
 
@@ -145,8 +145,9 @@ def fused_linear_trajectory_loss(
     same graph, call this function again. Under torch.no_grad, or where nothing requires a gradient, none is computed.
 
     max_chunk_bytes: of scratch memory for the logits of a chunk. If None, 1 KiB x V on a CPU (512 tokens in bfloat16, 256 in
-        float32) and 16 KiB x V on a GPU (4096 tokens). A trajectory that does not fit is computed twice instead, in pieces
-        that do: four products.
+        float32) and 16 KiB x V on a GPU (4096 tokens); but where all T tokens take no more than that and the sum that the
+        weight's gradient needs beside it over several chunks (2 V D for a 16-bit weight on a CPU), one chunk takes them all.
+        A trajectory that does not fit is computed twice instead, in pieces that do: four products.
     The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU, `cu_seqlens` is read, for
     which the call waits once.
     """
@@ -155,9 +156,7 @@ def fused_linear_trajectory_loss(
     part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
     check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     check_packing("targets", targets, cu_seqlens)
-    if max_chunk_bytes is None:
-        max_chunk_bytes = default_chunk_bytes(weight.device.type, weight.shape[0])
-    if max_chunk_bytes <= 0:
+    if max_chunk_bytes is not None and max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
     chosen = select(backend, hidden.device, options.operand_dtype)
     plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled(), part)
@@ -173,7 +172,7 @@ class _Plan:
     loss_fn: TrajectoryLossFn
     options: TokenStatsOptions
     backend: Backend
-    max_chunk_bytes: int
+    max_chunk_bytes: int | None
     grad_enabled: bool
     vocab_slice: VocabSlice | None
 
@@ -212,7 +211,7 @@ def _run(
 ) -> tuple[Tensor, TokenStats, tuple[Tensor | None, ...]]:
     options = plan.options
     head = plan.backend.Head(weight, bias, options)
-    max_tokens = head.tokens_within(plan.max_chunk_bytes)
+    max_tokens = _tokens_of_a_chunk(head, plan, needs, hidden.shape[0])
     if plan.vocab_slice is not None:  # all processes must go through the same chunks
         max_tokens = plan.vocab_slice.fewest(max_tokens)
     into = HeadGrads(hidden, weight, options, needs)
@@ -241,6 +240,15 @@ def _run(
         elif any(needs):
             _recompute(head, hidden, targets, tokens, row_grads, into, max_tokens)
     return loss, all_stats, into.finish(bias)
+
+
+def _tokens_of_a_chunk(head: Head, plan: _Plan, needs: Needs, tokens: int) -> int:
+    """At most. By default all `tokens`, if that takes no more memory than several chunks and the sum of their gradients."""
+    if plan.max_chunk_bytes is not None:
+        return head.tokens_within(plan.max_chunk_bytes)
+    usual = default_chunk_bytes(head.weight.device.type, head.weight.shape[0])
+    alone = head.tokens_within(usual + needs.weight * head.sum_bytes)
+    return alone if tokens <= alone else head.tokens_within(usual)
 
 
 def _whole_trajectories(bounds: list[int], max_tokens: int) -> Iterator[tuple[int, int]]:

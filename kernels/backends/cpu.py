@@ -99,6 +99,7 @@ class Head:
     """A head whose weight has the dtype of the products (but for float16, which is cast up block by block)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
+        self.sum_bytes = weight.nbytes if weight.element_size() == 2 else 0
         weight = weight.to(options.operand_dtype)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
@@ -122,7 +123,6 @@ class Head:
         size = len(self.weight) * lanes
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=self.scratch_dtype)
-            _ops().use_huge_pages(self._scratch)
         return self._scratch[:size].view(len(self.weight), lanes)
 
 
@@ -179,10 +179,6 @@ class Chunk:
         low_halves = None
         if into.weight is not None and into.weight.element_size() == 2 and not (into.fresh and last):
             low_halves = into.low_halves
-        if into.fresh:
-            for memory in (into.weight, low_halves):
-                if memory is not None:
-                    _ops().use_huge_pages(memory)
         _ops().head_backward(
             self._exps,
             self._block_max,

@@ -146,6 +146,10 @@ class Chunk(Protocol):
 class Head(Protocol):
     """A head that is ready to multiply."""
 
+    weight: Tensor  # [V, D]
+    sum_bytes: int
+    """What the weight's gradient takes beyond its own memory where there are several chunks, and not where there is one."""
+
     def tokens_within(self, max_bytes: int) -> int:
         """How many tokens a chunk may have for its logits to take at most `max_bytes`; at least the fewest it can handle."""
         ...

@@ -61,6 +61,7 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.weight, self.bias, self.options = weight, bias, options
+        self.sum_bytes = 0
 
     def tokens_within(self, max_bytes: int) -> int:
         return max(1, max_bytes // (self.options.compute_dtype.itemsize * len(self.weight)))

@@ -140,17 +140,20 @@ class Plan:
         gathered = self.sharded and not self.divided
         weight = self.precision if gathered else _FLOAT32  # bytes of an element of what the kernel is given
         logit = 2 if self.on_cpu and self.precision == 2 and multiplies_bfloat16() else _FLOAT32
-        chunk = default_chunk_bytes("cpu" if self.on_cpu else "cuda", self.vocab)
-        chunked = logit * self.vocab * actions > chunk
-        summed = 0  # beside the gradient's own memory
-        if weight == 2:
-            summed = 2 * chunked if self.on_cpu else _FLOAT32
         cast = self.precision if self.precision < weight else 0
         adapted = self.sizes.head_adapted
         trained = adapted or not self.sizes.adapters_only
+        scratch, chunk = logit * self.vocab * actions, default_chunk_bytes("cpu" if self.on_cpu else "cuda", self.vocab)
+        summed = 0  # beside the gradient's own memory
+        if weight == 2 and trained:
+            summed = (2 if self.on_cpu else _FLOAT32) * elements
+        if self.on_cpu and scratch <= chunk + summed:
+            summed = 0
+        else:
+            scratch = min(scratch, chunk)
         return [
-            Term("head's scratch", min(chunk, logit * self.vocab * actions), ("loss",)),
-            Term("float32 sum of the head's gradient", summed * elements * trained, ("loss",)),
+            Term("head's scratch", scratch, ("loss",)),
+            Term("float32 sum of the head's gradient", summed, ("loss",)),
             Term("head's weight, cast", cast * elements, ("reference", "loss")),
             Term("head's weight, adapted", weight * elements * adapted, ("loss",)),
             Term("hidden states of the actions, and their gradient", 2 * _FLOAT32 * width * actions, ("loss",)),

@@ -28,8 +28,8 @@ def per_token(stats: TokenStats, *_: object) -> Tensor:
     return (stats.logprobs.square() + stats.lse).sum()
 
 
-def weight_gradient(head: Head, lengths: list[int], tokens: int = 32, backend: str = "cpu") -> Tensor:
-    """In chunks of so many tokens, or where logits take 2 bytes of twice as many."""
+def weight_gradient(head: Head, lengths: list[int], tokens: int | None = 32, backend: str = "cpu") -> Tensor:
+    """In chunks of so many tokens, or where logits take 2 bytes of twice as many; None for the default."""
     weight = head.weight.detach().requires_grad_()
     loss, _ = fused_linear_trajectory_loss(
         head.hidden,
@@ -37,7 +37,7 @@ def weight_gradient(head: Head, lengths: list[int], tokens: int = 32, backend: s
         head.targets,
         torch.tensor([0, *lengths]).cumsum(0),
         per_token,
-        max_chunk_bytes=4 * tokens * len(weight),
+        max_chunk_bytes=None if tokens is None else 4 * tokens * len(weight),
         backend=backend,
     )
     loss.backward()
@@ -132,6 +132,20 @@ def test_no_float32_tensor_of_the_weights_shape_is_made(dtype: torch.dtype, toke
     del allocations.bytes[head.weight.data_ptr()]
     large = [size for size in allocations.bytes.values() if size >= 400 * 600]
     assert large == [2 * 400 * 600] * planes
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_by_default_one_chunk_takes_what_several_and_their_sum_would(dtype: torch.dtype) -> None:
+    bytes_per_logit = 2 if dtype == torch.bfloat16 and cpu.multiplies_bfloat16() else 4
+    usual, plane = 1024 * 400, 2 * 400 * 600  # V = 400, D = 600
+    most = (usual + plane) // (bytes_per_logit * 400 * 32)  # trajectories, of 32 tokens
+    for trajectories, scratch, halves in ((most, bytes_per_logit * 400 * 32 * most, 0), (most + 1, usual, 1)):
+        head = random_head(32 * trajectories, 400, 600, dtype, bias=False, ignored=0)
+        with Allocations() as allocations:
+            weight_gradient(head, [32] * trajectories, None)
+        sizes = list(allocations.bytes.values())
+        assert scratch in sizes
+        assert sizes.count(plane) == 2 + halves  # weight and gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

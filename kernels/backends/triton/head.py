@@ -75,6 +75,7 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.weight, self.options = weight.to(options.operand_dtype), options
         self.bias = None if bias is None else bias.contiguous()
+        self.sum_bytes = 0
         self._scratch = weight.new_empty(0, dtype=torch.float32)
 
     def tokens_within(self, max_bytes: int) -> int:
