@@ -76,8 +76,8 @@ bench-gpu: $(VENV)/installed
 bench-rollouts: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.rollouts bench/results/rollouts.md
 
-# What replay saves and what stale rollouts cost: 45 runs of some ten minutes, which may be stopped and gone on with at any
-# time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
+# What replay saves, and what stale rollouts save and cost: 27 runs of some five minutes, which may be stopped and gone on with
+# at any time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
 bench-replay: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
 

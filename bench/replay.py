@@ -1,9 +1,12 @@
-"""What replay saves and what stale rollouts cost, on the demo's task: real runs, a table and plots from their own metrics.
+"""What replay saves, and what stale rollouts save and cost, on the demo's task: real runs, a table and plots from their own
+metrics.
 
     python -m bench.replay RUNS OUT [--only replay] [--seeds 0 1 2] [--recipe R] [key.sub=value ...]
 
 RUNS holds a folder for each run; finished ones are not run again, and one that was stopped goes on from its last
-checkpoint. Checkpoints of finished runs are deleted. The overrides are for smaller settings:
+checkpoint. Checkpoints of finished runs are deleted. Runs of the staleness experiment have one thread for training and one
+for rollouts, as if each had a device of its own: those without staleness use one at a time. The overrides are for smaller
+settings:
 
     python -m bench.replay /tmp/runs /tmp/out --seeds 0 --recipe recipes/tiny.yaml trainer.steps=8
 """
@@ -11,6 +14,7 @@ checkpoint. Checkpoints of finished runs are deleted. The overrides are for smal
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -32,8 +36,10 @@ OBJECTIVES = {
     "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true", "rollout.samples=4"),
     "reinforce": ("objective.name=reinforce", "objective.beta=0.01", "rollout.samples=4"),
 }
-STALENESS = (0, 1, 2, 4)
-REPLAY = ("rollout.updates=2", "replay.capacity=960")
+STALENESS = (0, 2)
+REPLAY = ("rollout.updates=2", "replay.capacity=1280")
+OFTEN = ("evaluation.every=2", "checkpoint.every=6")
+ONE_THREAD_EACH = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -70,19 +76,20 @@ class Curve:
     tokens: list[int]
     """Generated in training so far."""
     accuracy: list[float]
-    seconds: float
-    """Of training, evaluations left out."""
+    seconds: list[float]
+    """Of training so far, evaluations and checkpoints left out, but not what rollouts under way made them wait."""
 
-    def tokens_to(self, target: float) -> int | None:
-        return next((t for t, a in zip(self.tokens, self.accuracy, strict=True) if a >= target), None)
+    def first_at(self, target: float) -> int | None:
+        """The first evaluation that reached it."""
+        return next((i for i, accuracy in enumerate(self.accuracy) if accuracy >= target), None)
 
 
-def train(folder: Path, recipe: str, overrides: list[str]) -> None:
+def train(folder: Path, recipe: str, overrides: list[str], environment: dict[str, str]) -> None:
     if (folder / "result.json").exists():
         return
     command = [sys.executable, "-m", "tbrm", "train", recipe, "--resume", f"run.dir={folder}", *overrides]
     print(" ".join(command), flush=True)
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env={**os.environ, **environment})
     shutil.rmtree(folder / "checkpoints")
 
 
@@ -91,25 +98,27 @@ def read_curve(folder: Path) -> Curve:
     generated = [0, *accumulate(row.get("generated_tokens", 0) for row in rows)]
     steps = [row["step"] for row in evals]
     # Phases of a step follow each other; those of rollouts beside it are not among them.
-    seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds/"))
-    return Curve(steps, [generated[s] for s in steps], [row["accuracy"] for row in evals], seconds)
+    phases = [{key: value for key, value in row.items() if key.startswith("seconds/")} for row in rows]
+    seconds = [0.0, *accumulate(sum(row.values()) - row.get("seconds/checkpoint", 0.0) for row in phases)]
+    return Curve(steps, [generated[s] for s in steps], [row["accuracy"] for row in evals], [seconds[s] for s in steps])
 
 
 def table(curves: dict[Variant, list[Curve]], target: float) -> str:
     lines = [
-        f"| runs | accuracy at the end, each seed | mean | tokens generated | of them to {target:.1%} | seconds |",
-        "|---|---|---|---|---|---|",
+        f"| runs | accuracy at the end, each seed | mean | tokens generated | to {target:.0%} | seconds | to {target:.0%} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant, found in curves.items():
         ends = [curve.accuracy[-1] for curve in found]
-        reached = [curve.tokens_to(target) for curve in found]
+        reached = [(curve, curve.first_at(target)) for curve in found]
         cells = (
             f"{variant.panel}, {variant.name}",
             ", ".join(f"{end:.1%}" for end in ends),
             f"{fmean(ends):.1%}",
             f"{fmean(curve.tokens[-1] for curve in found):,.0f}",
-            ", ".join("never" if tokens is None else f"{tokens:,}" for tokens in reached),
-            f"{fmean(curve.seconds for curve in found):,.0f}",
+            ", ".join("never" if at is None else f"{curve.tokens[at]:,.0f}" for curve, at in reached),
+            f"{fmean(curve.seconds[-1] for curve in found):,.0f}",
+            ", ".join("never" if at is None else f"{curve.seconds[at]:,.0f}" for curve, at in reached),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -144,8 +153,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("replay", "staleness"), help="one of the two experiments")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--recipe", default="recipes/demo.yaml")
-    parser.add_argument("--prompts", type=int, default=96, help="responses that each update is made of")
-    parser.add_argument("--target", type=float, default=0.55)
+    parser.add_argument("--prompts", type=int, default=128, help="responses that each update is made of")
+    parser.add_argument("--steps", type=int, default=12, help="updates of each run")
+    parser.add_argument("--target", type=float, default=0.5)
     args = parser.parse_intermixed_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for experiment in [args.only] if args.only else ["replay", "staleness"]:
@@ -153,8 +163,9 @@ def main() -> None:
         for variant in (v for v in variants(args.prompts) if v.experiment == experiment):
             for seed in args.seeds:
                 folder = args.runs / f"{experiment}-{variant.panel}-{variant.name} seed {seed}".replace(" ", "-")
-                common = [f"seed={seed}", f"rollout.prompts={args.prompts}", "evaluation.every=4", "checkpoint.every=8"]
-                train(folder, args.recipe, [*common, *variant.overrides, *args.overrides])
+                common = (f"seed={seed}", f"rollout.prompts={args.prompts}", f"trainer.steps={args.steps}", *OFTEN)
+                environment = ONE_THREAD_EACH if experiment == "staleness" else {}
+                train(folder, args.recipe, [*common, *variant.overrides, *args.overrides], environment)
                 curves.setdefault(variant, []).append(read_curve(folder))
         (args.out / f"{experiment}.md").write_text(table(curves, args.target))
         plot(curves, args.target, args.out / f"{experiment}.png")

@@ -40,10 +40,7 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
         for run in results["benchmarks"]
         for stats in [run["stats"]]
     ]
-    order = [FLOOR, *WAYS, ONE_PRODUCT, SCORING]
-    rows = sorted(
-        measured + results["failures"], key=lambda r: (r["dtype"], r["vocab"], r["tokens"], order.index(r["way"]))
-    )
+    rows = measured + results["failures"]
     floors = {(*shape_of(row), row["way"]): row for row in rows}
     for row in rows:
         floor = floors.get((*shape_of(row), ONE_PRODUCT if row["way"] in (ONE_PRODUCT, SCORING) else FLOOR), {})
@@ -51,6 +48,16 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
             row["over_floor"] = row["seconds"] / floor["seconds"]
             row["least_over_floor"] = row["least"] / floor["least"]
     return rows
+
+
+def joined(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all runs, each over the floor of its own run; where two have measured the same, those of the first."""
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    for run in runs:
+        for row in rows_of(run):
+            rows.setdefault((*shape_of(row), row["way"]), row)
+    order = [FLOOR, *WAYS, ONE_PRODUCT, SCORING]
+    return sorted(rows.values(), key=lambda row: (*shape_of(row), order.index(row["way"])))
 
 
 def shape_of(row: dict[str, Any]) -> tuple[str, int, int]:
@@ -101,7 +108,7 @@ def main() -> None:
     *paths, out = map(Path, sys.argv[1:])
     runs = [json.loads(path.read_text()) for path in paths]
     info = runs[0]["machine_info"]
-    rows = rows_of({key: [row for run in runs for row in run[key]] for key in ("benchmarks", "failures")})
+    rows = joined(runs)
     machine = f"{info['cpu'].get('brand_raw', 'an unnamed CPU')} ({info['torch']})"
     out.mkdir(parents=True, exist_ok=True)
     (out / "trajectory_loss.md").write_text(markdown(rows, machine))

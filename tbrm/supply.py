@@ -25,7 +25,7 @@ class Supply:
             self.waiting.extend(self.source.collect(step, phases).split(self.updates))
         return self.waiting.popleft()
 
-    def settle(self) -> None:
+    def settle(self, phases: Phases) -> None:
         """Returns when nothing is being collected."""
 
     def close(self) -> None:

@@ -250,7 +250,7 @@ class Trainer:
         """Held-out accuracy now; logs it and keeps the responses."""
         settings, step = self.config.evaluation, self.state.step
         assert self.config.task is not None
-        self.supply.settle()
+        self.supply.settle(self.phases)
         self.engine.update_weights(step)
         sampling = Sampling(
             self.config.rollout.max_new_tokens, settings.temperature, derive_seed("evaluation", self.config.seed, step)
@@ -269,7 +269,7 @@ class Trainer:
 
     def _save(self, *, best: bool) -> None:
         """Its time is in the next step's line of metrics."""
-        self.supply.settle()
+        self.supply.settle(self.phases)
         self.state.position = self.supply.source.position
         self.state.recorded = self.recorded.position
         self.state.reference_version = self.reference.version

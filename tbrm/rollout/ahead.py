@@ -107,10 +107,11 @@ class SupplyAhead(Supply):
             "rollouts take so long, or see what the engine hangs in"
         )
 
-    def settle(self) -> None:
+    def settle(self, phases: Phases) -> None:
         """Waits for all rollouts that have begun. From then on the engine and the tokenizer are free for others."""
-        while self._under_way:
-            self._receive()
+        with phases("wait"):
+            while self._under_way:
+                self._receive()
 
     def close(self) -> None:
         """Gives up what has begun. An engine that goes on regardless is not waited for long."""
