@@ -171,7 +171,10 @@ def main() -> None:
         "",
     ]
     for precision in dict.fromkeys(("float32", auto)):
-        found = {way: run(way, precision) for way in WAYS}
+        found = {}
+        for way in WAYS:
+            print(f"{precision}: {WAYS[way]}, some minutes", file=sys.stderr, flush=True)
+            found[way] = run(way, precision)
         lines += [f"## {precision}", "", *table(found, precision)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines))
