@@ -42,6 +42,8 @@ def engine_options(config: VllmConfig, dtype: torch.dtype, batch_size: int, devi
     }
     if device.type == "cpu":
         options["enforce_eager"] = True  # compilation takes longer than it saves
+        # A prompt whose pass is cut in two ends a server on a CPU: vLLM sets back its seed's generator, which none there can.
+        options["enable_chunked_prefill"] = False
     else:
         options["gpu_memory_utilization"] = config.gpu_memory
     if clash := sorted(options.keys() & config.options.keys() - {"max_num_seqs", "enforce_eager"}):
