@@ -17,8 +17,9 @@ from tbrm.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_rollout import greedy_by_hand
 
-# Longer than a block of the prefix cache, so that keys and values of old weights would be used again.
-OPTIONS = {"block_size": 32}
+# Prompts are longer than a block of the prefix cache, so that keys and values of old weights would be used again; and a
+# pass takes one of the longest possible.
+OPTIONS = {"block_size": 32, "max_num_batched_tokens": 512}
 PROMPTS = [[5, *range(6, 60), last] for last in (7, 8, 9)] + [[11, 12]]
 
 
