@@ -95,7 +95,7 @@ def measure(way: str, precision: str) -> dict[str, Any]:
     cases = workloads(config, tokenizer)
     if way == "generate":
         return timed(plain_generate(policy, tokenizer, config.rollout.batch_size), cases)
-    with closing(make_engine(config.rollout, policy, tokenizer)) as engine:
+    with closing(make_engine(config.rollout, policy, tokenizer, run_dir=Path("runs/bench-rollouts"))) as engine:
         engine.update_weights(0)
 
         def generate(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
