@@ -98,8 +98,8 @@ def read_curve(folder: Path) -> Curve:
     generated = [0, *accumulate(row.get("generated_tokens", 0) for row in rows)]
     steps = [row["step"] for row in evals]
     # Phases of a step follow each other; those of rollouts beside it are not among them.
-    phases = [{key: value for key, value in row.items() if key.startswith("seconds/")} for row in rows]
-    seconds = [0.0, *accumulate(sum(row.values()) - row.get("seconds/checkpoint", 0.0) for row in phases)]
+    phases = sorted({key for row in rows for key in row if key.startswith("seconds/")} - {"seconds/checkpoint"})
+    seconds = [0.0, *accumulate(sum(row.get(phase, 0.0) for phase in phases) for row in rows)]
     return Curve(steps, [generated[s] for s in steps], [row["accuracy"] for row in evals], [seconds[s] for s in steps])
 
 

@@ -71,8 +71,8 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
         "pass, over one product) in the same run; least: the least of the rounds over the least of theirs. Memory: peak beyond",
         "the inputs, gradients included, in a process of its own.",
         f"Errors: of loss and gradients at {CHECKED_TOKENS} tokens, relative to float64; of gradients in the 2-norm.",
-        "A trajectory that is longer than a chunk of the single pass (by default 512 tokens in bfloat16, 256 in float32) would",
-        'take the time of "recompute".',
+        "A trajectory that is longer than a chunk of the single pass (where there are several: 512 tokens in bfloat16, 256 in",
+        'float32) would take the time of "recompute".',
         "",
     ]
     for shape in dict.fromkeys(map(shape_of, rows)):
