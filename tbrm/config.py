@@ -112,9 +112,13 @@ class VllmConfig(Section):
         {},
         description="More options of vLLM, by its own names, such as {max_model_len: 4096, tensor_parallel_size: 2}.",
     )
+    transfer: Literal["file", "broadcast"] = Field(
+        "file",
+        description="How weights reach servers: file (read by them in weights_dir), or broadcast (NCCL; without a GPU gloo).",
+    )
     weights_dir: str | None = Field(
         None,
-        description="Where weights are handed over; all servers must see it. None: shared memory, else the temporary folder.",
+        description="Where weights are written; for a file, all servers see it. None: shared memory, or a temporary folder.",
     )
     start_timeout: int = Field(300, ge=1, description="Seconds within which a server must be up, or up again.")
     request_timeout: int = Field(600, ge=1, description="Seconds that a server may take over one answer.")

@@ -25,7 +25,7 @@ from tbrm.metrics import read_jsonl
 from tbrm.recipe import config_to_dict
 from tbrm.rollout import Sampling
 from tbrm.rollout.split import SplitEngine
-from tbrm.rollout.vllm import handover
+from tbrm.rollout.vllm import broadcast, handover
 from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.server import RefusedError, Server, ServerError, _connect, check_version
@@ -187,7 +187,9 @@ def test_stale_weights_stop_the_run(
         patch.setattr(
             Server,
             "call",
-            lambda s, m, path, *a, **k: {"success": True} if path in skipped else call(s, m, path, *a, **k),
+            lambda s, m, path, *a, **k: (
+                {"success": True, "results": []} if path in skipped else call(s, m, path, *a, **k)
+            ),
         )
         if left_out == "head":
             patch.setattr(
@@ -342,6 +344,30 @@ def test_a_head_of_its_own_and_a_server_killed_during_a_sync_and_an_exception(
         trainer.train()
     assert len(left) == 2
     assert all(each.nothing() for each in left)
+
+
+def test_weights_by_broadcast_and_a_server_killed_between_two_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=True), transfer="broadcast"))
+    engine = engine_of(trainer)
+    send, sent = broadcast._broadcast, itertools.count()
+
+    def killed_once(group: Any, weight: torch.Tensor) -> None:
+        if next(sent) == 3:
+            kill_worker(engine)
+        send(group, weight)
+
+    monkeypatch.setattr(broadcast, "_broadcast", killed_once)
+    try:
+        assert trainer.train_step()["engine/restarts"] == 1
+        assert engine.update_weights(1)["sync/logprob_gap_max"] < 1e-4
+        assert_answers_are_the_policys(engine, trainer.policy)
+        assert engine._restarts == 1
+        left = Left.of(engine)
+    finally:
+        trainer.engine.close()
+    assert left.nothing()
 
 
 def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,8 +26,9 @@ from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import Response, Sampling, derive_seed
 from tbrm.rollout.embedded import end_token_ids
+from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck
-from tbrm.rollout.vllm.handover import Handover, engine_dtype
+from tbrm.rollout.vllm.handover import Handover, engine_dtype, read_from
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options
 from tbrm.rollout.vllm.server import Server, ServerError, room, sampling_params
@@ -182,9 +184,13 @@ class VllmEngine:
         folder, config = self._handover.folder, self.config
         addresses = config.addresses or [str(folder / f"{number}.socket") for number in range(config.servers)]
         self._guard = FolderGuard(folder)
+        send: Callable[[Server], None] = partial(read_from, folder)
+        if config.transfer == "broadcast":
+            send = Broadcast(folder, self.policy.device, config.request_timeout)
+            self._options |= {"worker_extension_cls": RECEIVER}
         for number, address in enumerate(addresses):
             start = None if config.addresses else self._starter(folder, number, Path(address))
-            self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout), folder, start))
+            self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout), send, start))
         return [keeper.server for keeper in self._keepers]
 
     def _starter(self, folder: Path, number: int, path: Path) -> Callable[[], ServerProcess]:

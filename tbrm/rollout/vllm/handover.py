@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tbrm.config import VllmConfig
 from tbrm.model import PolicyModel
+from tbrm.rollout.vllm.server import Server
 from tbrm.weights import whole, write_whole
 
 
@@ -61,6 +62,11 @@ class Handover:
             embedding = next(name for name, module in lm.named_modules() if module is lm.get_input_embeddings())
             weights["lm_head.weight"] = weights[f"{embedding}.weight"]
         return weights
+
+
+def read_from(folder: Path, server: Server) -> None:
+    """Has the server's workers read the weights, from a folder that they see."""
+    server.on_workers("reload_weights", {"weights_path": str(folder)})
 
 
 def _roomy(size: int) -> str | None:

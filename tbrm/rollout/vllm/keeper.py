@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from tbrm.rollout.vllm.process import ServerProcess
 from tbrm.rollout.vllm.server import RefusedError, Server, ServerError
@@ -17,9 +16,11 @@ _QUICK = 10.0
 
 class Keeper:
     """Looks after one server: starts it again if it is ours and ended; and whenever it has other weights than it should
-    (new ones are out, it is new, it comes back from the dead), has it load those of the folder."""
+    (new ones are out, it is new, it comes back from the dead), sends it the newest."""
 
-    def __init__(self, server: Server, folder: Path, start: Callable[[], ServerProcess] | None) -> None:
+    def __init__(
+        self, server: Server, send: Callable[[Server], None], start: Callable[[], ServerProcess] | None
+    ) -> None:
         """`start` makes the process of a server of ours; one given by address has none."""
         self.server = server
         self.has = ""
@@ -29,7 +30,7 @@ class Keeper:
         self.restarts = 0
         self.max_model_len = 0
         self._wanted = ""
-        self._folder = folder
+        self._send = send
         self._start = start
         self._process: ServerProcess | None = None
         self._was_up = False
@@ -40,7 +41,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def want(self, tag: str) -> None:
-        """From now on the server should have the weights that lie in the folder, and call them `tag`."""
+        """From now on the server should have the weights that can now be sent, and call them `tag`."""
         self.failure = None
         self._wanted = tag
         self._wake.set()
@@ -96,7 +97,7 @@ class Keeper:
         if found != tag:
             self.max_model_len = self.server.max_model_len()
             try:
-                self.server.load(self._folder, tag)
+                self.server.load(self._send, tag)
             except ServerError:
                 self.restart(self.restarts)  # whatever is wrong with it, it has no good weights now
                 raise

@@ -6,9 +6,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,19 +69,24 @@ class Server:
         tag: str = self.call("GET", "/weight_info", timeout=timeout)["weight_version"]
         return tag
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Takes the weights of `folder`, without a restart. Requests that came before are answered before; those that come
-        meanwhile, afterwards. If it fails half-way, the server has no good weights, and claims none."""
+    def load(self, send: Callable[[Server], None], tag: str) -> None:
+        """Takes the weights that `send` gives its workers, without a restart. Requests that came before are answered before;
+        those that come meanwhile, afterwards. If it fails half-way, the server has no good weights, and claims none."""
         self.call("POST", "/pause?mode=wait")
         self.call("POST", "/update_weight_version", {"new_version": "half-loaded"})
-        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self.call("POST", "/collective_rpc", arguments)
+        send(self)
         # Else what it has computed of known prompts would stay that of the old weights. (A pause does it too, but not for ever:
         # that is marked as deprecated.)
         if not self.call("POST", "/reset_prefix_cache")["success"]:
             raise ServerError(f"{self.address} did not reset its prefix cache")
         self.call("POST", "/update_weight_version", {"new_version": tag})
         self.call("POST", "/resume")
+
+    def on_workers(self, method: str, arguments: dict[str, Any] | None = None) -> list[Any]:
+        """What the method returns on each of its workers."""
+        answer = self.call("POST", "/collective_rpc", {"method": method, "kwargs": arguments or {}})
+        results: list[Any] = answer["results"]
+        return results
 
     def generate(self, prompt: Sequence[int], sampling: dict[str, Any]) -> list[tuple[Response, set[str]]]:
         """Responses, and for each the tags of the weights that made it."""
