@@ -48,17 +48,26 @@ class Meeting:
     timeout: float
     """Seconds that each waits for the others."""
 
-    def join(self, store: dist.Store, number: int, host: str) -> Any:
-        """A group of our own, beside the one that training, or vLLM, has. `host`: our own address."""
+    @contextmanager
+    def group(self, store: dist.Store, number: int, host: str) -> Iterator[Any]:
+        """One of our own, beside that which training, or vLLM, has. `host`: our own address."""
+        group: Any
         if self.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timedelta(seconds=self.timeout)
             with _failures_raised():
-                return dist.ProcessGroupNCCL(store, number, self.size, options)
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=self.timeout)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        return dist.ProcessGroupGloo(store, number, self.size, options)
+                group = dist.ProcessGroupNCCL(store, number, self.size, options)
+        else:
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._timeout = timedelta(seconds=self.timeout)
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            group = dist.ProcessGroupGloo(store, number, self.size, options)
+        try:
+            yield group
+        except BaseException:
+            group.abort()  # the others may never come
+            raise
+        group.shutdown()
 
 
 class Broadcast:
@@ -70,7 +79,8 @@ class Broadcast:
         self._timeout = timeout
 
     def __call__(self, server: Server) -> None:
-        host = _own_address(server.address)
+        peer = urlsplit(server.address)
+        host = _own_address(peer.hostname, peer.port or 80) if peer.hostname else "127.0.0.1"  # or a Unix socket
         numbers = self._numbers(server)
         store = _store(host, 0, self._timeout, is_master=True)
         backend: Literal["nccl", "gloo"] = "nccl" if self._device.type == "cuda" else "gloo"
@@ -79,14 +89,14 @@ class Broadcast:
             names = weights.keys()
             listed = [_described(name, weights.get_tensor(name)) for name in names]
             answer = pool.submit(server.on_workers, "receive_weights", {"meeting": asdict(meeting), "weights": listed})
-            while not store.check([_here(number) for number in numbers]):
-                if answer.done():  # before anyone came
-                    raise answer.exception() or ServerError(f"{server.address} took no weights")
-                time.sleep(0.01)
             try:
-                group = meeting.join(store, 0, host)
-                for name in names:
-                    _broadcast(group, weights.get_tensor(name).to(self._device))
+                while not store.check([_here(number) for number in numbers]):
+                    if answer.done():
+                        raise RuntimeError("no worker came")
+                    time.sleep(0.01)
+                with meeting.group(store, 0, host) as group:
+                    for name in names:
+                        _broadcast(group, weights.get_tensor(name).to(self._device))
             except RuntimeError as error:
                 answer.result()  # the server's own words, if it has any
                 raise ServerError(f"{server.address}: the broadcast of weights failed: {error}") from error
@@ -127,11 +137,11 @@ def _arriving(
 ) -> Generator[tuple[str, Tensor], None, None]:
     store = _store(meeting.host, meeting.port, meeting.timeout, is_master=False)
     store.set(_here(number), "")
-    group = meeting.join(store, number, _own_address(f"tcp://{meeting.host}:{meeting.port}"))
-    for name, dtype, shape in weights:
-        weight = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
-        _broadcast(group, weight)
-        yield name, weight
+    with meeting.group(store, number, _own_address(meeting.host, meeting.port)) as group:
+        for name, dtype, shape in weights:
+            weight = torch.empty(shape, dtype=getattr(torch, dtype), device=place)
+            _broadcast(group, weight)
+            yield name, weight
 
 
 def _described(name: str, weight: Tensor) -> list[Any]:
@@ -142,14 +152,11 @@ def _here(number: int) -> str:
     return f"here/{number}"
 
 
-def _own_address(peer: str) -> str:
-    """Ours, as the peer of that address can reach it."""
-    parts = urlsplit(peer)
-    if parts.hostname is None:  # a Unix socket
-        return "127.0.0.1"
-    family, kind, *_, address = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+def _own_address(peer: str, port: int) -> str:
+    """Ours, as that peer can reach it."""
+    family, kind, *_, address = socket.getaddrinfo(peer, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(address)  # of a datagram's socket: finds the way, sends nothing
+        probe.connect(address)  # a socket of datagrams finds the way by this, and sends nothing
         return str(probe.getsockname()[0])
 
 
