@@ -112,9 +112,10 @@ class VllmConfig(Section):
         {},
         description="More options of vLLM, by its own names, such as {max_model_len: 4096, tensor_parallel_size: 2}.",
     )
-    transfer: Literal["file", "broadcast"] = Field(
+    transfer: Literal["file", "broadcast", "adapters"] = Field(
         "file",
-        description="How weights reach servers: file (read by them in weights_dir), or broadcast (NCCL; without a GPU gloo).",
+        description="How weights reach servers: file (read by them in weights_dir), broadcast (NCCL; without a GPU gloo), or "
+        "adapters (a file of those alone; with lora.rank).",
     )
     weights_dir: str | None = Field(
         None,
@@ -313,6 +314,11 @@ class Config(Section):
         if self.lora.rank and self.model.name == "tiny":
             raise ValueError(
                 "lora.rank is set but model.name is 'tiny', which no adapter can name as its base: save a model to a folder"
+            )
+        if self.rollout.vllm.transfer == "adapters" and not 0 < self.lora.rank <= 512:
+            raise ValueError(
+                f"rollout.vllm.transfer is adapters but lora.rank is {self.lora.rank}: set a rank of 1 to 512, which vLLM can "
+                "take, or transfer to file"
             )
         if self.lora.rank and self.objective.reset_reference_every:
             raise ValueError(

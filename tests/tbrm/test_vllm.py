@@ -370,6 +370,25 @@ def test_weights_by_broadcast_and_a_server_killed_between_two_of_them(
     assert left.nothing()
 
 
+def test_adapters_alone_are_sent(tmp_path: Path) -> None:
+    adapters = ("q_proj", "o_proj", "down_proj")
+    model = save_model(tmp_path / "model", tied=True)
+    trainer = Trainer(vllm_config(tmp_path / "run", model, adapters=adapters, transfer="adapters"))
+    engine = engine_of(trainer)
+    try:
+        trainer.train_step()
+        written = engine._handover.folder / "model.safetensors"
+        before = written.stat()
+        assert engine.update_weights(1)["sync/logprob_gap_max"] < 1e-4
+        assert_answers_are_the_policys(engine, trainer.policy)
+        kill_worker(engine)
+        assert_answers_are_the_policys(engine, trainer.policy)
+        assert engine._restarts == 1
+        assert written.stat() == before
+    finally:
+        trainer.engine.close()
+
+
 def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
     config = vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=True))
     recipe = tmp_path / "recipe.yaml"

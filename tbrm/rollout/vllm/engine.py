@@ -28,7 +28,14 @@ from tbrm.rollout.base import Response, Sampling, derive_seed
 from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck
-from tbrm.rollout.vllm.handover import Handover, engine_dtype, read_from
+from tbrm.rollout.vllm.handover import (
+    ADAPTERS,
+    Handover,
+    engine_dtype,
+    options_for_adapters,
+    read_adapters_from,
+    read_from,
+)
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options
 from tbrm.rollout.vllm.server import Server, ServerError, room, sampling_params
@@ -87,7 +94,13 @@ class VllmEngine:
     def update_weights(self, version: int) -> dict[str, float]:
         if version != self._version:
             if self._handover is None:
-                self._handover = Handover(self.policy, self._dtype, self.config.weights_dir, owner=self.world.is_main)
+                self._handover = Handover(
+                    self.policy,
+                    self._dtype,
+                    self.config.weights_dir,
+                    owner=self.world.is_main,
+                    adapters_apart=self.config.transfer == "adapters",
+                )
                 self._servers = self._on_main(self._prepare)
             self._handover.write()
             self._max_model_len, probes = self._on_main(lambda: self._publish(version))
@@ -185,12 +198,17 @@ class VllmEngine:
         addresses = config.addresses or [str(folder / f"{number}.socket") for number in range(config.servers)]
         self._guard = FolderGuard(folder)
         send: Callable[[Server], None] = partial(read_from, folder)
+        adapter = None
         if config.transfer == "broadcast":
             send = Broadcast(folder, self.policy.device, config.request_timeout)
             self._options |= {"worker_extension_cls": RECEIVER}
+        elif config.transfer == "adapters":
+            send, adapter = partial(read_adapters_from, folder), ADAPTERS
+            assert self.policy.adapters is not None
+            self._options |= options_for_adapters(self.policy.adapters.config.r)
         for number, address in enumerate(addresses):
             start = None if config.addresses else self._starter(folder, number, Path(address))
-            self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout), send, start))
+            self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout, adapter), send, start))
         return [keeper.server for keeper in self._keepers]
 
     def _starter(self, folder: Path, number: int, path: Path) -> Callable[[], ServerProcess]:

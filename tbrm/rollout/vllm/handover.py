@@ -1,16 +1,19 @@
-"""The folder through which weights go to vLLM: a Hugging Face folder, which a server may also start from."""
+"""The folder through which weights go to vLLM: a Hugging Face folder, which a server may also start from, and perhaps
+adapters apart."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tbrm.config import VllmConfig
+from tbrm.lora import WEIGHTS
 from tbrm.model import PolicyModel
 from tbrm.rollout.vllm.server import Server
 from tbrm.weights import whole, write_whole
@@ -21,34 +24,58 @@ def engine_dtype(config: VllmConfig, policy: PolicyModel) -> torch.dtype:
     return dtype
 
 
+ADAPTERS = "adapters"
+"""What they are called in the folder, and by the server."""
+
+
 class Handover:
     """Made on every process, as each has slices of the weights to give; only the main one, the `owner`, has the folder."""
 
     def __init__(
-        self, policy: PolicyModel, dtype: torch.dtype, parent: str | None = None, *, owner: bool = True
+        self,
+        policy: PolicyModel,
+        dtype: torch.dtype,
+        parent: str | None = None,
+        *,
+        owner: bool = True,
+        adapters_apart: bool = False,
     ) -> None:
-        """The folder is made in `parent`; None: in shared memory, if that has room, else in the temporary folder."""
+        """The folder is made in `parent`; None: in shared memory, if that has room, else in the temporary folder.
+
+        `adapters_apart`: the model's weights are written once, and LoRA adapters, in place of sums with them, each time.
+        """
         self.policy = policy
         self.dtype = dtype
+        self._apart = policy.adapters if adapters_apart else None
+        self._has_model = False
         self.folder: Path | None = None
         if owner:
             size = sum(weight.numel() * self.dtype.itemsize for weight in self._named().values())
             self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size)))
             policy.save_config(self.folder)
+            if self._apart is not None:
+                self._apart.config.save_pretrained(self.folder / ADAPTERS)
 
     def write(self) -> None:
         """Puts the policy's weights, as they are now, in the place of the last ones, in one move. All processes call it."""
-        gathered = (weight for _, weight in self.weights())
+        if self._apart is None or not self._has_model:
+            self._replace("model.safetensors", self._named(), (weight for _, weight in self.weights()))
+            self._has_model = True
+        if self._apart is not None:
+            trained = self.policy.trained_weights()
+            self._replace(f"{ADAPTERS}/{WEIGHTS}", trained, (whole(weight.detach()) for weight in trained.values()))
+
+    def _replace(self, name: str, weights: Mapping[str, Tensor], gathered: Iterator[Tensor]) -> None:
         unfinished = self.folder / "unfinished" if self.folder else None
-        write_whole(self._named(), gathered, unfinished, self.dtype)
-        if unfinished is not None:
-            unfinished.rename(unfinished.with_name("model.safetensors"))
+        write_whole(weights, gathered, unfinished, self.dtype)
+        if self.folder is not None and unfinished is not None:
+            unfinished.rename(self.folder / name)
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """What vLLM must be sent, by its names in the transformers model: one weight at a time, whole, and with what an adapter
-        adds to it. All processes go through them together."""
-        adapters = self.policy.adapters
+        adds to it, unless they go apart. All processes go through them together."""
+        adapters = None if self._apart else self.policy.adapters
         added = self.policy.trained_weights() if adapters else {}
         for name, weight in self._named().items():
             gathered = whole(weight.detach())
@@ -67,6 +94,20 @@ class Handover:
 def read_from(folder: Path, server: Server) -> None:
     """Has the server's workers read the weights, from a folder that they see."""
     server.on_workers("reload_weights", {"weights_path": str(folder)})
+
+
+def read_adapters_from(folder: Path, server: Server) -> None:
+    """Has the server, which has the model, read the adapters."""
+    arguments = {"lora_name": ADAPTERS, "lora_path": str(folder / ADAPTERS), "load_inplace": True}
+    server.call("POST", "/v1/load_lora_adapter", arguments)
+
+
+def options_for_adapters(rank: int) -> dict[str, Any]:
+    """What vLLM must be started with. It knows some ranks, and has room for a smaller one in each."""
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(known for known in _RANKS if known >= rank)}
+
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _roomy(size: int) -> str | None:

@@ -55,6 +55,10 @@ def environment(config: VllmConfig) -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": f"{config.kv_cache_gib:g}", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
+# The calls that replace weights and adapters. The socket's folder is ours alone, so nobody else can make them.
+_REPLACEABLE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+
 class ServerProcess:
     """Runs in a group of its own, under a guard that ends it with us. What it says goes to `log`."""
 
@@ -64,9 +68,8 @@ class ServerProcess:
         socket.unlink(missing_ok=True)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
         command += ["--uds", str(socket), "--enable-scale-out", "--disable-uvicorn-access-log", *_arguments(options)]
-        # The dev mode has the calls that replace weights. The socket's folder is ours alone, so nobody else can make them.
         self._guard = _start_guard(
-            ["server", *command], log, environment(config) | {"VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}
+            ["server", *command], log, environment(config) | _REPLACEABLE | {"TMPDIR": str(folder)}
         )
 
     @property

@@ -37,9 +37,11 @@ class Server:
     """http://host:port, or the path of a Unix socket."""
     timeout: float
     """Seconds for an answer."""
+    adapter: str | None = None
+    """Which of its LoRA adapters is to answer; None: the model itself."""
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
-        """The JSON that the server answers. Raises ServerError or RefusedError."""
+        """The JSON, or text, that the server answers. Raises ServerError or RefusedError."""
         connection = _connect(self.address, timeout or self.timeout)
         try:
             headers = {"content-type": "application/json"}
@@ -56,7 +58,7 @@ class Server:
             raise ServerError(f"{self.address}{path} answered {status}: {text[:2000]}")
         if status >= 400:
             raise RefusedError(f"{self.address}{path} answered {status}: {text[:2000]}")
-        return json.loads(text) if text else None
+        return json.loads(text) if text.startswith(("{", "[")) else text
 
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its response together. Raises RefusedError if it is no server that we can use."""
@@ -91,7 +93,13 @@ class Server:
     def generate(self, prompt: Sequence[int], sampling: dict[str, Any]) -> list[tuple[Response, set[str]]]:
         """Responses, and for each the tags of the weights that made it."""
         body = {"token_ids": list(prompt), "sampling_params": sampling}
-        choices = self.call("POST", "/inference/v1/generate", body)["choices"]
+        body |= {"model": self.adapter} if self.adapter else {}
+        try:
+            choices = self.call("POST", "/inference/v1/generate", body)["choices"]
+        except RefusedError as error:
+            if self.adapter and f"`{self.adapter}` does not exist" in str(error):  # it is new
+                raise ServerError(str(error)) from error
+            raise
         return [(_response(choice), {span["version"] for span in choice["weight_versions"]}) for choice in choices]
 
 
