@@ -20,7 +20,7 @@ from tbrm.export import export
 from tbrm.lora import Adapters
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
-from tbrm.rollout.vllm.handover import Handover
+from tbrm.rollout.vllm.handover import Handover, options_for_adapters
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
@@ -111,6 +111,15 @@ def test_what_would_not_train_is_refused(targets: list[str], tied: bool, message
 def test_keys_that_do_not_go_with_adapters_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny_config(tmp_path, lora__rank=4, **settings)
+
+
+@pytest.mark.parametrize("rank", [0, 513])
+def test_adapters_that_vllm_cannot_take_are_refused(tmp_path: Path, rank: int) -> None:
+    settings = {"model__name": "folder", "lora__rank": rank, "rollout__vllm": {"transfer": "adapters"}}
+    with pytest.raises(ValueError, match=f"rollout.vllm.transfer is adapters but lora.rank is {rank}"):
+        tiny_config(tmp_path, **settings)
+    assert options_for_adapters(9)["max_lora_rank"] == 16
+    assert options_for_adapters(512)["max_lora_rank"] == 512
 
 
 @pytest.fixture(scope="module")
