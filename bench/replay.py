@@ -44,6 +44,7 @@ UPDATES = 2
 # Half the recipe's learning rate, since each response is trained on twice.
 REPLAY = (f"rollout.updates={UPDATES}", "replay.capacity=1280", "optim.learning_rate=2e-5")
 ONE_THREAD_EACH = {"OMP_NUM_THREADS": "1"}
+COSTS = {"replay": ("tokens",), "staleness": ("tokens", "seconds")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Curve:
     """One run: where it was evaluated."""
 
     steps: list[int]
-    tokens: list[int]
+    tokens: list[float]
     """Generated in training so far."""
     accuracy: list[float]
     seconds: list[float]
@@ -110,24 +111,33 @@ def read_curve(folder: Path) -> Curve:
     return Curve(steps, [generated[s] for s in steps], [row["accuracy"] for row in evals], [seconds[s] for s in steps])
 
 
-def table(curves: dict[Variant, list[Curve]], target: float) -> str:
-    """What follows "to" is of the first evaluation that reached the target."""
-    lines = [
-        f"| runs | accuracy at the end, each seed | mean | tokens generated | to {target:.0%} | seconds | to {target:.0%} |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def mean_of(curves: list[Curve]) -> Curve:
+    """Evaluations stand at the same steps in all seeds."""
+    tokens, accuracy, seconds = (
+        [fmean(values) for values in zip(*(getattr(curve, name) for curve in curves), strict=True)]
+        for name in ("tokens", "accuracy", "seconds")
+    )
+    return Curve(curves[0].steps, tokens, accuracy, seconds)
+
+
+def table(curves: dict[Variant, list[Curve]], target: float, costs: tuple[str, ...]) -> str:
+    """Of each seed, and of the mean of their curves: how it ended, and the costs at which the target was first reached."""
+    heads = ["runs", "accuracy at the end", "mean"]
+    for cost in costs:
+        heads += [cost, f"to {target:.0%}", "mean"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for variant, found in curves.items():
-        ends = [curve.accuracy[-1] for curve in found]
-        reached = [(curve, curve.first_at(target)) for curve in found]
-        cells = (
-            f"{variant.panel}, {variant.name}",
-            ", ".join(f"{end:.1%}" for end in ends),
-            f"{fmean(ends):.1%}",
-            f"{fmean(curve.tokens[-1] for curve in found):,.0f}",
-            ", ".join("never" if at is None else f"{curve.tokens[at]:,.0f}" for curve, at in reached),
-            f"{fmean(curve.seconds[-1] for curve in found):,.0f}",
-            ", ".join("never" if at is None else f"{curve.seconds[at]:,.0f}" for curve, at in reached),
-        )
+        mean = mean_of(found)
+
+        def reached(name: str, curve: Curve) -> str:
+            at = curve.first_at(target)
+            return "never" if at is None else f"{getattr(curve, name)[at]:,.0f}"
+
+        cells = [f"{variant.panel}, {variant.name}"]
+        cells += [", ".join(f"{curve.accuracy[-1]:.1%}" for curve in found), f"{mean.accuracy[-1]:.1%}"]
+        for name in costs:
+            cells.append(f"{getattr(mean, name)[-1]:,.0f}")
+            cells += [", ".join(reached(name, curve) for curve in found), reached(name, mean)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -141,10 +151,8 @@ def plot(curves: dict[Variant, list[Curve]], target: float, path: Path) -> None:
         for number, (variant, found) in enumerate(shown):
             for curve in found:
                 ax.plot(curve.tokens, curve.accuracy, color=f"C{number}", lw=0.6, alpha=0.5)
-            # Evaluations stand at the same steps in all seeds.
-            mean_tokens = [fmean(values) for values in zip(*(curve.tokens for curve in found), strict=True)]
-            mean_accuracy = [fmean(values) for values in zip(*(curve.accuracy for curve in found), strict=True)]
-            ax.plot(mean_tokens, mean_accuracy, color=f"C{number}", lw=2, marker="o", ms=3, label=variant.name)
+            mean = mean_of(found)
+            ax.plot(mean.tokens, mean.accuracy, color=f"C{number}", lw=2, marker="o", ms=3, label=variant.name)
         ax.axhline(target, color="black", lw=0.8, ls=":")
         ax.set(title=panel, xlabel="tokens generated", ylabel="held-out accuracy")
         ax.spines[["top", "right"]].set_visible(False)
@@ -175,9 +183,10 @@ def main() -> None:
                 environment = ONE_THREAD_EACH if experiment == "staleness" else {}
                 train(folder, args.recipe, [*common, *variant.overrides, *args.overrides], environment)
                 curves.setdefault(variant, []).append(read_curve(folder))
-        (args.out / f"{experiment}.md").write_text(table(curves, args.target))
+        text = table(curves, args.target, COSTS[experiment])
+        (args.out / f"{experiment}.md").write_text(text)
         plot(curves, args.target, args.out / f"{experiment}.png")
-        print(table(curves, args.target))
+        print(text)
 
 
 if __name__ == "__main__":
