@@ -334,6 +334,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.vllm.addresses is set but rollout.engine is {self.rollout.engine!r}: set it to vllm"
             )
+        if self.rollout.vllm.transfer != "file" and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"rollout.vllm.transfer is {self.rollout.vllm.transfer} but rollout.engine is {self.rollout.engine!r}, which "
+                "sends to no server: set the one to file, or the other to vllm"
+            )
         if self.rollout.max_staleness and self.rollout.engine == "vllm_colocated":
             raise ValueError(
                 f"rollout.max_staleness is {self.rollout.max_staleness} but rollout.engine is 'vllm_colocated', which shares "

@@ -128,3 +128,10 @@ def test_commands_take_only_the_task_and_rollouts_of_a_recipe() -> None:
 def test_what_a_file_of_trajectories_rules_out(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(RECIPES / "tiny.yaml", ["data.trajectories=some.jsonl", *overrides])
+
+
+@pytest.mark.parametrize("setting", ["addresses=[http://localhost:8000]", "transfer=broadcast"])
+def test_what_only_servers_take_is_refused_without_them(setting: str) -> None:
+    key, _, _ = setting.partition("=")
+    with pytest.raises(ConfigError, match=rf"rollout.vllm.{key} is .* but rollout.engine is 'embedded'"):
+        load_config(RECIPES / "tiny.yaml", [f"rollout.vllm.{setting}"])
