@@ -22,13 +22,14 @@ import yaml
 
 from tbrm.checkpoint import Checkpoint
 from tbrm.metrics import read_jsonl
-from tbrm.recipe import config_to_dict
+from tbrm.recipe import config_to_dict, load_config
 from tbrm.rollout import Sampling
 from tbrm.rollout.split import SplitEngine
 from tbrm.rollout.vllm import broadcast, handover
 from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.server import RefusedError, Server, ServerError, _connect, check_version
+from tbrm.tasks import ProblemStream
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
 from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
@@ -446,7 +447,10 @@ def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert {(row["trajectories"], row["dropped"], row["staleness_mean"]) for row in rows} == {(128, 0, 0)}
     assert rows[-1]["engine/restarts"] == len(kills)
-    assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.position == 16 * steps
+    config = load_config(RECIPES / "tiny.yaml")
+    problems = ProblemStream(config.task, config.seed, config.task.heldout(config.evaluation.prompts))
+    problems.take(config.rollout.prompts * steps)
+    assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.position == problems.position
     assert all(each.nothing() for each in left)
 
 
