@@ -440,8 +440,12 @@ def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
         [(guard, _)] = guards_of(process.pid, "server")
         [(_, command)] = guards_of(process.pid, "folder")
         left.append(Left(guard, Path(command[-1])))
-        name = [pid for pid in left[-1].processes() if victim in Path(f"/proc/{pid}/cmdline").read_text()]
-        os.kill(name[0], signal.SIGKILL)
+        # The guard's command has its server's in it.
+        names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in left[-1].processes()}
+        [found] = [
+            pid for pid, name in names.items() if victim in name and ("guard.py" in name) == (victim == "guard.py")
+        ]
+        os.kill(found, signal.SIGKILL)
     assert process.wait(600) == 0
     rows = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, steps + 1))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tbrm.rollout.vllm import guard
@@ -21,7 +23,9 @@ SERVER = """
 """
 
 
-def test_shared_memory_of_a_server_that_is_gone_before_the_guard_looks() -> None:
+@contextmanager
+def guarded() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A guard with its server, and the server's shared memory."""
     command = [sys.executable, "-S", guard.__file__, "server", sys.executable, "-c", textwrap.dedent(SERVER)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True
@@ -31,8 +35,24 @@ def test_shared_memory_of_a_server_that_is_gone_before_the_guard_looks() -> None
         try:
             assert path.name.startswith("psm_tbrm_test_")
             assert path.exists()
-            assert process.wait(60) == 0
-            assert "exit code 1" in process.stdout.read()
-            assert not path.exists()
+            yield process, path
         finally:
             path.unlink(missing_ok=True)
+
+
+def test_shared_memory_of_a_server_that_is_gone_before_the_guard_looks() -> None:
+    with guarded() as (process, path):
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        assert "exit code 1" in process.stdout.read()
+        assert not path.exists()
+
+
+def test_shared_memory_of_a_server_whose_guard_was_killed() -> None:
+    with guarded() as (process, path):
+        process.kill()
+        process.wait()
+        assert guard.members(process.pid)
+        guard.kill_group(process.pid)
+        assert not guard.members(process.pid)
+        assert not path.exists()

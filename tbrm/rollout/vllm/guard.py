@@ -67,19 +67,40 @@ def end_group() -> None:
 
 
 def note_shared() -> None:
-    for pid in others_in_group():
-        with suppress(OSError):  # it has just ended
-            shared.update(re.findall(r"/dev/shm/[^/\s]+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
+    shared.update(shared_by(os.getpgrp()))
 
 
 def others_in_group() -> list[int]:
+    return [pid for pid in members(os.getpgrp()) if pid != os.getpid()]
+
+
+def kill_group(group: int) -> None:
+    """What the trainer does where the guard itself was killed."""
+    left = shared_by(group)
+    while members(group):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        time.sleep(0.05)
+    for path in left:
+        Path(path).unlink(missing_ok=True)
+
+
+def members(group: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            state, _, group = path.read_text().rpartition(") ")[2].split()[:3]
-            if int(group) == os.getpgrp() and state != "Z":
+            state, _, its_group = path.read_text().rpartition(") ")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
                 found.append(int(path.parent.name))
-    return [pid for pid in found if pid != os.getpid()]
+    return found
+
+
+def shared_by(group: int) -> set[str]:
+    found: set[str] = set()
+    for pid in members(group):
+        with suppress(OSError):  # it has just ended
+            found.update(re.findall(r"/dev/shm/[^/\s]+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
+    return found
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -115,8 +114,7 @@ def _stop_guard(process: subprocess.Popen[bytes]) -> None:
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
         process.wait(2 * guard.PATIENCE)
-    with suppress(ProcessLookupError):  # what is left, should the guard itself have been killed
-        os.killpg(process.pid, signal.SIGKILL)
+    guard.kill_group(process.pid)
     process.wait()
 
 
