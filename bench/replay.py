@@ -126,13 +126,13 @@ def table(curves: dict[Variant, list[Curve]], target: float, costs: tuple[str, .
     for cost in costs:
         heads += [cost, f"to {target:.0%}", "mean"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+
+    def reached(name: str, curve: Curve) -> str:
+        at = curve.first_at(target)
+        return "never" if at is None else f"{getattr(curve, name)[at]:,.0f}"
+
     for variant, found in curves.items():
         mean = mean_of(found)
-
-        def reached(name: str, curve: Curve) -> str:
-            at = curve.first_at(target)
-            return "never" if at is None else f"{getattr(curve, name)[at]:,.0f}"
-
         cells = [f"{variant.panel}, {variant.name}"]
         cells += [", ".join(f"{curve.accuracy[-1]:.1%}" for curve in found), f"{mean.accuracy[-1]:.1%}"]
         for name in costs:

@@ -52,14 +52,15 @@ class Meeting:
     def group(self, store: dist.Store, number: int, host: str) -> Iterator[Any]:
         """One of our own, beside that which training, or vLLM, has. `host`: our own address."""
         group: Any
+        timeout = timedelta(seconds=self.timeout)
         if self.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timedelta(seconds=self.timeout)
+            options._timeout = timeout
             with _failures_raised():
                 group = dist.ProcessGroupNCCL(store, number, self.size, options)
         else:
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout = timedelta(seconds=self.timeout)
+            options._timeout = timeout
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
             group = dist.ProcessGroupGloo(store, number, self.size, options)
         try:

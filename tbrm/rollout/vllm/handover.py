@@ -18,14 +18,15 @@ from tbrm.model import PolicyModel
 from tbrm.rollout.vllm.server import Server
 from tbrm.weights import whole, write_whole
 
+ADAPTERS = "adapters"
+"""What they are called in the folder, and by the server."""
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Of adapters, that vLLM can make room for. The largest is also what the config allows."""
+
 
 def engine_dtype(config: VllmConfig, policy: PolicyModel) -> torch.dtype:
     dtype: torch.dtype = policy.precision if config.dtype == "auto" else getattr(torch, config.dtype)
     return dtype
-
-
-ADAPTERS = "adapters"
-"""What they are called in the folder, and by the server."""
 
 
 class Handover:
@@ -103,11 +104,8 @@ def read_adapters_from(folder: Path, server: Server) -> None:
 
 
 def options_for_adapters(rank: int) -> dict[str, Any]:
-    """What vLLM must be started with. It knows some ranks, and has room for a smaller one in each."""
+    """What vLLM must be started with: a smaller rank has room in the next that it knows."""
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(known for known in _RANKS if known >= rank)}
-
-
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _roomy(size: int) -> str | None:
