@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from tbrm.checkpoint import Checkpoint
+from tbrm.config import ConfigError
 from tbrm.metrics import read_jsonl
 from tbrm.recipe import config_to_dict, load_config
 from tbrm.rollout import Sampling
@@ -463,6 +464,16 @@ def test_a_server_that_does_not_come_up_shows_its_own_error(tmp_path: Path) -> N
     trainer = Trainer(config)
     with pytest.raises(ServerError, match=r"(?s)vllm-0.log ends with:.*max_model_len"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("transfer", "name", "value"), [("file", "dtype", "float16"), ("broadcast", "worker_extension_cls", "mine.Worker")]
+)
+def test_options_that_are_ours_are_refused(tmp_path: Path, transfer: str, name: str, value: str) -> None:
+    model = save_model(tmp_path / "model", tied=True)
+    config = vllm_config(tmp_path / "run", model, transfer=transfer, options={name: value})
+    with pytest.raises(ConfigError, match=f"rollout.vllm.options: {name}: set by tbrm; leave it out"):
+        Trainer(config)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])

@@ -35,7 +35,7 @@ class ColocatedEngine:
         self.eos_ids = end_token_ids(policy.lm, tokenizer)
         self._dtype = engine_dtype(config.vllm, policy)
         self._sleeps = policy.device.type == "cuda"
-        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device)
+        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device, {})
         self._check = SyncCheck(policy, tokenizer, config.vllm.max_logprob_gap)
         self._handover: Handover | None = None
         self._guard: FolderGuard | None = None

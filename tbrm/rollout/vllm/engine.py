@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +71,9 @@ class VllmEngine:
         self.eos_ids = end_token_ids(policy.lm, tokenizer)
         self._check = SyncCheck(policy, tokenizer, config.vllm.max_logprob_gap)
         self._dtype = engine_dtype(config.vllm, policy)
-        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device)
+        self._options = engine_options(
+            config.vllm, self._dtype, config.batch_size, policy.device, self._options_for_transfer()
+        )
         if not config.vllm.addresses:
             check_installed()
             if len(set(world.gather(socket.gethostname()))) > 1:
@@ -201,15 +203,20 @@ class VllmEngine:
         adapter = None
         if config.transfer == "broadcast":
             send = Broadcast(folder, self.policy.device, config.request_timeout)
-            self._options |= {"worker_extension_cls": RECEIVER}
         elif config.transfer == "adapters":
             send, adapter = partial(read_adapters_from, folder), ADAPTERS
-            assert self.policy.adapters is not None
-            self._options |= options_for_adapters(self.policy.adapters.config.r)
         for number, address in enumerate(addresses):
             start = None if config.addresses else self._starter(folder, number, Path(address))
             self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout, adapter), send, start))
         return [keeper.server for keeper in self._keepers]
+
+    def _options_for_transfer(self) -> dict[str, Any]:
+        if self.config.transfer == "broadcast":
+            return {"worker_extension_cls": RECEIVER}
+        if self.config.transfer == "adapters":
+            assert self.policy.adapters is not None
+            return options_for_adapters(self.policy.adapters.config.r)
+        return {}
 
     def _starter(self, folder: Path, number: int, path: Path) -> Callable[[], ServerProcess]:
         log = self.log_dir / f"vllm-{number}.log"

@@ -30,8 +30,12 @@ def check_installed() -> str:
     )
 
 
-def engine_options(config: VllmConfig, dtype: torch.dtype, batch_size: int, device: torch.device) -> dict[str, Any]:
-    """vLLM's engine arguments, by their names in Python, for servers and in process."""
+def engine_options(
+    config: VllmConfig, dtype: torch.dtype, batch_size: int, device: torch.device, for_transfer: dict[str, Any]
+) -> dict[str, Any]:
+    """vLLM's engine arguments, by their names in Python, for servers and in process: ours, those that the transfer of weights
+    wants, and the user's.
+    """
     options: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "max_num_seqs": batch_size,
@@ -45,6 +49,7 @@ def engine_options(config: VllmConfig, dtype: torch.dtype, batch_size: int, devi
         options["enable_chunked_prefill"] = False
     else:
         options["gpu_memory_utilization"] = config.gpu_memory
+    options |= for_transfer
     if clash := sorted(options.keys() & config.options.keys() - {"max_num_seqs", "enforce_eager"}):
         raise ConfigError(f"rollout.vllm.options: {', '.join(clash)}: set by tbrm; leave it out")
     return options | config.options
