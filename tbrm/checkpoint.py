@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -80,7 +79,7 @@ class Checkpoints:
         self.config = config
         self.world = world
         # A group of its own, since a checkpoint may be written while training uses the other.
-        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
+        self._group = world.apart().group
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 

@@ -39,6 +39,15 @@ class World:
     mesh: DeviceMesh | None = None
     """(replicate, shard); None for a run of one process without torchrun, which is not sharded."""
     timeout: timedelta = timedelta(minutes=30)
+    group: dist.ProcessGroup | None = None
+    """What objects travel over; None: the default one."""
+
+    def apart(self) -> World:
+        """The same processes over a group of their own, so that a second thread may talk to its like in the others. All
+        processes call it."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=self.timeout))
 
     @property
     def is_main(self) -> bool:
@@ -53,14 +62,14 @@ class World:
         """What each process gave, in the order of ranks."""
         parts: list[Any] = [part] * self.size
         if self.size > 1:
-            dist.all_gather_object(parts, part)
+            dist.all_gather_object(parts, part, group=self.group)
         return parts
 
     def on_main(self, function: Callable[[], Result]) -> Result:
         """What `function` gives on the main process; nowhere else is it called."""
         box: list[Any] = [function() if self.is_main else None]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=0, group=self.group)
         result: Result = box[0]
         return result
 

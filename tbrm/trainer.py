@@ -50,10 +50,10 @@ class Trainer:
     """One run of a config. `resume` continues from its latest checkpoint, if it has one."""
 
     def __init__(self, config: Config, *, resume: bool = False, world: World = ALONE) -> None:
-        if config.rollout.max_staleness and world.mesh is not None:
+        if config.rollout.max_staleness and config.rollout.engine == "embedded" and world.mesh is not None:
             raise ConfigError(
-                f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where rollouts and training would "
-                "talk to the other processes in no certain order; set it to 0, or train in one process"
+                f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where no process has the weights that "
+                "its own engine would need beside training; set rollout.engine to vllm, or this to 0"
             )
         self.config = config
         self.world = world
@@ -68,8 +68,9 @@ class Trainer:
         self.policy, self.tokenizer = load_policy(config, world)
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
-        self.engine = make_engine(config.rollout, self.policy, self.tokenizer, world, run_dir=self.run_dir)
-        source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, world)
+        beside = world.apart()  # rollouts may be made while training uses the other
+        self.engine = make_engine(config.rollout, self.policy, self.tokenizer, beside, run_dir=self.run_dir)
+        source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, beside)
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         heldout = encode_problems(self.tokenizer, self.heldout)
         self.recorded = RecordedFiles(config.replay.files, self.tokenizer, self.engine.eos_ids, config.task, heldout)

@@ -10,6 +10,8 @@ step k trains on first is made with the weights of version max(0, k - 1 - s). So
 The engine takes its weights from the policy, which changes in the optimiser's step and nowhere else. So that step waits for
 the rollouts that still want the weights as they are. What is in the making at a checkpoint is finished first and saved with
 it, since the weights that make it will be gone.
+
+Weights in slices are sent by all processes together, between one step and the next: once the rollouts under way have ended.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class _Rollout:
     version: int
     has_weights: threading.Event
     """Shared by all of its version: the engine has taken these weights."""
+    transfer: dict[str, float] | None
+    """What the engine said of them; None: they are yet to be sent."""
     result: Future[Collected] = field(default_factory=Future)
 
 
@@ -65,18 +69,24 @@ class SupplyAhead(Supply):
         optimizer.register_step_pre_hook(lambda *_: self._wait_until_weights_are_taken())
 
     def collect(self, step: int, phases: Phases) -> Collected:
-        self._begin_rollouts(step)
+        self._begin_rollouts(step, phases)
         with phases("wait"):
             while not self.waiting:
                 self._receive()
         return self.waiting.popleft()
 
-    def _begin_rollouts(self, step: int) -> None:
+    def _begin_rollouts(self, step: int, phases: Phases) -> None:
         """Those that want the weights as they are before update `step`."""
         served = step + len(self.waiting) + len(self._under_way) * self.updates  # the first step that has nothing yet
-        has_weights = threading.Event()
-        while served <= self.steps and served - step <= self.config.max_staleness:
-            rollout = _Rollout(served, step - 1, has_weights)
+        last = min(self.steps, step + self.config.max_staleness)
+        if served > last:
+            return
+        has_weights, transfer = threading.Event(), None
+        if self._rollouts.world.mesh is not None:
+            self.settle(phases)
+            transfer = self._rollouts.update_weights(step - 1, phases)
+        while served <= last:
+            rollout = _Rollout(served, step - 1, has_weights, transfer)
             self._under_way.append(rollout)
             self._begun.put(rollout)
             served += self.updates
@@ -144,7 +154,9 @@ class SupplyAhead(Supply):
         phases = Phases(
             torch.device("cpu")
         )  # not to wait for what training does on a GPU; responses are on the CPU anyway
-        transfer = self._rollouts.update_weights(rollout.version, phases)
+        transfer = rollout.transfer
+        if transfer is None:
+            transfer = self._rollouts.update_weights(rollout.version, phases)
         rollout.has_weights.set()
         collected = self._rollouts.roll_out(rollout.step, phases)
         beside = {key.replace("seconds/", "seconds_beside/"): value for key, value in phases.take().items()}

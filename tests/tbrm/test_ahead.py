@@ -156,7 +156,7 @@ def test_closing_the_engine_ends_a_generation_of_another_thread(tmp_path: Path) 
             generation.result(60)
 
 
-def test_torchrun_is_refused(tmp_path: Path) -> None:
+def test_torchrun_wants_servers(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, rollout__max_staleness=1)
-    with pytest.raises(ConfigError, match=r"rollout.max_staleness: 1 under torchrun"):
+    with pytest.raises(ConfigError, match=r"rollout.max_staleness: 1 under torchrun.*set rollout.engine to vllm"):
         Trainer(config, world=World(mesh=object()))

@@ -33,6 +33,7 @@ from tbrm.rollout.vllm.server import RefusedError, Server, ServerError, _connect
 from tbrm.tasks import ProblemStream
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
+from tests.tbrm.test_parallel import torchrun
 from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -389,6 +390,19 @@ def test_adapters_alone_are_sent(tmp_path: Path) -> None:
         assert written.stat() == before
     finally:
         trainer.engine.close()
+
+
+def test_rollouts_beside_the_training_of_two_processes(tmp_path: Path) -> None:
+    """Their slices become the server's weights between two steps; everything else of a rollout goes on beside a step."""
+    settings = ("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=1", "rollout.max_staleness=1")
+    every = ("trainer.steps=4", "evaluation.every=2", "checkpoint.every=3")
+    torchrun(2, "tbrm", "train", RECIPES / "tiny.yaml", f"run.dir={tmp_path}", *settings, *every)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["staleness_mean"], row["staleness_max"]) for row in rows] == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    assert {(row["trajectories"], row["dropped"]) for row in rows} == {(128, 0)}
+    assert all(row["sync/logprob_gap_max"] < 1e-4 and row["seconds_beside/rollout"] > 0 for row in rows)
+    # Of the rollouts for steps 1 and 2, which are made by the same weights; and of none for a fifth step.
+    assert [row.get("seconds/sync", 0) > 0 for row in rows] == [True, True, True, False]
 
 
 def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
