@@ -41,7 +41,7 @@ HALF_BETA = ("objective.beta=0.01", "objective.reward_offset=0.55")
 UPDATES = 2
 # Half the recipe's learning rate, since each response is trained on twice.
 REPLAY = (f"rollout.updates={UPDATES}", "replay.capacity=1280", "optim.learning_rate=2e-5")
-# Steps of half the size, at half the recipe's learning rate: large steps on stale rollouts learn and then unlearn (bench/NOTES.md).
+# Half the size and half the rate of the recipe: in larger steps, stale rollouts teach and then unteach (bench/NOTES.md).
 SHORT = 2
 SHORT_STEPS = ("optim.learning_rate=2e-5", f"evaluation.every={SHORT}")
 A_CORE_EACH = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "1"}
