@@ -17,7 +17,10 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +31,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from tbrm.metrics import read_jsonl
+from tbrm.recipe import load_config
+from tbrm.rollout.vllm import guard
 
 OTHERS = {
     "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true"),
@@ -44,7 +49,12 @@ REPLAY = (f"rollout.updates={UPDATES}", "replay.capacity=1280", "optim.learning_
 # Half the size and half the rate of the recipe: in larger steps, stale rollouts teach and then unteach (bench/NOTES.md).
 SHORT = 2
 SHORT_STEPS = ("optim.learning_rate=2e-5", f"evaluation.every={SHORT}")
-A_CORE_EACH = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "1"}
+TRAINER_CORE, SERVER_CORE = "0", "1"
+# As docs/rollouts.md says, and as tbrm starts its own on a CPU.
+SERVER = (
+    "-m vllm.entrypoints.openai.api_server --enable-scale-out --logprobs-mode processed_logprobs --skip-tokenizer-init"
+)
+SERVER += " --generation-config vllm --enforce-eager --no-enable-chunked-prefill"
 COST = {"replay": "tokens", "overlap": "seconds", "staleness": "tokens"}
 COST_TITLE = {"tokens": "tokens generated", "seconds": "seconds of training"}
 
@@ -56,7 +66,8 @@ class Variant:
     panel: str
     name: str
     overrides: tuple[str, ...]
-    environment: dict[str, str] = field(default_factory=dict, hash=False)
+    a_core_each: bool = False
+    """One core for the trainer, another for a vLLM server."""
 
 
 def experiments(prompts: int, rollouts: int) -> dict[str, list[Variant]]:
@@ -73,8 +84,8 @@ def experiments(prompts: int, rollouts: int) -> dict[str, list[Variant]]:
     overlap, others = [], []
     for steps, name in STALENESS.items():
         short = (f"trainer.steps={SHORT * rollouts}", *SHORT_STEPS, f"rollout.max_staleness={steps}")
-        tbrm = (*short, *HALF_BETA, f"rollout.prompts={prompts // SHORT}", "rollout.engine=vllm")
-        overlap.append(Variant("tbrm", name, tbrm, A_CORE_EACH))
+        tbrm = (*short, *HALF_BETA, f"rollout.prompts={prompts // SHORT}")
+        overlap.append(Variant("tbrm", name, tbrm, a_core_each=True))
         for objective, settings in OTHERS.items():
             samples = (f"rollout.prompts={prompts // SHORT // SAMPLES}", f"rollout.samples={SAMPLES}")
             others.append(Variant(objective, name, (*short, *settings, *samples)))
@@ -97,13 +108,47 @@ class Curve:
         return next((i for i, accuracy in enumerate(self.accuracy) if accuracy >= target), None)
 
 
-def train(folder: Path, recipe: str, overrides: list[str], environment: dict[str, str]) -> None:
+def train(folder: Path, recipe: str, overrides: list[str], *, a_core_each: bool) -> None:
     if (folder / "result.json").exists():
         return
     command = [sys.executable, "-m", "tbrm", "train", recipe, "--resume", f"run.dir={folder}", *overrides]
     print(" ".join(command), flush=True)
-    subprocess.run(command, check=True, env={**os.environ, **environment})
+    if a_core_each:
+        with server(recipe, folder) as address:
+            command += ["rollout.engine=vllm", f"rollout.vllm.addresses=[{address}]"]
+            one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(["taskset", "--cpu-list", TRAINER_CORE, *command], check=True, env=one_core)
+    else:
+        subprocess.run(command, check=True)
     shutil.rmtree(folder / "checkpoints")
+
+
+@contextmanager
+def server(recipe: str, folder: Path) -> Iterator[Path]:
+    """A vLLM server of the recipe's model, all of whose processes share a core."""
+    model = load_config(recipe).model
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as made, (folder / "server.log").open("wb") as log:
+        address = Path(made) / "socket"
+        command = [sys.executable, *SERVER.split(), "--model", model.name, "--uds", str(address)]
+        command += ["--dtype", str(model.resolve_precision()).removeprefix("torch.")]
+        settings = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": SERVER_CORE,
+        }
+        guarded = subprocess.Popen(
+            ["taskset", "--cpu-list", SERVER_CORE, sys.executable, guard.__file__, "server", *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, **settings},
+        )
+        try:
+            yield address
+        finally:
+            guarded.communicate()  # closes its stdin, upon which it ends all of its group
 
 
 def read_curve(folder: Path) -> Curve:
@@ -187,7 +232,7 @@ def main() -> None:
             for seed in args.seeds:
                 folder = args.runs / f"{variant.panel} {variant.name} seed {seed}".replace(" ", "-")
                 overrides = [f"seed={seed}", "checkpoint.every=6", *variant.overrides, *args.overrides]
-                train(folder, args.recipe, overrides, variant.environment)
+                train(folder, args.recipe, overrides, a_core_each=variant.a_core_each)
                 curves.setdefault(variant, []).append(read_curve(folder))
         text = table(curves, args.target, COST[experiment])
         (args.out / f"{experiment}.md").write_text(text)
