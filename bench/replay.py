@@ -46,9 +46,9 @@ HALF_BETA = ("objective.beta=0.01", "objective.reward_offset=0.55")
 UPDATES = 2
 # Half the recipe's learning rate, since each response is trained on twice.
 REPLAY = (f"rollout.updates={UPDATES}", "replay.capacity=1280", "optim.learning_rate=2e-5")
-# Half the size and half the rate of the recipe: in larger steps, stale rollouts teach and then unteach (bench/NOTES.md).
-SHORT = 2
-SHORT_STEPS = ("optim.learning_rate=2e-5", f"evaluation.every={SHORT}")
+# Steps of a quarter, at a rate at which stale rollouts teach and do not unteach later (bench/NOTES.md).
+SHORT = 4
+SHORT_STEPS = ("optim.learning_rate=1.2e-5", "optim.warmup_steps=8", f"evaluation.every={SHORT}")
 TRAINER_CORE, SERVER_CORE = "0", "1"
 # As docs/rollouts.md says, and as tbrm starts its own on a CPU.
 SERVER = (
@@ -231,7 +231,7 @@ def main() -> None:
         for variant in variants:
             for seed in args.seeds:
                 folder = args.runs / f"{variant.panel} {variant.name} seed {seed}".replace(" ", "-")
-                overrides = [f"seed={seed}", "checkpoint.every=6", *variant.overrides, *args.overrides]
+                overrides = [f"seed={seed}", "checkpoint.every=12", *variant.overrides, *args.overrides]
                 train(folder, args.recipe, overrides, a_core_each=variant.a_core_each)
                 curves.setdefault(variant, []).append(read_curve(folder))
         text = table(curves, args.target, COST[experiment])
