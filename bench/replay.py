@@ -7,7 +7,7 @@ RUNS holds a folder for each run; finished ones are not run again, and one that 
 checkpoint. Checkpoints of finished runs are deleted. Runs of `overlap` have one core for training and another for a vLLM
 server, as if each had a device of its own; without staleness the two take turns. The overrides are for smaller settings:
 
-    python -m bench.replay /tmp/runs /tmp/out --seeds 0 --recipe recipes/tiny.yaml trainer.steps=8
+    python -m bench.replay /tmp/runs /tmp/out --only replay --seeds 0 --recipe recipes/tiny.yaml trainer.steps=8
 """
 
 from __future__ import annotations
