@@ -52,9 +52,9 @@ SHORT_STEPS = ("optim.learning_rate=1.2e-5", "optim.warmup_steps=8", f"evaluatio
 TRAINER_CORE, SERVER_CORE = "0", "1"
 # As docs/rollouts.md says, and as tbrm starts its own on a CPU.
 SERVER = (
-    "-m vllm.entrypoints.openai.api_server --enable-scale-out --logprobs-mode processed_logprobs --skip-tokenizer-init"
+    "-m vllm.entrypoints.openai.api_server --enable-scale-out --logprobs-mode processed_logprobs --skip-tokenizer-init "
+    "--generation-config vllm --enforce-eager --no-enable-chunked-prefill"
 )
-SERVER += " --generation-config vllm --enforce-eager --no-enable-chunked-prefill"
 COST = {"replay": "tokens", "overlap": "seconds", "staleness": "tokens"}
 COST_TITLE = {"tokens": "tokens generated", "seconds": "seconds of training"}
 
@@ -200,11 +200,7 @@ def plot(curves: dict[Variant, list[Curve]], target: float, cost: str, path: Pat
             mean = mean_of(found)
             ax.plot(getattr(mean, cost), mean.accuracy, color=f"C{number}", lw=2, marker="o", ms=3, label=variant.name)
         ax.axhline(target, color="black", lw=0.8, ls=":")
-        ax.set(
-            title=panel,
-            xlabel={"tokens": "tokens generated", "seconds": "seconds of training"}[cost],
-            ylabel="held-out accuracy",
-        )
+        ax.set(title=panel, xlabel=COST_TITLE[cost], ylabel="held-out accuracy")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
