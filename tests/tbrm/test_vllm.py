@@ -76,13 +76,23 @@ def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
         time.sleep(0.05)
 
 
-def kill_worker(engine: VllmEngine) -> None:
-    """SIGKILL to the process that computes."""
+def signal_process(engine: VllmEngine, name: str, number: signal.Signals) -> None:
     group = engine._keepers[0]._process._guard.pid
     for process in Left.of(engine).processes():
-        if "VLLM::Worker" in Path(f"/proc/{process}/cmdline").read_text():
+        if name in Path(f"/proc/{process}/cmdline").read_text():
             assert os.getpgid(process) == group
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
+
+
+def kill_worker(engine: VllmEngine) -> None:
+    """SIGKILL to the process that computes."""
+    signal_process(engine, "VLLM::Worker", signal.SIGKILL)
+
+
+def kill_core_of_a_call(engine: VllmEngine) -> None:
+    """While it waits for the worker. Then the server, which lives, answers the call never."""
+    signal_process(engine, "VLLM::Worker", signal.SIGSTOP)
+    threading.Timer(1.0, signal_process, [engine, "VLLM::EngineCore", signal.SIGKILL]).start()
 
 
 def guards_of(trainer: int, kind: str) -> list[tuple[int, list[str]]]:
@@ -320,32 +330,34 @@ def test_a_server_killed_during_a_request_is_replaced_and_asked_again(
     assert not any(path.exists() for path in left.paths - {engine._handover.folder})
 
 
-def test_a_head_of_its_own_and_a_server_killed_during_a_sync_and_an_exception(
+def test_a_head_of_its_own_and_a_server_killed_during_two_syncs_and_an_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=False)))
+    # A call that waited for its time limit would leave no time for a restart.
+    model = save_model(tmp_path / "model", tied=False)
+    trainer = Trainer(vllm_config(tmp_path / "run", model, request_timeout=240, start_timeout=240))
     engine = engine_of(trainer)
-    call, step, left = Server.call, Trainer.train_step, []
+    call, step, left, kills = Server.call, Trainer.train_step, [], [kill_core_of_a_call, kill_worker]
 
-    def killed_once(server: Server, method: str, path: str, *arguments: object, **options: object) -> object:
-        if path == "/collective_rpc" and not left:
+    def killed_twice(server: Server, method: str, path: str, *arguments: object, **options: object) -> object:
+        if path == "/collective_rpc" and kills:
             left.append(Left.of(engine))
-            kill_worker(engine)
+            kills.pop()(engine)
         return call(server, method, path, *arguments, **options)
 
     def train_step(trainer: Trainer) -> dict[str, float]:
         metrics = step(trainer)
-        assert metrics["engine/restarts"] == 1
+        assert metrics["engine/restarts"] == 2
         trainer.engine.update_weights(1)
         assert_answers_are_the_policys(trainer.engine, trainer.policy)
         left.append(Left.of(engine))
         raise KeyError("out of the blue")
 
-    monkeypatch.setattr(Server, "call", killed_once)
+    monkeypatch.setattr(Server, "call", killed_twice)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     with pytest.raises(KeyError, match="out of the blue"):
         trainer.train()
-    assert len(left) == 2
+    assert len(left) == 3
     assert all(each.nothing() for each in left)
 
 

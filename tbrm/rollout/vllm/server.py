@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import selectors
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ from tbrm.rollout.base import Response
 
 SUPPORTED = ((0, 32), (0, 34))
 """Versions of vLLM from the first to before the second: its interface changes between releases."""
+
+_HEALTH_SECONDS = 5.0
+"""How often a server is asked whether it is well while it owes an answer, and how long it may take to say."""
 
 
 class ServerError(RuntimeError):
@@ -42,14 +47,16 @@ class Server:
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
         """The JSON, or text, that the server answers. Raises ServerError or RefusedError."""
-        connection = _connect(self.address, timeout or self.timeout)
+        seconds = timeout or self.timeout
+        connection = _connect(self.address, seconds)
         try:
             headers = {"content-type": "application/json"}
             connection.request(method, path, None if body is None else json.dumps(body), headers)
+            self._await_answer(connection, seconds)
             reply = connection.getresponse()
             status, text = reply.status, reply.read().decode(errors="replace")
         except TimeoutError as error:
-            raise ServerError(f"{self.address}{path}: no answer within {connection.timeout:g} s") from error
+            raise ServerError(f"{self.address}{path}: no answer within {seconds:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise ServerError(f"{self.address}{path}: {error or type(error).__name__}") from error
         finally:
@@ -59,6 +66,24 @@ class Server:
         if status >= 400:
             raise RefusedError(f"{self.address}{path} answered {status}: {text[:2000]}")
         return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def _await_answer(self, connection: http.client.HTTPConnection, seconds: float) -> None:
+        """Returns when there is something to read. A vLLM whose engine has died may leave calls unanswered, and wait for them
+        to end before it ends itself; but it says that it is not well, or lets nobody in. Raises ServerError then, and
+        TimeoutError."""
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(connection.sock, selectors.EVENT_READ)
+            while not selector.select(min(_HEALTH_SECONDS, max(0, deadline - time.monotonic()))):
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                try:
+                    self.call("GET", "/health", timeout=_HEALTH_SECONDS)
+                except RefusedError:
+                    pass  # something that answers for it knows no such question
+                except ServerError as error:
+                    if not isinstance(error.__cause__, TimeoutError):
+                        raise
 
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its response together. Raises RefusedError if it is no server that we can use."""
