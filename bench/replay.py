@@ -50,6 +50,9 @@ REPLAY = (f"rollout.updates={UPDATES}", "replay.capacity=1280", "optim.learning_
 SHORT = 4
 SHORT_STEPS = ("optim.learning_rate=1.2e-5", "optim.warmup_steps=8", f"evaluation.every={SHORT}")
 TRAINER_CORE, SERVER_CORE = "0", "1"
+# In which a rollout takes about as long as a step's training; with bfloat16 it takes half of that, and longer responses than
+# this task's take more.
+SERVER_DTYPE = "float32"
 # As docs/rollouts.md says, and as tbrm starts its own on a CPU.
 SERVER = (
     "-m vllm.entrypoints.openai.api_server --enable-scale-out --logprobs-mode processed_logprobs --skip-tokenizer-init "
@@ -115,7 +118,11 @@ def train(folder: Path, recipe: str, overrides: list[str], *, a_core_each: bool)
     print(" ".join(command), flush=True)
     if a_core_each:
         with server(recipe, folder) as address:
-            command += ["rollout.engine=vllm", f"rollout.vllm.addresses=[{address}]"]
+            command += [
+                "rollout.engine=vllm",
+                f"rollout.vllm.addresses=[{address}]",
+                f"rollout.vllm.dtype={SERVER_DTYPE}",
+            ]
             one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run(["taskset", "--cpu-list", TRAINER_CORE, *command], check=True, env=one_core)
     else:
@@ -126,12 +133,11 @@ def train(folder: Path, recipe: str, overrides: list[str], *, a_core_each: bool)
 @contextmanager
 def server(recipe: str, folder: Path) -> Iterator[Path]:
     """A vLLM server of the recipe's model, all of whose processes share a core."""
-    model = load_config(recipe).model
+    model = load_config(recipe).model.name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made, (folder / "server.log").open("wb") as log:
         address = Path(made) / "socket"
-        command = [sys.executable, *SERVER.split(), "--model", model.name, "--uds", str(address)]
-        command += ["--dtype", str(model.resolve_precision()).removeprefix("torch.")]
+        command = [sys.executable, *SERVER.split(), "--model", model, "--uds", str(address), "--dtype", SERVER_DTYPE]
         settings = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "2",

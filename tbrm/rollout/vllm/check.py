@@ -19,7 +19,7 @@ from tbrm.rollout.vllm.server import sampling_params
 
 _TEXT = "Weights that are sent must be the weights that answer: one step behind, and 2 + 2 is what it was yesterday. "
 _PROMPT_TOKENS = 160  # a block of vLLM's cache has 128 on a CPU, 16 on a GPU
-_NEW_TOKENS = 32
+_NEW_TOKENS = 8
 _LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
