@@ -29,10 +29,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
 from tbrm.metrics import read_jsonl
 from tbrm.recipe import load_config
-from tbrm.rollout.vllm import guard
+from tbrm.rollout.vllm.process import ServerProcess, engine_options
 
 OTHERS = {
     "reval": ("objective.name=reval", "objective.beta=0.05", "objective.centre_rewards=true"),
@@ -49,15 +50,10 @@ REPLAY = (f"rollout.updates={UPDATES}", "replay.capacity=1280", "optim.learning_
 # Steps of a quarter, at a rate at which stale rollouts teach and do not unteach later (bench/NOTES.md).
 SHORT = 4
 SHORT_STEPS = ("optim.learning_rate=1.2e-5", "optim.warmup_steps=8", f"evaluation.every={SHORT}")
-TRAINER_CORE, SERVER_CORE = "0", "1"
+TRAINER_CORE, SERVER_CORE = 0, 1
 # In which a rollout takes about as long as a step's training; with bfloat16 it takes half of that, and longer responses than
 # this task's take more.
-SERVER_DTYPE = "float32"
-# As docs/rollouts.md says, and as tbrm starts its own on a CPU.
-SERVER = (
-    "-m vllm.entrypoints.openai.api_server --enable-scale-out --logprobs-mode processed_logprobs --skip-tokenizer-init "
-    "--generation-config vllm --enforce-eager --no-enable-chunked-prefill"
-)
+SERVER_DTYPE = torch.float32
 COST = {"replay": "tokens", "overlap": "seconds", "staleness": "tokens"}
 COST_TITLE = {"tokens": "tokens generated", "seconds": "seconds of training"}
 
@@ -117,44 +113,41 @@ def train(folder: Path, recipe: str, overrides: list[str], *, a_core_each: bool)
     command = [sys.executable, "-m", "tbrm", "train", recipe, "--resume", f"run.dir={folder}", *overrides]
     print(" ".join(command), flush=True)
     if a_core_each:
-        with server(recipe, folder) as address:
-            command += [
-                "rollout.engine=vllm",
-                f"rollout.vllm.addresses=[{address}]",
-                f"rollout.vllm.dtype={SERVER_DTYPE}",
-            ]
-            one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(["taskset", "--cpu-list", TRAINER_CORE, *command], check=True, env=one_core)
+        with server(recipe, folder) as address, bound_to(TRAINER_CORE):
+            dtype = str(SERVER_DTYPE).removeprefix("torch.")
+            command += ["rollout.engine=vllm", f"rollout.vllm.addresses=[{address}]", f"rollout.vllm.dtype={dtype}"]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     else:
         subprocess.run(command, check=True)
     shutil.rmtree(folder / "checkpoints")
 
 
 @contextmanager
+def bound_to(core: int) -> Iterator[None]:
+    """Processes that are started here, and theirs, run on that core alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
 def server(recipe: str, folder: Path) -> Iterator[Path]:
-    """A vLLM server of the recipe's model, all of whose processes share a core."""
-    model = load_config(recipe).model.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as made, (folder / "server.log").open("wb") as log:
+    """A vLLM server as tbrm starts its own, but on a core of its own."""
+    config = load_config(recipe)
+    vllm = config.rollout.vllm
+    options = engine_options(vllm, SERVER_DTYPE, config.rollout.batch_size, torch.device("cpu"), {})
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(SERVER_CORE)
+    with tempfile.TemporaryDirectory() as made:
         address = Path(made) / "socket"
-        command = [sys.executable, *SERVER.split(), "--model", model, "--uds", str(address), "--dtype", SERVER_DTYPE]
-        settings = {
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_OMP_THREADS_BIND": SERVER_CORE,
-        }
-        guarded = subprocess.Popen(
-            ["taskset", "--cpu-list", SERVER_CORE, sys.executable, guard.__file__, "server", *command],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, **settings},
-        )
+        with bound_to(SERVER_CORE):
+            process = ServerProcess(Path(config.model.name), address, options, vllm, folder / "engine" / "vllm.log")
         try:
             yield address
         finally:
-            guarded.communicate()  # closes its stdin, upon which it ends all of its group
+            process.stop()
 
 
 def read_curve(folder: Path) -> Curve:

@@ -64,16 +64,17 @@ _REPLACEABLE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING":
 
 
 class ServerProcess:
-    """Runs in a group of its own, under a guard that ends it with us. What it says goes to `log`."""
+    """Runs in a group of its own, under a guard that ends it with us. What it says goes to `log`, its temporary files beside
+    the socket."""
 
-    def __init__(self, folder: Path, socket: Path, options: dict[str, Any], config: VllmConfig, log: Path) -> None:
+    def __init__(self, model: Path, socket: Path, options: dict[str, Any], config: VllmConfig, log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         socket.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--uds", str(socket), "--enable-scale-out", "--disable-uvicorn-access-log", *_arguments(options)]
         self._guard = _start_guard(
-            ["server", *command], log, environment(config) | _REPLACEABLE | {"TMPDIR": str(folder)}
+            ["server", *command], log, environment(config) | _REPLACEABLE | {"TMPDIR": str(socket.parent)}
         )
 
     @property
