@@ -333,6 +333,7 @@ def test_a_server_killed_during_a_request_is_replaced_and_asked_again(
 def test_a_head_of_its_own_and_a_server_killed_during_two_syncs_and_an_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shared_before = set(Path("/dev/shm").iterdir())
     # A call that waited for its time limit would leave no time for a restart.
     model = save_model(tmp_path / "model", tied=False)
     trainer = Trainer(vllm_config(tmp_path / "run", model, request_timeout=240, start_timeout=240))
@@ -359,6 +360,7 @@ def test_a_head_of_its_own_and_a_server_killed_during_two_syncs_and_an_exception
         trainer.train()
     assert len(left) == 3
     assert all(each.nothing() for each in left)
+    assert set(Path("/dev/shm").iterdir()) <= shared_before
 
 
 def test_weights_by_broadcast_and_a_server_killed_between_two_of_them(
@@ -438,6 +440,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
 @pytest.mark.skipif("SOAK_VLLM" not in os.environ, reason="some minutes: make soak-vllm")
 def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
     """Another of its processes each time."""
+    shared_before = set(Path("/dev/shm").iterdir())
     steps, kills = (
         200,
         {20: "VLLM::Worker", 60: "api_server", 100: "VLLM::EngineCore", 140: "guard.py", 180: "VLLM::Worker"},
@@ -483,6 +486,7 @@ def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
     problems.take(config.rollout.prompts * steps)
     assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.position == problems.position
     assert all(each.nothing() for each in left)
+    assert set(Path("/dev/shm").iterdir()) <= shared_before
 
 
 def test_a_server_that_does_not_come_up_shows_its_own_error(tmp_path: Path) -> None:

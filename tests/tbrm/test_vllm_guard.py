@@ -11,48 +11,52 @@ from pathlib import Path
 
 from tbrm.rollout.vllm import guard
 
-# Takes shared memory, and gone at once with all it holds, as a server is whose worker was killed.
+# Takes shared memory and a semaphore, and is gone at once with all it holds, as a server is whose worker was killed.
 SERVER = """
     import mmap, os, tempfile, time
+    from _multiprocessing import SemLock
     handle, path = tempfile.mkstemp(dir="/dev/shm", prefix="psm_tbrm_test_")
     os.ftruncate(handle, 4096)
     held = mmap.mmap(handle, 4096)
-    print(path, flush=True)
+    name = os.path.basename(path)
+    semaphore = SemLock(1, 1, 1, "/" + name, False)
+    print(path, "/dev/shm/sem." + name, flush=True)
     time.sleep(3)
     os._exit(1)
 """
 
 
 @contextmanager
-def guarded() -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A guard with its server, and the server's shared memory."""
+def guarded() -> Iterator[tuple[subprocess.Popen[str], list[Path]]]:
+    """A guard with its server, and the server's shared memory and semaphore."""
     command = [sys.executable, "-S", guard.__file__, "server", sys.executable, "-c", textwrap.dedent(SERVER)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True
     ) as process:
         assert process.stdout is not None
-        path = Path(process.stdout.readline().strip())
+        paths = [Path(name) for name in process.stdout.readline().split()]
         try:
-            assert path.name.startswith("psm_tbrm_test_")
-            assert path.exists()
-            yield process, path
+            assert len(paths) == 2
+            assert all(path.exists() for path in paths)
+            yield process, paths
         finally:
-            path.unlink(missing_ok=True)
+            for path in paths:
+                path.unlink(missing_ok=True)
 
 
 def test_shared_memory_of_a_server_that_is_gone_before_the_guard_looks() -> None:
-    with guarded() as (process, path):
+    with guarded() as (process, paths):
         assert process.wait(60) == 0
         assert process.stdout is not None
         assert "exit code 1" in process.stdout.read()
-        assert not path.exists()
+        assert not any(path.exists() for path in paths)
 
 
 def test_shared_memory_of_a_server_whose_guard_was_killed() -> None:
-    with guarded() as (process, path):
+    with guarded() as (process, paths):
         process.kill()
         process.wait()
         assert guard.members(process.pid)
         guard.kill_group(process.pid)
         assert not guard.members(process.pid)
-        assert not path.exists()
+        assert not any(path.exists() for path in paths)

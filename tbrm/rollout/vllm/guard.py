@@ -61,7 +61,8 @@ def end_group() -> None:
                 with suppress(ProcessLookupError):  # it has just ended
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    for path in list(shared):  # vLLM takes its shared memory with it, but not when one of its processes was killed
+    # vLLM takes its shared memory and semaphores with it, but not when one of its processes was killed.
+    for path in list(shared):
         Path(path).unlink(missing_ok=True)
     os._exit(0)
 
@@ -96,11 +97,14 @@ def members(group: int) -> list[int]:
 
 
 def shared_by(group: int) -> set[str]:
-    found: set[str] = set()
+    """By number, not name: one who made a semaphore has it mapped by a name that it had before its own."""
+    numbers: set[int] = set()
     for pid in members(group):
         with suppress(OSError):  # it has just ended
-            found.update(re.findall(r"/dev/shm/[^/\s]+$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
-    return found
+            held = re.findall(r"(\d+) +/dev/shm/", Path(f"/proc/{pid}/maps").read_text())
+            numbers.update(map(int, held))
+    with os.scandir("/dev/shm") as files:
+        return {file.path for file in files if file.inode() in numbers}
 
 
 if __name__ == "__main__":
