@@ -80,15 +80,16 @@ def experiments(prompts: int, rollouts: int) -> dict[str, list[Variant]]:
         Variant("tbrm", "beta 0.01", (*once, *HALF_BETA)),
         Variant("tbrm", "beta 0.01 and replay", (*twice, *HALF_BETA)),
     ]
-    overlap, others = [], []
+    overlap: list[Variant] = []
+    others: dict[str, list[Variant]] = {objective: [] for objective in OTHERS}
     for steps, name in STALENESS.items():
         short = (f"trainer.steps={SHORT * rollouts}", *SHORT_STEPS, f"rollout.max_staleness={steps}")
         tbrm = (*short, *HALF_BETA, f"rollout.prompts={prompts // SHORT}")
         overlap.append(Variant("tbrm", name, tbrm, a_core_each=True))
         for objective, settings in OTHERS.items():
             samples = (f"rollout.prompts={prompts // SHORT // SAMPLES}", f"rollout.samples={SAMPLES}")
-            others.append(Variant(objective, name, (*short, *settings, *samples)))
-    return {"replay": replay, "overlap": overlap, "staleness": overlap + others}
+            others[objective].append(Variant(objective, name, (*short, *settings, *samples)))
+    return {"replay": replay, "overlap": overlap, "staleness": sum(others.values(), overlap)}
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,9 @@ def table(curves: dict[Variant, list[Curve]], target: float, cost: str) -> str:
 def plot(curves: dict[Variant, list[Curve]], target: float, cost: str, path: Path) -> None:
     """A panel per objective: accuracy against what it cost; thin lines are seeds, thick ones their mean."""
     panels = list(dict.fromkeys(variant.panel for variant in curves))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
     for panel, ax in zip(panels, axes[0], strict=True):
         shown = [(variant, found) for variant, found in curves.items() if variant.panel == panel]
         for number, (variant, found) in enumerate(shown):
