@@ -38,7 +38,7 @@ from tbrm.rollout.vllm.handover import (
 )
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options
-from tbrm.rollout.vllm.server import Server, ServerError, room, sampling_params
+from tbrm.rollout.vllm.server import LateError, Server, ServerError, room, sampling_params
 
 Result = TypeVar("Result")
 
@@ -171,7 +171,7 @@ class VllmEngine:
                         f"no vLLM server has answered for rollout.vllm.start_timeout ({self.config.start_timeout} s). The last "
                         f"failure: {error}{''.join(keeper.last_words() for keeper in self._keepers)}"
                     ) from error
-                if keeper and isinstance(error.__cause__, TimeoutError):
+                if keeper and isinstance(error, LateError):
                     keeper.restart(generation)
             time.sleep(0.5)
         raise AssertionError

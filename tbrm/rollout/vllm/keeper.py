@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tbrm.rollout.vllm.process import ServerProcess
-from tbrm.rollout.vllm.server import RefusedError, Server, ServerError
+from tbrm.rollout.vllm.server import LateError, RefusedError, Server, ServerError
 
 _POLL_SECONDS = 1.0
 _QUICK = 10.0
@@ -90,7 +90,7 @@ class Keeper:
         try:
             found = self.server.weights(timeout=_QUICK)
         except ServerError as error:
-            if self._answers and not isinstance(error.__cause__, TimeoutError):
+            if self._answers and not isinstance(error, LateError):
                 self.restart(self.restarts)  # it is there, but broken: it may never end by itself
             raise
         self._was_up = self._answers = True

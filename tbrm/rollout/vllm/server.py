@@ -9,6 +9,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,10 @@ _HEALTH_SECONDS = 5.0
 
 class ServerError(RuntimeError):
     """A server that gave no answer, or a failure; the message holds its own words. Another try may succeed."""
+
+
+class LateError(ServerError):
+    """No answer within the time limit: the server may be busy, or hang."""
 
 
 class RefusedError(ValueError):
@@ -56,7 +61,7 @@ class Server:
             reply = connection.getresponse()
             status, text = reply.status, reply.read().decode(errors="replace")
         except TimeoutError as error:
-            raise ServerError(f"{self.address}{path}: no answer within {seconds:g} s") from error
+            raise LateError(f"{self.address}{path}: no answer within {seconds:g} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise ServerError(f"{self.address}{path}: {error or type(error).__name__}") from error
         finally:
@@ -77,13 +82,8 @@ class Server:
             while not selector.select(min(_HEALTH_SECONDS, max(0, deadline - time.monotonic()))):
                 if time.monotonic() > deadline:
                     raise TimeoutError
-                try:
+                with suppress(LateError, RefusedError):  # it is busy, or what answers for it knows no such question
                     self.call("GET", "/health", timeout=_HEALTH_SECONDS)
-                except RefusedError:
-                    pass  # something that answers for it knows no such question
-                except ServerError as error:
-                    if not isinstance(error.__cause__, TimeoutError):
-                        raise
 
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its response together. Raises RefusedError if it is no server that we can use."""
