@@ -58,6 +58,8 @@ class TrainerState:
     """The counters of a run."""
 
     step: int = 0
+    day: str = ""
+    """That on which the run began, which chat templates may name; "" in a checkpoint of an earlier version."""
     position: int = 0
     """Of the source of trajectories."""
     recorded: dict[str, list[int]] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from tbrm.attention import PACKED_ATTENTION
+from tbrm.chat import set_day
 from tbrm.config import Config, ConfigError, ModelConfig
 from tbrm.flash_attention import FLASH_ATTENTION
 from tbrm.lora import Adapters, has_adapters, is_adapter, load_merged
@@ -104,6 +106,7 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     if adapters is not None:
         adapters.reset()
     policy.check_architecture()
+    set_day(tokenizer, date.today())
     return policy, tokenizer
 
 

@@ -16,13 +16,14 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tbrm.chat import encode_problems
+from tbrm.chat import encode_problems, set_day
 from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, deal, pack
@@ -66,6 +67,8 @@ class Trainer:
         # Before the model is loaded, which may take long: a task too small for its evaluation is found here.
         self.heldout = config.task.heldout(config.evaluation.prompts) if config.task else []
         self.policy, self.tokenizer = load_policy(config, world)
+        self.state.day = self.state.day or world.gather(date.today().isoformat())[0]  # it may be midnight
+        set_day(self.tokenizer, date.fromisoformat(self.state.day))
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         beside = world.apart()  # rollouts may be made while training uses the other
