@@ -27,7 +27,7 @@ from tbrm.config import Config
 from tbrm.load import load_policy
 from tbrm.model import PolicyModel
 from tbrm.recipe import load_config
-from tbrm.rollout import Sampling, make_engine
+from tbrm.rollout import Sampling, make_engine, make_requests
 from tbrm.tasks import ProblemStream
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -46,7 +46,7 @@ _QUESTIONS = (
 )
 """Questions whose answers are of a few tokens to more than a cut-off at 64 allows."""
 
-Generate = Callable[[list[list[int]], Sampling], list[list[int]]]
+Generate = Callable[[list[list[int]], Sampling, int], list[list[int]]]
 
 
 def workloads(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[list[list[int]], Sampling]]:
@@ -67,7 +67,7 @@ def workloads(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, t
 def plain_generate(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Generate:
     """Padded batches, the weights in the precision of the products, as `generate` is usually called."""
 
-    def generate(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def generate(prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         responses: list[list[int]] = []
         with policy.generation_mode() as lm:
             lm = lm.to(policy.precision)
@@ -78,7 +78,7 @@ def plain_generate(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batc
                 choice: dict[str, Any] = {"do_sample": False}
                 if sampling.temperature > 0:
                     choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-                torch.manual_seed(sampling.seed)
+                torch.manual_seed(seed)
                 out = lm.generate(**padded, max_new_tokens=sampling.max_new_tokens, **choice)
                 for ids in out[:, padded["input_ids"].shape[1] :].tolist():
                     responses.append(ids[: ids.index(eos) + 1] if eos in ids else ids)
@@ -98,8 +98,8 @@ def measure(way: str, precision: str) -> dict[str, Any]:
     with closing(make_engine(config.rollout, policy, tokenizer, run_dir=Path("runs/bench-rollouts"))) as engine:
         engine.update_weights(0)
 
-        def generate(prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-            return [answers[0].token_ids for answers in engine.generate(prompts, 1, sampling)]
+        def generate(prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
+            return [response.token_ids for [response] in engine.generate(make_requests(prompts, 1, seed), sampling)]
 
         return timed(generate, cases)
 
@@ -107,11 +107,11 @@ def measure(way: str, precision: str) -> dict[str, Any]:
 def timed(generate: Generate, cases: dict[str, tuple[list[list[int]], Sampling]]) -> dict[str, Any]:
     found = {}
     for name, (prompts, sampling) in cases.items():
-        greedy = generate(prompts, Sampling(sampling.max_new_tokens, temperature=0))
+        greedy = generate(prompts, Sampling(sampling.max_new_tokens, temperature=0), 0)
         rounds = []
         for seed in range(ROUNDS):
             started = time.perf_counter()
-            responses = generate(prompts, Sampling(sampling.max_new_tokens, sampling.temperature, seed))
+            responses = generate(prompts, sampling, seed)
             rounds.append((sum(map(len, responses)), time.perf_counter() - started))
         found[name] = {"greedy": greedy, "rounds": rounds}
     return found

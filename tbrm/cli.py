@@ -94,10 +94,10 @@ def eval_model(args: argparse.Namespace) -> None:
     problems = task.heldout(chosen.prompts)
     _quiet_libraries()
     policy, tokenizer = load_policy(config)
-    sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature, config.seed)
+    sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature)
     with closing(make_engine(config.rollout, policy, tokenizer)) as engine:
         engine.update_weights(0)
-        result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling)
+        result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling, seed=config.seed)
     if args.json:
         Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
     shown = {"model": args.model, "task": task.name, "decoding": _decoding(chosen.temperature), **result.summary()}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import decode, encode_problems
 from tbrm.parallel import ALONE, World
-from tbrm.rollout.base import RolloutEngine, Sampling
+from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, Task
 
 
@@ -56,12 +56,14 @@ def evaluate(
     *,
     k: int,
     sampling: Sampling,
+    seed: int = 0,
     world: World = ALONE,
 ) -> Evaluation:
     """Answers each problem k times and grades the answers, each process of `world` its share."""
     if not problems:
         raise ValueError("evaluation.prompts: got 0 problems; wants at least 1")
-    answers = engine.generate(encode_problems(tokenizer, problems), k, sampling)
+    requests = make_requests(encode_problems(tokenizer, problems), k, "evaluation", seed)
+    answers = engine.generate(requests, sampling)
     flat = [(problem, response) for problem, responses in zip(problems, answers, strict=True) for response in responses]
     texts = [decode(tokenizer, response.token_ids) for _, response in flat]
     grades = world.split(task.grade, [problem for problem, _ in flat], texts)

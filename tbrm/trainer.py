@@ -256,16 +256,14 @@ class Trainer:
         assert self.config.task is not None
         self.supply.settle(self.phases)
         self.engine.update_weights(step)
-        sampling = Sampling(
-            self.config.rollout.max_new_tokens, settings.temperature, derive_seed("evaluation", self.config.seed, step)
-        )
         result = evaluate(
             self.engine,
             self.tokenizer,
             self.config.task,
             self.heldout,
             k=settings.samples,
-            sampling=sampling,
+            sampling=Sampling(self.config.rollout.max_new_tokens, settings.temperature),
+            seed=derive_seed(self.config.seed, step),
             world=self.world,
         )
         out.evaluation(step, result)

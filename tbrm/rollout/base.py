@@ -15,7 +15,17 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     """0 is greedy."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be answered. What is sampled depends on the request alone: not on those beside it, nor on who answers."""
+
+    prompt: list[int]
+    samples: int = 1
+    """Responses wanted."""
     seed: int = 0
+    """Of its random numbers; equal ones give equal prompts equal responses."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,9 @@ class RolloutEngine(Protocol):
         steps that led to them. Does nothing if the engine has that version. Returns metrics of the transfer, if it has any."""
         ...
 
-    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
-        """`samples` responses to each prompt. The same weights and arguments give the same responses."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+        """The responses to each request. The same weights, request and sampling give the same responses, whatever else is
+        asked beside it, in whatever order and number at once."""
         ...
 
     def close(self) -> None:
@@ -51,3 +62,8 @@ def derive_seed(*parts: int | str) -> int:
     """A seed for one purpose ("rollout", run seed, step, ...), so that no random state needs carrying over a restart."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def make_requests(prompts: Sequence[list[int]], samples: int, *purpose: int | str) -> list[Request]:
+    """`samples` responses to each prompt, the n-th of which has the n-th seed of the `purpose`."""
+    return [Request(prompt, samples, derive_seed(*purpose, number)) for number, prompt in enumerate(prompts)]

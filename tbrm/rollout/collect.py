@@ -12,7 +12,7 @@ from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World
-from tbrm.rollout.base import RolloutEngine, Sampling, derive_seed
+from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, ProblemStream
 
 
@@ -84,8 +84,8 @@ class RolloutSource:
         with phases("rollout"):
             problems = self.stream.take(config.prompts)
             prompts = encode_problems(self.tokenizer, problems)
-            sampling = Sampling(config.max_new_tokens, config.temperature, derive_seed("rollout", self.seed, step))
-            answers = self.engine.generate(prompts, config.samples, sampling)
+            requests = make_requests(prompts, config.samples, "rollout", self.seed, step)
+            answers = self.engine.generate(requests, Sampling(config.max_new_tokens, config.temperature))
         flat = [(i, response) for i, responses in enumerate(answers) for response in responses]
         with phases("reward"):
             texts = [decode(self.tokenizer, response.token_ids) for _, response in flat]

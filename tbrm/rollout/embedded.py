@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.data import common_prefix
 from tbrm.model import PolicyModel
-from tbrm.rollout.base import Response, Sampling, derive_seed
+from tbrm.rollout.base import Request, Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 from tbrm.rollout.packed_weights import packed_weights
@@ -46,22 +46,27 @@ class EmbeddedEngine:
         pass
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
-        responses: list[dict[int, Response]] = [{} for _ in prompts]
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+        responses: list[dict[int, Response]] = [{} for _ in requests]
         # Prompts of one length enter together, equal ones side by side.
-        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-        waiting = deque(_Row(tuple(prompts[i]), i, sample) for i in order for sample in range(samples))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
+        waiting = deque(
+            _Row(tuple(requests[i].prompt), i, sample, derive_seed(requests[i].seed, sample))
+            for i in order
+            for sample in range(requests[i].samples)
+        )
         with (
             self.policy.generation_mode(CACHED_ATTENTION) as lm,
             packed_weights(lm, self.policy.precision),
         ):
             batch = _Batch(self.policy, lm, min(self.batch_size, len(waiting)), self.eos_ids, sampling)
             if waiting:
+                prompts = [request.prompt for request in requests]
                 batch.read_prefix(prompts[0][: common_prefix(prompts)])
             while waiting or batch.rows:
                 for row, ids, logprobs in batch.advance(waiting):
-                    responses[row.prompt_index][row.sample] = self._response(ids, logprobs)
-        return [[of_prompt[sample] for sample in range(samples)] for of_prompt in responses]
+                    responses[row.request][row.sample] = self._response(ids, logprobs)
+        return [[answers[sample] for sample in sorted(answers)] for answers in responses]
 
     def _response(self, ids: list[int], logprobs: list[float] | None) -> Response:
         end = next((i for i, token in enumerate(ids, start=1) if token in self.eos_ids), None)
@@ -73,8 +78,9 @@ class _Row:
     """A response that waits or is being written."""
 
     prompt: tuple[int, ...]
-    prompt_index: int
+    request: int
     sample: int
+    seed: int
     written: int = 0
 
 
@@ -170,7 +176,7 @@ class _Batch:
 
     def _noise(self, row: _Row) -> Tensor:
         """The random numbers of a response: its own, whichever others are written beside it."""
-        generator = torch.Generator().manual_seed(derive_seed(self._sampling.seed, row.prompt_index, row.sample))
+        generator = torch.Generator().manual_seed(row.seed)
         return torch.rand(self._sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
     def _read(self, prompt_ids: Sequence[int] = (), prompts: Sequence[Prompts] = ()) -> None:

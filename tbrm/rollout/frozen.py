@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tbrm.model import PolicyModel
-from tbrm.rollout.base import Response, RolloutEngine, Sampling
+from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling
 
 
 class EngineClosed(RuntimeError):
@@ -31,8 +31,8 @@ class FrozenEngine:
             self._version = version
         return self._engine.update_weights(version)
 
-    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
-        return self._engine.generate(prompts, samples, sampling)
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+        return self._engine.generate(requests, sampling)
 
     def close(self) -> None:
         """Ends a generation of another thread too, at its next token."""

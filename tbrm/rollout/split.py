@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from tbrm.parallel import World
-from tbrm.rollout.base import Response, RolloutEngine, Sampling, derive_seed
+from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling
 
 
 class SplitEngine:
-    """Every process answers its share of the prompts with an engine of its own, and gets the answers to all of them."""
+    """Every process answers its share of the requests with an engine of its own, and gets the answers to all of them."""
 
     def __init__(self, engine: RolloutEngine, world: World) -> None:
         self.engine = engine
@@ -23,7 +22,5 @@ class SplitEngine:
     def close(self) -> None:
         self.engine.close()
 
-    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
-        if self.world.rank > 0:  # else the n-th prompt of every share would draw the same random numbers
-            sampling = replace(sampling, seed=derive_seed(sampling.seed, "process", self.world.rank))
-        return self.world.split(lambda mine: self.engine.generate(mine, samples, sampling), prompts)
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+        return self.world.split(lambda mine: self.engine.generate(mine, sampling), requests)

@@ -22,8 +22,9 @@ from tbrm.config import Config, ParallelConfig
 from tbrm.data import Trajectory, deal
 from tbrm.model import PolicyModel
 from tbrm.parallel import World, launched
-from tbrm.rollout import EmbeddedEngine, Sampling
+from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.collect import Collected
+from tbrm.rollout.split import SplitEngine
 from tbrm.step_metrics import StepMetrics
 from tbrm.trainer import Trainer
 from tbrm_kernels import segment_sums, single_pass
@@ -126,9 +127,10 @@ def run(folder: Path, world: World) -> dict[str, Any]:
             if world.mesh:
                 found[f"{what}, whole heads"] = whole_heads(config, world)
             answers = EmbeddedEngine(step.trainer.policy, step.trainer.tokenizer, batch_size=3).generate(
-                PROMPTS, 2, Sampling(max_new_tokens=12, temperature=0)
+                make_requests(PROMPTS, 2), Sampling(max_new_tokens=12, temperature=0)
             )
             found[f"{what}, greedy"] = [[r.token_ids for r in responses] for responses in answers]
+            found[f"{what}, sampled"] = {size: sampled(step, size) for size in (2, 64)}
             if model == "qwen3-tied":
                 found |= {
                     f"{name}, vocabulary divided" if divided else name: x for name, x in odd_batches(step).items()
@@ -171,6 +173,13 @@ def run(folder: Path, world: World) -> dict[str, Any]:
         settings = {"model__precision": "bfloat16", "parallel": {"vocab_parallel": divided}}
         found[name] = OneStep(config_of(folder, world, **settings), world)(batch_tokens=130)
     return found
+
+
+def sampled(step: OneStep, batch_size: int) -> list[list[list[int]]]:
+    """Responses of all processes together, each of which writes so many at once."""
+    engine = SplitEngine(EmbeddedEngine(step.trainer.policy, step.trainer.tokenizer, batch_size), step.trainer.world)
+    answers = engine.generate(make_requests(PROMPTS * 2, 3, 1), Sampling(max_new_tokens=12))
+    return [[r.token_ids for r in responses] for responses in answers]
 
 
 @torch.no_grad()

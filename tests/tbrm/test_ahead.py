@@ -16,7 +16,7 @@ from tbrm.config import ConfigError
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
 from tbrm.parallel import World
-from tbrm.rollout import EmbeddedEngine, Sampling, ahead
+from tbrm.rollout import EmbeddedEngine, Request, Sampling, ahead
 from tbrm.rollout.ahead import RolloutLateError, SupplyAhead
 from tbrm.rollout.frozen import EngineClosed, FrozenEngine
 from tbrm.rollout.split import SplitEngine
@@ -148,7 +148,7 @@ def test_closing_the_engine_ends_a_generation_of_another_thread(tmp_path: Path) 
     trainer = Trainer(tiny_config(tmp_path, rollout__max_staleness=1))
     trainer.engine.engine._engine.eos_ids = [len(trainer.tokenizer)]  # a response without end
     with ThreadPoolExecutor(1) as threads:
-        generation = threads.submit(trainer.engine.generate, [[1, 2, 3]], 1, Sampling(max_new_tokens=1_000_000))
+        generation = threads.submit(trainer.engine.generate, [Request([1, 2, 3])], Sampling(max_new_tokens=1_000_000))
         time.sleep(0.5)
         assert not generation.done()
         trainer.engine.close()

@@ -15,7 +15,7 @@ from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
 from tbrm.recipe import parse_config
 from tbrm.reference_model import ReferenceModel
-from tbrm.rollout import EmbeddedEngine, Sampling
+from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import make_lm, tiny_config, tiny_tree
@@ -79,7 +79,7 @@ def test_generation_compiles_nothing() -> None:
     plain = PolicyModel(make_lm("llama", tied=True))
     greedy = Sampling(max_new_tokens=8, temperature=0)
     answers = [
-        EmbeddedEngine(model, tiny_tokenizer(), batch_size=2).generate([[3, 4], [5, 6, 7]], 1, greedy)
+        EmbeddedEngine(model, tiny_tokenizer(), batch_size=2).generate(make_requests([[3, 4], [5, 6, 7]], 1), greedy)
         for model in (policy, plain)
     ]
     assert answers[0] == answers[1]

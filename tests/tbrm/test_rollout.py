@@ -7,7 +7,7 @@ from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory, pack
 from tbrm.metrics import Phases
 from tbrm.model import PolicyModel
-from tbrm.rollout import EmbeddedEngine, Sampling, embedded
+from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
 from tbrm.rollout.choose import draw
 from tbrm.rollout.collect import RolloutSource
 from tbrm.rollout.packed_weights import packed_weights
@@ -51,7 +51,7 @@ def test_greedy_responses_are_the_models_own(architecture: str, system: list[int
     policy = PolicyModel(make_lm(architecture, tied=True))
     engine = engine_of(policy)
     prompts = [system + prompt for prompt in PROMPTS]
-    answers = engine.generate(prompts, samples, Sampling(max_new_tokens=8, temperature=0))
+    answers = engine.generate(make_requests(prompts, samples), Sampling(max_new_tokens=8, temperature=0))
     for prompt, responses in zip(prompts, answers, strict=True):
         expected = greedy_by_hand(policy, prompt, engine.eos_ids, 8)
         assert [r.token_ids for r in responses] == [expected] * samples
@@ -64,7 +64,7 @@ def test_what_prompts_share_is_read_once(samples: int, expected: list[int]) -> N
     policy = PolicyModel(make_lm("llama", tied=True))
     tokens = count_tokens(policy)
     prompts = [[5, 6, 7, 8, 9], [5, 6, 7, 8, 10, 11, 12], [5, 6, 7, 8, 13, 14]]
-    engine_of(policy).generate(prompts, samples, Sampling(max_new_tokens=1, temperature=0))
+    engine_of(policy).generate(make_requests(prompts, samples), Sampling(max_new_tokens=1, temperature=0))
     assert tokens == expected
 
 
@@ -73,7 +73,9 @@ def test_equal_prompts_share_all_but_their_last_token(samples: int) -> None:
     policy = PolicyModel(make_lm("llama", tied=True))
     engine = engine_of(policy)
     expected = greedy_by_hand(policy, [5, 6, 7], engine.eos_ids, 6)
-    for responses in engine.generate([[5, 6, 7]] * 3, samples, Sampling(max_new_tokens=6, temperature=0)):
+    for responses in engine.generate(
+        make_requests([[5, 6, 7]] * 3, samples), Sampling(max_new_tokens=6, temperature=0)
+    ):
         assert [r.token_ids for r in responses] == [expected] * samples
 
 
@@ -95,7 +97,7 @@ def test_rows_come_and_go_without_a_trace(
     policy = PolicyModel(lm)
     engine = engine_of(policy, batch_size)
     tokens = count_tokens(policy)
-    answers = engine.generate(MIXED, 2, Sampling(max_new_tokens=16, temperature=0))
+    answers = engine.generate(make_requests(MIXED, 2), Sampling(max_new_tokens=16, temperature=0))
     assert max(tokens) <= batch_size + max(12, len(MIXED[1]) - 1)
     expected = {tuple(prompt): greedy_by_hand(policy, prompt, engine.eos_ids, 16) for prompt in MIXED}
     assert len(set(map(len, expected.values()))) > 3
@@ -107,7 +109,7 @@ def test_rows_come_and_go_without_a_trace(
 def test_rows_are_kept_full_and_no_longer_than_needed(samples: int) -> None:
     policy = PolicyModel(make_lm("llama", tied=True))
     tokens = count_tokens(policy)
-    answers = engine_of(policy, batch_size=4).generate(MIXED, samples, Sampling(max_new_tokens=12, seed=1))
+    answers = engine_of(policy, batch_size=4).generate(make_requests(MIXED, samples, 1), Sampling(max_new_tokens=12))
     lengths = [len(r.token_ids) for responses in answers for r in responses]
     assert len(set(lengths)) > 1
     read_once = sum(len(prompt) - 1 for prompt in MIXED)
@@ -117,11 +119,11 @@ def test_rows_are_kept_full_and_no_longer_than_needed(samples: int) -> None:
 
 def test_samples_do_not_depend_on_the_other_rows() -> None:
     policy = PolicyModel(make_lm("gemma3", tied=True))
-    sampling = Sampling(max_new_tokens=12, temperature=3.0, seed=7)
-    together = engine_of(policy).generate(MIXED, 3, sampling)
+    sampling = Sampling(max_new_tokens=12, temperature=3.0)
+    together = engine_of(policy).generate(make_requests(MIXED, 3), sampling)
     assert len({tuple(r.token_ids) for responses in together[2:4] for r in responses}) == 6  # equal prompts, own noise
     for batch_size, samples in ((1, 3), (5, 3), (5, 2)):
-        apart = engine_of(policy, batch_size).generate(MIXED, samples, sampling)
+        apart = engine_of(policy, batch_size).generate(make_requests(MIXED, samples), sampling)
         for ours, theirs in zip(apart, together, strict=True):
             assert [r.token_ids for r in ours] == [r.token_ids for r in theirs[:samples]]
 
@@ -129,18 +131,20 @@ def test_samples_do_not_depend_on_the_other_rows() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_responses_carry_the_log_probs_of_the_policy(architecture: str) -> None:
     policy = PolicyModel(make_lm(architecture, tied=True), temperature=0.7)
-    answers = engine_of(policy, batch_size=5).generate(MIXED, 2, Sampling(max_new_tokens=12, temperature=0.7))
+    answers = engine_of(policy, batch_size=5).generate(
+        make_requests(MIXED, 2), Sampling(max_new_tokens=12, temperature=0.7)
+    )
     pairs = [(prompt, r) for prompt, responses in zip(MIXED, answers, strict=True) for r in responses]
     with torch.no_grad():
         expected = policy(pack([Trajectory(prompt, r.token_ids, 0.0) for prompt, r in pairs])).logprobs
     ours = torch.tensor([x for _, r in pairs for x in r.logprobs or []])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    assert engine_of(policy).generate(MIXED, 1, Sampling(4, temperature=0))[0][0].logprobs is None
+    assert engine_of(policy).generate(make_requests(MIXED, 1), Sampling(4, temperature=0))[0][0].logprobs is None
 
 
 def test_bfloat16_is_the_models_own() -> None:
     policy = PolicyModel(make_lm("llama", tied=True), precision=torch.bfloat16)
-    [[response]] = engine_of(policy).generate([[5, 6, 7]], 1, Sampling(max_new_tokens=12, seed=3))
+    [[response]] = engine_of(policy).generate(make_requests([[5, 6, 7]], 1, 3), Sampling(max_new_tokens=12))
     ids = [5, 6, 7, *response.token_ids]
     with torch.no_grad(), policy.generation_mode() as lm:
         logits = lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 2:-1].float()
@@ -158,10 +162,12 @@ def test_the_policy_is_left_as_it_was() -> None:
         raise RuntimeError("broken")
     assert [(name, type(module)) for name, module in policy.named_modules()] == before
     engine = engine_of(policy)
-    old = engine.generate([[5, 6, 7]], 1, Sampling(8, temperature=0))
+    old = engine.generate(make_requests([[5, 6, 7]], 1), Sampling(8, temperature=0))
     with torch.no_grad():
         policy.lm.get_output_embeddings().weight.mul_(-1.0)
-    assert engine.generate([[5, 6, 7]], 1, Sampling(8, temperature=0)) != old  # nothing kept of old weights
+    assert (
+        engine.generate(make_requests([[5, 6, 7]], 1), Sampling(8, temperature=0)) != old
+    )  # nothing kept of old weights
 
 
 @pytest.mark.parametrize("vocabulary", [1, 97, 128, 1000])
@@ -186,7 +192,7 @@ def test_every_eos_id_ends_a_response() -> None:
     lm = make_lm("llama", tied=True)
     lm.generation_config.eos_token_id = list(range(3, 40))
     engine = engine_of(PolicyModel(lm))
-    responses = [r for rs in engine.generate(PROMPTS, 16, Sampling(max_new_tokens=12, seed=1)) for r in rs]
+    responses = [r for rs in engine.generate(make_requests(PROMPTS, 16, 1), Sampling(max_new_tokens=12)) for r in rs]
     assert len({r.token_ids[-1] for r in responses if not r.truncated}) > 3
     for r in responses:
         assert not any(token in engine.eos_ids for token in r.token_ids[:-1])
@@ -198,27 +204,29 @@ def test_sampling_is_seeded_and_leaves_the_global_state_alone() -> None:
     engine = engine_of(PolicyModel(make_lm("llama", tied=True)), batch_size=6)
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
-    first = engine.generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5))
+    first = engine.generate(make_requests(PROMPTS, 4, 5), Sampling(max_new_tokens=6))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(999)
-    assert engine.generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5)) == first
-    assert engine.generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=6)) != first
+    assert engine.generate(make_requests(PROMPTS, 4, 5), Sampling(max_new_tokens=6)) == first
+    assert engine.generate(make_requests(PROMPTS, 4, 6), Sampling(max_new_tokens=6)) != first
     assert len({tuple(r.token_ids) for r in first[0]}) > 1  # samples of one prompt differ
 
 
 def test_the_models_generation_defaults_do_not_bias_sampling() -> None:
     """Hub models ship top_k, top_p and a repetition penalty; log-probs in training know nothing of them."""
     lm = make_lm("llama", tied=True)
-    plain = engine_of(PolicyModel(lm)).generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5))
+    plain = engine_of(PolicyModel(lm)).generate(make_requests(PROMPTS, 4, 5), Sampling(max_new_tokens=6))
     lm.generation_config.update(top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=5)
-    assert engine_of(PolicyModel(lm)).generate(PROMPTS, 4, Sampling(max_new_tokens=6, seed=5)) == plain
+    assert engine_of(PolicyModel(lm)).generate(make_requests(PROMPTS, 4, 5), Sampling(max_new_tokens=6)) == plain
     assert lm.generation_config.top_k == 1  # and they are still there to be saved
 
 
 def test_samples_follow_the_policys_own_probabilities() -> None:
     policy = PolicyModel(make_lm("llama", tied=True), temperature=2.0)
     n = 4000
-    [responses] = engine_of(policy, batch_size=n).generate([[5, 6]], n, Sampling(max_new_tokens=1, temperature=2.0))
+    [responses] = engine_of(policy, batch_size=n).generate(
+        make_requests([[5, 6]], n), Sampling(max_new_tokens=1, temperature=2.0)
+    )
     with torch.no_grad(), policy.generation_mode() as lm:
         expected = (lm(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 2.0).softmax(-1)
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in responses]), minlength=VOCABULARY)

@@ -219,9 +219,8 @@ def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
     trainer = Trainer(config)
 
     def sampled_accuracy() -> float:
-        sampling = Sampling(max_new_tokens=4, temperature=1.0, seed=1)
         return evaluate(
-            trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=sampling
+            trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=Sampling(4), seed=1
         ).accuracy
 
     before = sampled_accuracy()

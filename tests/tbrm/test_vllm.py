@@ -24,7 +24,7 @@ from tbrm.checkpoint import Checkpoint
 from tbrm.config import ConfigError
 from tbrm.metrics import read_jsonl
 from tbrm.recipe import config_to_dict, load_config
-from tbrm.rollout import Sampling
+from tbrm.rollout import Request, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.rollout.vllm import broadcast, handover
 from tbrm.rollout.vllm.check import StaleWeightsError
@@ -146,27 +146,29 @@ def engine(trainer: Trainer) -> Iterator[VllmEngine]:
 
 def test_after_a_training_step_the_engine_is_the_new_model(trainer: Trainer) -> None:
     engine = engine_of(trainer)
-    assert {response.weight_version for [response] in engine.generate(PROMPTS, 1, Sampling(4))} == {0}
+    assert {response.weight_version for [response] in engine.generate(make_requests(PROMPTS, 1), Sampling(4))} == {0}
     metrics = engine.update_weights(1)
     assert metrics["sync/logprob_gap_max"] < 1e-4
     assert_answers_are_the_policys(engine, trainer.policy)
-    assert {response.weight_version for [response] in engine.generate(PROMPTS, 1, Sampling(4))} == {1}
+    assert {response.weight_version for [response] in engine.generate(make_requests(PROMPTS, 1), Sampling(4))} == {1}
     assert engine.update_weights(1) == metrics
 
 
 def test_equal_arguments_give_equal_responses(engine: VllmEngine) -> None:
-    first = engine.generate(PROMPTS, 70, Sampling(6, seed=5))  # more than one request to a prompt: batch_size is 64
-    again = engine.generate(PROMPTS, 70, Sampling(6, seed=5))
+    first = engine.generate(
+        make_requests(PROMPTS, 70, 5), Sampling(6)
+    )  # more than one request to a prompt: batch_size is 64
+    again = engine.generate(make_requests(PROMPTS, 70, 5), Sampling(6))
     assert [[r.token_ids for r in rs] for rs in first] == [[r.token_ids for r in rs] for rs in again]
     assert [len(responses) for responses in first] == [70] * len(PROMPTS)
     assert len({tuple(r.token_ids) for r in first[0]}) > 35
-    other = engine.generate(PROMPTS, 70, Sampling(6, seed=6))
+    other = engine.generate(make_requests(PROMPTS, 70, 6), Sampling(6))
     assert [r.token_ids for r in first[0]] != [r.token_ids for r in other[0]]
 
 
 def test_every_eos_id_ends_a_response(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "eos_ids", list(range(3, 40)))
-    responses = [r for rs in engine.generate(PROMPTS, 8, Sampling(12, seed=1)) for r in rs]
+    responses = [r for rs in engine.generate(make_requests(PROMPTS, 8, 1), Sampling(12)) for r in rs]
     assert len({r.token_ids[-1] for r in responses if not r.truncated}) > 3
     for r in responses:
         assert not any(token in engine.eos_ids for token in r.token_ids[:-1])
@@ -175,8 +177,8 @@ def test_every_eos_id_ends_a_response(engine: VllmEngine, monkeypatch: pytest.Mo
 
 def test_a_prompt_that_leaves_no_room_is_named(engine: VllmEngine) -> None:
     with pytest.raises(ValueError, match="a prompt has 600 tokens, and vLLM's model takes 512 with the response"):
-        engine.generate([[5] * 600], 1, Sampling(4))
-    [[response]] = engine.generate([[5] * 510], 1, Sampling(4))
+        engine.generate([Request([5] * 600)], Sampling(4))
+    [[response]] = engine.generate([Request([5] * 510)], Sampling(4))
     assert len(response.token_ids) <= 2
 
 
@@ -184,7 +186,7 @@ def test_prompts_that_are_too_many_for_one_pass(engine: VllmEngine) -> None:
     """None is cut in two, which would end the server (on a CPU, by an error of vLLM's)."""
     restarts = engine._restarts
     prompts = [[5, n, *[7] * 480] for n in range(6, 16)]
-    assert all(len(rs) == 1 for rs in engine.generate(prompts, 1, Sampling(2, seed=1)))
+    assert all(len(rs) == 1 for rs in engine.generate(make_requests(prompts, 1, 1), Sampling(2)))
     assert engine._restarts == restarts
 
 
@@ -270,7 +272,7 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
     trainer: Trainer, engine: VllmEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine._keepers[0], "_tend", lambda: None)  # else two trainers would fight over the server
-    expected = [r.token_ids for [r] in engine.generate(PROMPTS, 1, Sampling(12, seed=3))]
+    expected = [r.token_ids for [r] in engine.generate(make_requests(PROMPTS, 1, 3), Sampling(12))]
     with door_to(engine) as first, door_to(engine) as second:
         addresses = [first.address, second.address]
         config = vllm_config(tmp_path, tmp_path, addresses=addresses, start_timeout=30).rollout
@@ -284,17 +286,17 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
             visitor.update_weights(0)
             second.broken = True
             visitor.update_weights(1)  # one is enough
-            assert [r.token_ids for [r] in visitor.generate(PROMPTS, 1, Sampling(12, seed=3))] == expected
+            assert [r.token_ids for [r] in visitor.generate(make_requests(PROMPTS, 1, 3), Sampling(12))] == expected
             assert visitor._reissued > 0
             first.broken = True
             threading.Timer(2.0, setattr, [second, "broken", False]).start()
             visitor.config = config.vllm
-            assert [r.token_ids for [r] in visitor.generate(PROMPTS, 1, Sampling(12, seed=3))] == expected
+            assert [r.token_ids for [r] in visitor.generate(make_requests(PROMPTS, 1, 3), Sampling(12))] == expected
             second.broken = True
             visitor.config = config.vllm.model_copy(update={"start_timeout": 1})
             begun = time.monotonic()
             with pytest.raises(ServerError, match=r"no vLLM server has answered .* answered 500: out of luck"):
-                visitor.generate(PROMPTS, 1, Sampling(12, seed=3))
+                visitor.generate(make_requests(PROMPTS, 1, 3), Sampling(12))
             assert time.monotonic() - begun < 30
         finally:
             visitor.close()
@@ -308,7 +310,7 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
 def test_a_server_killed_during_a_request_is_replaced_and_asked_again(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = PROMPTS * 4, 8, Sampling(300, seed=9)
+    arguments = make_requests(PROMPTS * 4, 8, 9), Sampling(300)
     expected = [[r.token_ids for r in rs] for rs in engine.generate(*arguments)]
     before = engine.update_weights(engine._version)
     left = Left.of(engine)

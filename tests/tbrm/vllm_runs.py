@@ -12,7 +12,7 @@ from transformers import Qwen3ForCausalLM
 from tbrm.config import Config
 from tbrm.data import Trajectory, pack
 from tbrm.model import PolicyModel
-from tbrm.rollout import RolloutEngine, Sampling
+from tbrm.rollout import RolloutEngine, Sampling, make_requests
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_rollout import greedy_by_hand
@@ -56,10 +56,14 @@ def vllm_config(
 @torch.no_grad()
 def assert_answers_are_the_policys(engine: RolloutEngine, policy: PolicyModel) -> None:
     """Greedy responses are those of the transformers model, token for token, and the log-probs of sampled ones, too."""
-    for prompt, [response] in zip(PROMPTS, engine.generate(PROMPTS, 1, Sampling(12, temperature=0)), strict=True):
+    for prompt, [response] in zip(
+        PROMPTS, engine.generate(make_requests(PROMPTS, 1), Sampling(12, temperature=0)), strict=True
+    ):
         assert response.token_ids == greedy_by_hand(policy, prompt, engine.eos_ids, 12)
         assert response.truncated == (response.token_ids[-1] not in engine.eos_ids)
-    for prompt, responses in zip(PROMPTS, engine.generate(PROMPTS, 3, Sampling(12, policy.temperature)), strict=True):
+    for prompt, responses in zip(
+        PROMPTS, engine.generate(make_requests(PROMPTS, 3), Sampling(12, policy.temperature)), strict=True
+    ):
         for response in responses:
             ours = policy(pack([Trajectory(prompt, response.token_ids, 0.0)])).logprobs
             torch.testing.assert_close(torch.tensor(response.logprobs), ours, atol=1e-4, rtol=0)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.config import RolloutConfig
 from tbrm.model import PolicyModel
-from tbrm.rollout.base import Response, Sampling, derive_seed
+from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.check import SyncCheck
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
@@ -58,13 +58,12 @@ class ColocatedEngine:
         self._version = version
         return self._sync_metrics
 
-    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
         params = []
-        for i, prompt in enumerate(prompts):
-            seed = derive_seed(sampling.seed, i, 0)
-            length = room(prompt, sampling.max_new_tokens, self._llm.model_config.max_model_len)
-            params.append(sampling_params(samples, length, sampling.temperature, seed, self.eos_ids))
-        return self._generate(prompts, params)
+        for each in requests:
+            length = room(each.prompt, sampling.max_new_tokens, self._llm.model_config.max_model_len)
+            params.append(sampling_params(each.samples, length, sampling.temperature, each.seed, self.eos_ids))
+        return self._generate([each.prompt for each in requests], params)
 
     def close(self) -> None:
         if self._guard is not None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.config import ConfigError, RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
-from tbrm.rollout.base import Response, Sampling, derive_seed
+from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck
@@ -111,22 +111,22 @@ class VllmEngine:
         restarts, reissued = map(sum, zip(*self.world.gather((self._restarts, self._reissued)), strict=True))
         return {**self._sync_metrics, "engine/restarts": restarts, "engine/reissued": reissued}
 
-    def generate(self, prompts: Sequence[list[int]], samples: int, sampling: Sampling) -> list[list[Response]]:
-        count = min(samples, self.batch_size)  # vLLM wants no more of one request
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+        count = min([self.batch_size, *(each.samples for each in requests)])  # vLLM wants no more of one request
         jobs = [
             _Job(
                 i,
-                prompt,
+                each.prompt,
                 sampling_params(
-                    min(count, samples - drawn),
-                    room(prompt, sampling.max_new_tokens, self._max_model_len),
+                    min(count, each.samples - drawn),
+                    room(each.prompt, sampling.max_new_tokens, self._max_model_len),
                     sampling.temperature,
-                    derive_seed(sampling.seed, i, drawn),
+                    each.seed + drawn,  # vLLM seeds the n-th response to a request with its seed plus n
                     self.eos_ids,
                 ),
             )
-            for i, prompt in enumerate(prompts)
-            for drawn in range(0, samples, count)
+            for i, each in enumerate(requests)
+            for drawn in range(0, each.samples, count)
         ]
         # As many requests as keep the servers busy; more would wait there, against the time limit.
         in_flight = min(len(jobs), max(1, 2 * self.batch_size // count) * len(self._servers))
@@ -135,7 +135,7 @@ class VllmEngine:
             answers = list(threads.map(self._answer, jobs))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-        responses: list[list[Response]] = [[] for _ in prompts]
+        responses: list[list[Response]] = [[] for _ in requests]
         for job, answer in zip(jobs, answers, strict=True):
             responses[job.index] += answer
         return responses
