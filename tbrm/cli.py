@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tbrm.paths import expand
+
 # Everything heavy is imported inside the command that needs it: `tbrm --help` must not wait for torch.
 
 
@@ -172,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def recipe_arguments(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("recipe", help="a YAML file, such as recipes/tiny.yaml")
+        sub.add_argument("recipe", type=_path, help="a YAML file, such as recipes/tiny.yaml")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces a key of the recipe")
 
     sub = command("train", train, "Train a model as a recipe says.", add_help=False)
@@ -205,49 +207,52 @@ def _parser() -> argparse.ArgumentParser:
         "  tbrm eval .models/SmolLM2-135M-Instruct --task reasoning_gym --k 4 task.family=chain_sum rollout.max_new_tokens=32",
     )
     sub.add_argument(
-        "model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)"
+        "model", type=_path, help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)"
     )
     sub.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="keys of task, rollout, evaluation and model"
     )
     sub.add_argument(
-        "--task", required=True, help="a recipe whose task is meant, or a task's name (with task.KEY=... after it)"
+        "--task",
+        type=_path,
+        required=True,
+        help="a recipe whose task is meant, or a task's name (with task.KEY=... after it)",
     )
     sub.add_argument("--k", type=int, default=1, help="responses to each problem, for avg@k and pass@k (default 1)")
     sub.add_argument("--temperature", type=float, help="0 is greedy; the default is 0 for one response, 1 for several")
     sub.add_argument("--prompts", type=int, help="held-out problems (default: the recipe's number, else 200)")
     sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-    sub.add_argument("--json", metavar="FILE", help="also write all figures and responses there")
+    sub.add_argument("--json", type=_path, metavar="FILE", help="also write all figures and responses there")
 
     sub = command(
         "score", score, "Audit recorded trajectories: sum of log-probs and V(s_1) under a model, a JSON line each."
     )
     sub.add_argument(
-        "model", help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)"
+        "model", type=_path, help="a Hugging Face folder, a hub name, or a run's folder (its best checkpoint is taken)"
     )
-    sub.add_argument("data", help="JSON lines with prompt or messages, response and reward")
+    sub.add_argument("data", type=_path, help="JSON lines with prompt or messages, response and reward")
     sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of model, rollout.temperature, ...")
-    sub.add_argument("--out", metavar="FILE", help="write there instead of to the terminal")
+    sub.add_argument("--out", type=_path, metavar="FILE", help="write there instead of to the terminal")
 
     sub = command(
         "rollout", rollout, "Record graded rollouts of a recipe's model, for offline training (data.trajectories)."
     )
     recipe_arguments(sub)
-    sub.add_argument("--out", required=True, metavar="FILE", help="the JSON lines file to write")
+    sub.add_argument("--out", type=_path, required=True, metavar="FILE", help="the JSON lines file to write")
     sub.add_argument("--steps", type=int, default=1, help="batches of rollout.prompts problems to answer (default 1)")
 
     command("doctor", doctor, "Show what is usable on this machine, what will be chosen, and why not the rest.")
 
     sub = command("report", report, "Write a run's report.html and plots; works on a running or killed run too.")
-    sub.add_argument("run", help="the run's folder, such as runs/demo")
+    sub.add_argument("run", type=_path, help="the run's folder, such as runs/demo")
 
     sub = command("export", export, "Turn a run's checkpoint into a normal Hugging Face folder.")
-    sub.add_argument("source", help="a run's folder (its best checkpoint is taken), or a checkpoint's")
-    sub.add_argument("out", help="the folder to make")
+    sub.add_argument("source", type=_path, help="a run's folder (its best checkpoint is taken), or a checkpoint's")
+    sub.add_argument("out", type=_path, help="the folder to make")
 
     sub = command("import-gguf", import_gguf, "Turn a GGUF file into a normal Hugging Face folder.")
-    sub.add_argument("file", help="a .gguf file of an architecture that transformers reads")
-    sub.add_argument("out", help="the folder to make")
+    sub.add_argument("file", type=_path, help="a .gguf file of an architecture that transformers reads")
+    sub.add_argument("out", type=_path, help="the folder to make")
     return parser
 
 
@@ -277,6 +282,13 @@ def _at_least_one(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {number}; wants at least 1")
     return number
+
+
+def _path(text: str) -> str:
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _decoding(temperature: float) -> str:

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from tbrm.objectives import Objective
+from tbrm.paths import ExpandedPath
 from tbrm.tasks import Task
 from tbrm_kernels.backends.cpu import multiplies_bfloat16
 
@@ -22,11 +23,13 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: str = Field(description="Folder of the run: config, metrics, checkpoints, samples, report.")
+    dir: ExpandedPath = Field(description="Folder of the run: config, metrics, checkpoints, samples, report.")
 
 
 class ModelConfig(Section):
-    name: str = Field(description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot.")
+    name: ExpandedPath = Field(
+        description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot."
+    )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -93,7 +96,7 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    trajectories: str | None = Field(
+    trajectories: ExpandedPath | None = Field(
         None,
         description="JSONL of recorded trajectories (prompt or messages, response, reward) to train on; no rollouts.",
     )
@@ -117,7 +120,7 @@ class VllmConfig(Section):
         description="How weights reach servers: file (read by them in weights_dir), broadcast (NCCL; without a GPU gloo), or "
         "adapters (a file of those alone; with lora.rank).",
     )
-    weights_dir: str | None = Field(
+    weights_dir: ExpandedPath | None = Field(
         None,
         description="Where weights are written; for a file, all servers see it. None: shared memory, or a temporary folder.",
     )
@@ -167,7 +170,7 @@ class ReplayConfig(Section):
         ge=0,
         description="Tokens, prompts included, of the trajectories kept. 0: no such limit; both 0: none are kept.",
     )
-    files: list[str] = Field(
+    files: list[ExpandedPath] = Field(
         [],
         description="JSONL of recorded trajectories (as data.trajectories) that join the buffer, patterns such as a/*.jsonl "
         "allowed; lines and files may come while training goes on. Lines without reward are graded by the task.",

@@ -25,6 +25,7 @@ from tbrm.flash_attention import FLASH_ATTENTION
 from tbrm.lora import Adapters, has_adapters, is_adapter, load_merged
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, Sharding, World
+from tbrm.paths import is_path
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.weights import materialise, read_weights
 
@@ -37,6 +38,12 @@ def load_model(
 
     With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
     """
+    if is_path(config.name) and not Path(config.name).is_dir():
+        what = "a file" if Path(config.name).exists() else "not there"
+        raise ValueError(
+            f"model.name: {config.name!r} is {what}; wants a folder (relative ones start at {Path.cwd()}). "
+            "`tbrm import-gguf FILE OUT` makes one of a GGUF file"
+        )
     if has_adapters(config.name):
         if meta:
             raise ValueError(

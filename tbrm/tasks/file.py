@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from tbrm.paths import ExpandedPath
 from tbrm.spelling import hint
 from tbrm.tasks.base import Grade, Message, Problem, Task
 from tbrm.tasks.rows import read_rows
@@ -22,8 +23,8 @@ class FileTask(Task):
     The file is read when the task is made. Training takes its rows in a new random order each epoch.
     """
 
-    path: str = Field(description="The problems: a .jsonl or .parquet file.")
-    heldout_path: str | None = Field(None, description="A second file, for evaluation only.")
+    path: ExpandedPath = Field(description="The problems: a .jsonl or .parquet file.")
+    heldout_path: ExpandedPath | None = Field(None, description="A second file, for evaluation only.")
     heldout_rows: int = Field(0, ge=0, description="Or: keep the last so many rows of `path` for evaluation.")
     prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
     answer_column: str = Field("answer", description="Column of the reference answers: text or a number.")

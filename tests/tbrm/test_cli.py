@@ -147,6 +147,17 @@ def test_report_of_a_run(trained: Path) -> None:
     assert (trained / "run" / "report.html").read_text().lstrip().startswith("<!")
 
 
+def test_paths_on_the_command_line_may_begin_with_a_home(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands `--out=~/data.jsonl`, nor what another program passes on."""
+    (trained / "home").mkdir()
+    monkeypatch.setenv("HOME", str(trained / "home"))
+    monkeypatch.setenv("HERE", str(trained))
+    tbrm("rollout", "$HERE/recipe.yaml", "--out=~/data.jsonl", cwd=trained / "home")
+    assert (trained / "home" / "data.jsonl").exists()
+    refused = tbrm("report", "${NOWHERE}/run", cwd=trained, check=False)
+    assert "names the environment variable 'NOWHERE', which is not set" in refused.stderr
+
+
 def test_a_missing_model_is_named(trained: Path) -> None:
     done = tbrm("eval", "no/such-model", "--task", "recipe.yaml", cwd=trained, check=False)
     assert done.returncode == 1
