@@ -3,8 +3,9 @@
 ``checkpoints/step-000010/`` holds the weights (safetensors, in the slices of the processes that wrote them; those of one
 process are a Hugging Face folder as they are, and `tbrm export` makes one of any; of a model with LoRA adapters these alone, as
 peft saves them), and in ``trainer/`` the optimiser, the reference once it was reset, the trajectories that wait for their
-step (all safetensors), the counters (JSON) and the replay buffer (see replay.py). All randomness is derived from the seed
-and the counters. ``manifest.json`` holds the hash of every file. ``latest`` and ``best`` are links.
+step, or the scores of recorded ones (all safetensors), the counters (JSON) and the replay buffer (see replay.py). All
+randomness is derived from the seed and the counters. ``manifest.json`` holds the hash of every file. ``latest`` and ``best``
+are links.
 
 A folder is written under another name and renamed when complete, and only then linked, so a kill never leaves half a
 checkpoint under a good name. Nothing is pickled.
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,14 +38,14 @@ from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
-from tbrm.rollout.collect import Collected
-from tbrm.stored import load_trajectories, save_trajectories
+from tbrm.supply import Supply
 from tbrm.weights import read_weights, whole
 
 FORMAT = 3
 _UNFINISHED = ".writing-"
-_OPTIMIZER, _REFERENCE, _STATE, _REPLAY, _WAITING = (
-    f"trainer/{name}" for name in ("optimizer", "reference", "state.json", "replay", "waiting")
+_TRAINER = "trainer"
+_OPTIMIZER, _REFERENCE, _STATE, _REPLAY = (
+    f"{_TRAINER}/{name}" for name in ("optimizer", "reference", "state.json", "replay")
 )
 _MANIFEST = "manifest.json"
 
@@ -64,6 +65,8 @@ class TrainerState:
     """Of the source of trajectories."""
     recorded: dict[str, list[int]] = field(default_factory=dict)
     """The position in the files of recorded trajectories."""
+    resolved: dict[str, str] = field(default_factory=dict)
+    """What the recipe's words came to (see resolved.py); {} in a checkpoint of an earlier version."""
     reference_version: int = 0
     skipped_in_a_row: int = 0
     """Steps whose loss or gradient was not finite, up to this one."""
@@ -100,7 +103,7 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         reference: ReferenceModel,
         replay: ReplayBuffer,
-        waiting: Sequence[Collected],
+        supply: Supply,
         *,
         best: bool,
     ) -> None:
@@ -120,13 +123,13 @@ class Checkpoints:
         if self.world.is_main:
             with self._explained(name):
                 shutil.rmtree(writing, ignore_errors=True)
-                (writing / "trainer").mkdir(parents=True)
+                (writing / _TRAINER).mkdir(parents=True)
                 policy.save_config(writing)
                 tokenizer.save_pretrained(writing)
                 if policy.adapters is not None:
                     policy.adapters.save(writing, adapters)
                 hashes = {f"{_REPLAY}/{file}": digest for file, digest in replay.save(writing / _REPLAY).items()}
-                _write_waiting(writing / _WAITING, waiting)
+                supply.save(writing / _TRAINER)
                 values = {"format": FORMAT, **asdict(state)}
                 (writing / _STATE).write_text(json.dumps(values, indent=2) + "\n")
         self.world.gather(None)  # the folder is there
@@ -211,6 +214,15 @@ class Checkpoints:
                 raise
 
 
+def latest_step(run_dir: Path) -> int | None:
+    """That of a run's latest checkpoint, which is not checked; None if there is none, or it does not say."""
+    try:
+        step = json.loads((run_dir / "checkpoints" / "latest" / _STATE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 class Checkpoint:
     """One on disk, whose files are what its manifest says. Raises CheckpointError where they are not."""
 
@@ -231,9 +243,11 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         reference: ReferenceModel,
         replay: ReplayBuffer,
+        supply: Supply,
     ) -> None:
-        """Takes weights, reference, optimiser and replay buffer from it, whatever number of processes wrote it."""
+        """Takes all that was saved from it, whatever number of processes wrote it."""
         replay.restore(self.folder / _REPLAY)
+        supply.restore(self.folder / _TRAINER)
         # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
         if self.state.reference_version > 0:
             reference.load(self.folder / _REFERENCE, self.state.reference_version)
@@ -244,14 +258,6 @@ class Checkpoint:
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         read_weights(_optimizer_tensors(policy, optimizer), self.folder / _OPTIMIZER)
-
-    def waiting(self) -> list[Collected]:
-        """What was collected and not trained on yet."""
-        paths = sorted((self.folder / _WAITING).glob("*.safetensors"))
-        return [
-            Collected(load_trajectories(path), metrics=json.loads(path.with_suffix(".json").read_text()))
-            for path in paths
-        ]
 
 
 _WRONG = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -279,13 +285,6 @@ def _good_one_before(folder: Path, world: World) -> Path | None:
             continue
         return other
     return None
-
-
-def _write_waiting(folder: Path, waiting: Sequence[Collected]) -> None:
-    folder.mkdir()
-    for number, collected in enumerate(waiting):
-        save_trajectories(folder / f"{number:06d}.safetensors", collected.trajectories)
-        (folder / f"{number:06d}.json").write_text(json.dumps(collected.metrics))
 
 
 def _optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -42,19 +42,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
+    from tbrm.config import ConfigError
     from tbrm.parallel import launched
     from tbrm.recipe import load_config
+    from tbrm.resume import nothing_left
     from tbrm.run_writer import prepare_run_dir
     from tbrm.trainer import Trainer
 
+    if args.overwrite and args.resume_anyway:
+        raise ConfigError("--overwrite and --resume-anyway: one deletes what the other goes on with; give one of them")
     config = load_config(args.recipe, args.overrides)
+    resume = args.resume or args.resume_anyway
     _quiet_libraries()
+
+    def prepare() -> str | None:
+        prepare_run_dir(Path(config.run.dir), resume=resume, overwrite=args.overwrite)
+        return nothing_left(config, anyway=args.resume_anyway) if resume else None
+
     with launched(config.model, config.parallel) as world:
+        finished = world.on_main(prepare)
+        if not finished:
+            Trainer(config, resume=resume, anyway=args.resume_anyway, world=world).train()
         if world.is_main:
-            prepare_run_dir(Path(config.run.dir), resume=args.resume, overwrite=args.overwrite)
-        Trainer(config, resume=args.resume, world=world).train()
-        if world.is_main:
-            print(f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
+            print(finished or f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -182,6 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     fate = sub.add_mutually_exclusive_group()
     fate.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
     fate.add_argument("--overwrite", action="store_true", help="delete what run.dir holds and start afresh")
+    sub.add_argument(
+        "--resume-anyway", action="store_true", help="as --resume, though the recipe makes another run of it"
+    )
     sub.add_argument("-h", "--help", nargs=0, action=_HelpWithKeys, help="show this help and every key of a recipe")
 
     recipe_arguments(command("config", show_config, "Check a recipe and show every key with its value and meaning."))

@@ -10,13 +10,18 @@ the task's verifier wants to know of a problem (reasoning_gym's: `{"position": .
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
+from array import array
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import encode_messages
@@ -24,18 +29,51 @@ from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.rollout.base import derive_seed
-from tbrm.rollout.collect import Collected
+from tbrm.rollout.collect import WAITING, Collected, load_collected
+from tbrm.stored import score_columns, scores_at
 from tbrm.tasks import Problem, Task
+
+_SCORES = "scores.safetensors"
 
 
 class FileSource:
-    """Deals a file's trajectories out in a seeded order, reshuffled each epoch. `position` is all of its state."""
+    """Deals a file's trajectories out in a seeded order, reshuffled each epoch. Its state is `position`, and what the
+    reference said of the trajectories in earlier epochs: said anew, in another packing, it would differ in its last bits."""
 
     def __init__(self, trajectories: list[Trajectory], config: RolloutConfig, seed: int) -> None:
         self.trajectories = trajectories
         self.per_step = config.prompts * config.samples
         self.seed = seed
         self.position = 0
+
+    def save(self, folder: Path, waiting: Iterable[Collected]) -> None:
+        """Into a checkpoint: the scores of all trajectories, and which of them are `waiting` for their step."""
+        number = {id(trajectory): i for i, trajectory in enumerate(self.trajectories)}
+        steps = [[number[id(trajectory)] for trajectory in collected.trajectories] for collected in waiting]
+        said = {"of": self._fingerprint, "waiting": json.dumps(steps)}
+        save_file(score_columns(self.trajectories), folder / _SCORES, metadata=said)
+
+    def restore(self, folder: Path) -> list[Collected]:
+        """Takes the scores back, unless they are of other trajectories; returns what was waiting."""
+        if not (folder / _SCORES).exists():  # an earlier version's
+            return load_collected(folder / WAITING)
+        with safe_open(folder / _SCORES, framework="pt") as file:
+            said, columns = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if said["of"] != self._fingerprint:
+            return []
+        for trajectory, score in zip(
+            self.trajectories, map(scores_at(columns), range(len(self.trajectories))), strict=True
+        ):
+            trajectory.reference = score
+        return [Collected([self.trajectories[i] for i in step]) for step in json.loads(said["waiting"])]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for t in self.trajectories:
+            lengths = (len(t.prompt_ids), len(t.response_ids))
+            digest.update(array("q", [*lengths, *t.prompt_ids, *t.response_ids, *t.actions]).tobytes())
+        return digest.hexdigest()
 
     def collect(self, step: int, phases: Phases) -> Collected:
         with phases("rollout"):

@@ -11,15 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
 from tbrm.config import Config, ConfigError
 from tbrm.evaluate import Evaluation
 from tbrm.metrics import Metric, MetricsLog, Progress
 from tbrm.recipe import config_to_dict
+from tbrm.resume import HISTORY, write_recipe
 
 RUN_FILES = (
     "config.yaml",
+    HISTORY,
     "metrics.jsonl",
     "eval.jsonl",
     "result.json",
@@ -50,7 +50,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
         )
         self._progress = self._stack.enter_context(Progress(config.trainer.steps, done=step))
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        write_recipe(self.run_dir, config, resumed_at=step if resumed else None)
+        (self.run_dir / "result.json").unlink(missing_ok=True)  # of a run that goes on from its end
 
     def step(self, step: int, metrics: Mapping[str, Metric]) -> None:
         if self._writes:

@@ -5,7 +5,7 @@ Columns of one value per trajectory stand beside those that hold the tokens (or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,7 +25,6 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
     def column(values: Sequence[object], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype)
 
-    scores = [t.reference for t in trajectories]
     versions = [_NONE if t.weight_version is None else t.weight_version for t in trajectories]
     chosen = [t.action_mask or [True] * len(t.response_ids) for t in trajectories]
     tensors = {
@@ -37,31 +36,47 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
         "truncated": column([t.truncated for t in trajectories], torch.bool),
         "groups": column([t.group for t in trajectories], torch.int64),
         "weight_versions": column(versions, torch.int64),
-        "reference_versions": column([score.version if score else _NONE for score in scores], torch.int64),
-        "reference_lengths": column([len(score.logprobs) if score else 0 for score in scores], torch.int64),
+    }
+    save_file(tensors | score_columns(trajectories), path)
+
+
+def score_columns(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+    """What the reference said of them, as tensors to save."""
+    scores = [t.reference for t in trajectories]
+    return {
+        "reference_versions": torch.tensor([score.version if score else _NONE for score in scores], dtype=torch.int64),
+        "reference_lengths": torch.tensor([len(score.logprobs) if score else 0 for score in scores], dtype=torch.int64),
         "reference_logprobs": torch.cat([torch.zeros(0), *(score.logprobs for score in scores if score)]),
         "reference_values": torch.stack([torch.zeros(()), *(s.value if s else torch.zeros(()) for s in scores)])[1:],
     }
-    save_file(tensors, path)
+
+
+def scores_at(columns: Mapping[str, Tensor]) -> Callable[[int], ReferenceScore | None]:
+    """What `score_columns` has of the trajectory at a row."""
+    versions, values = columns["reference_versions"].tolist(), columns["reference_values"]
+    bounds = [0, *accumulate(columns["reference_lengths"].tolist())]
+
+    def score(row: int) -> ReferenceScore | None:
+        if versions[row] == _NONE:
+            return None
+        logprobs = columns["reference_logprobs"][bounds[row] : bounds[row + 1]]
+        return ReferenceScore(versions[row], logprobs.clone(), values[row].clone())
+
+    return score
 
 
 def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Trajectory]:
     """The trajectories at `rows`, in that order; without it all."""
     with safe_open(path, framework="pt") as file:
         columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    names = ("prompt_lengths", "response_lengths", "reference_lengths", "rewards", "truncated", "groups")
-    prompts, responses, scored, rewards, truncated, groups = (columns[name].tolist() for name in names)
-    weight_versions, reference_versions = columns["weight_versions"].tolist(), columns["reference_versions"].tolist()
+    names = ("prompt_lengths", "response_lengths", "weight_versions", "rewards", "truncated", "groups")
+    prompts, responses, weight_versions, rewards, truncated, groups = (columns[name].tolist() for name in names)
     token_at = [0, *accumulate(p + r for p, r in zip(prompts, responses, strict=True))]
-    chosen_at, score_at = [0, *accumulate(responses)], [0, *accumulate(scored)]
+    chosen_at, score = [0, *accumulate(responses)], scores_at(columns)
 
     def load(row: int) -> Trajectory:
         middle, stop = token_at[row] + prompts[row], token_at[row + 1]
         chosen = columns["chosen"][chosen_at[row] : chosen_at[row + 1]].tolist()
-        score = None
-        if reference_versions[row] != _NONE:
-            logprobs = columns["reference_logprobs"][score_at[row] : score_at[row + 1]].clone()
-            score = ReferenceScore(reference_versions[row], logprobs, columns["reference_values"][row].clone())
         return Trajectory(
             prompt_ids=columns["tokens"][token_at[row] : middle].tolist(),
             response_ids=columns["tokens"][middle:stop].tolist(),
@@ -70,7 +85,7 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
             group=groups[row],
             weight_version=None if weight_versions[row] == _NONE else weight_versions[row],
             action_mask=None if all(chosen) else chosen,
-            reference=score,
+            reference=score(row),
         )
 
     return [load(row) for row in (range(len(prompts)) if rows is None else rows)]

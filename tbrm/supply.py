@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 
 from tbrm.metrics import Phases
 from tbrm.offline import FileSource
@@ -16,8 +17,8 @@ class Supply:
         self.source = source
         self.updates = updates
         self.waiting: deque[Collected] = deque()
-        """What is collected and not trained on yet, one for each of the next steps. With the source's position, which is
-        that after them, it is all there is to save."""
+        """What is collected and not trained on yet, one for each of the next steps; the source's position is that after
+        them."""
 
     def collect(self, step: int, phases: Phases) -> Collected:
         """What update `step` is to train on for the first time."""
@@ -27,6 +28,14 @@ class Supply:
 
     def settle(self, phases: Phases) -> None:
         """Returns when nothing is being collected."""
+
+    def save(self, folder: Path) -> None:
+        """Puts what waits into a folder of a checkpoint, and whatever else the source must know again beside its position."""
+        self.source.save(folder, self.waiting)
+
+    def restore(self, folder: Path) -> None:
+        """Takes over what `save` put there."""
+        self.waiting.extend(self.source.restore(folder))
 
     def close(self) -> None:
         """Ends what is being collected."""

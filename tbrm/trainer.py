@@ -37,6 +37,7 @@ from tbrm.parallel import ALONE, World, accumulate
 from tbrm.recorded import RecordedFiles
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
+from tbrm.resolved import is_same_reference, resolve
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
 from tbrm.run_writer import RunWriter
@@ -48,9 +49,10 @@ from tbrm_kernels import TokenStats, segment_sums
 
 
 class Trainer:
-    """One run of a config. `resume` continues from its latest checkpoint, if it has one."""
+    """One run of a config. `resume` continues from its latest checkpoint, if it has one; `anyway`: though the model, the
+    data or the machine's precision are not what they were."""
 
-    def __init__(self, config: Config, *, resume: bool = False, world: World = ALONE) -> None:
+    def __init__(self, config: Config, *, resume: bool = False, anyway: bool = False, world: World = ALONE) -> None:
         if config.rollout.max_staleness and config.rollout.engine == "embedded" and world.mesh is not None:
             raise ConfigError(
                 f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where no process has the weights that "
@@ -68,6 +70,9 @@ class Trainer:
         self.heldout = config.task.heldout(config.evaluation.prompts) if config.task else []
         self.policy, self.tokenizer = load_policy(config, world)
         self.state.day = self.state.day or world.gather(date.today().isoformat())[0]  # it may be midnight
+        resolved = world.on_main(lambda: resolve(config))
+        known = is_same_reference(config, self.state.resolved, resolved, anyway=anyway)
+        self.state.resolved = resolved
         set_day(self.tokenizer, date.fromisoformat(self.state.day))
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
@@ -87,8 +92,8 @@ class Trainer:
         )
         self.supply = make_supply(source, config, self.optimizer)
         if checkpoint:
-            checkpoint.load(self.policy, self.optimizer, self.reference, self.replay)
-            self.supply.waiting.extend(checkpoint.waiting())
+            checkpoint.load(self.policy, self.optimizer, self.reference, self.replay, self.supply)
+            self.reference.version += not known  # scores of another one are not used
             source.position = self.state.position
             self.recorded.position = self.state.recorded
         self.phases = Phases(self.device)
@@ -283,7 +288,7 @@ class Trainer:
                 self.optimizer,
                 self.reference,
                 self.replay,
-                list(self.supply.waiting),
+                self.supply,
                 best=best,
             )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,7 +16,11 @@ from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
+from tbrm.stored import load_trajectories, save_trajectories
 from tbrm.tasks import Problem, ProblemStream
+
+WAITING = "waiting"
+"""A checkpoint's folder of what is collected and not trained on yet."""
 
 
 @dataclass
@@ -37,6 +44,21 @@ class Collected:
         split = [Collected([t for m in members[a:b] for t in m]) for a, b in pairwise(bounds)]
         split[0].metrics = self.metrics
         return split
+
+
+def save_collected(folder: Path, waiting: Iterable[Collected]) -> None:
+    """Into a new folder; problems are left out."""
+    folder.mkdir()
+    for number, collected in enumerate(waiting):
+        save_trajectories(folder / f"{number:06d}.safetensors", collected.trajectories)
+        (folder / f"{number:06d}.json").write_text(json.dumps(collected.metrics))
+
+
+def load_collected(folder: Path) -> list[Collected]:
+    return [
+        Collected(load_trajectories(path), metrics=json.loads(path.with_suffix(".json").read_text()))
+        for path in sorted(folder.glob("*.safetensors"))
+    ]
 
 
 class RolloutSource:
@@ -65,6 +87,13 @@ class RolloutSource:
     @position.setter
     def position(self, position: int) -> None:
         self.stream.position = position
+
+    def save(self, folder: Path, waiting: Iterable[Collected]) -> None:
+        """What was collected and `waiting`, into a checkpoint: the weights that made it will be gone."""
+        save_collected(folder / WAITING, waiting)
+
+    def restore(self, folder: Path) -> list[Collected]:
+        return load_collected(folder / WAITING)
 
     def collect(self, step: int, phases: Phases) -> Collected:
         """A rollout with the weights of this moment: update `step` is the next."""

@@ -58,6 +58,10 @@ class Task(ABC, BaseModel):
     def heldout(self, count: int) -> list[Problem]:
         """`count` distinct held-out problems, the same on every call and for every training seed."""
 
+    def files(self) -> dict[str, str]:
+        """The files that problems are read from, by the key that names them: a resumed run wants them as they were."""
+        return {}
+
     @abstractmethod
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         """One grade for each response; problems[i] is what responses[i] answers."""

@@ -68,6 +68,9 @@ class FileTask(Task):
             )
         return distinct[:count]
 
+    def files(self) -> dict[str, str]:
+        return {"path": self.path} | ({} if self.heldout_path is None else {"heldout_path": self.heldout_path})
+
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         return self._verify(problems, responses)
 
