@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from tbrm.objectives import Objective
 from tbrm.paths import ExpandedPath
@@ -57,12 +58,29 @@ class ModelConfig(Section):
             raise ValueError("compile and liger are both true, and both replace norms and MLP: set one to false")
         return self
 
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"got {device!r}; wants auto, cpu, cuda or cuda:N")
+        return device
+
     def resolve_device(self) -> torch.device:
+        """Raises ConfigError for a GPU that is not there."""
+        device, seen = self._device(), torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= seen:
+            raise ConfigError(
+                f"model.device: {self.device}; torch sees {seen or 'no'} GPU{'' if seen == 1 else 's'} here, counted from 0 "
+                "(`tbrm doctor` says why): set it to auto or cpu"
+            )
+        return device
+
+    def _device(self) -> torch.device:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
 
     def resolve_precision(self) -> torch.dtype:
         if self.precision == "auto":
-            on_cpu = self.resolve_device().type == "cpu"
+            on_cpu = self._device().type == "cpu"
             return torch.float32 if on_cpu and not multiplies_bfloat16() else torch.bfloat16
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
@@ -70,15 +88,15 @@ class ModelConfig(Section):
         """Raises ConfigError where flash is wanted and cannot be."""
         installed = importlib.util.find_spec("flash_attn") is not None
         precision = self.resolve_precision()
-        fits = self.resolve_device().type == "cuda" and precision is torch.bfloat16
+        fits = self._device().type == "cuda" and precision is torch.bfloat16
         if fits and torch.cuda.is_available():
-            fits = torch.cuda.get_device_capability(self.resolve_device()) >= (8, 0)
+            fits = torch.cuda.get_device_capability(self._device()) >= (8, 0)
         if self.attention != "flash":
             return "flash" if self.attention == "auto" and fits and installed else "sdpa"
         if not fits:
             raise ConfigError(
                 "model.attention: flash; wants a GPU (of compute capability 8.0 or more) and bfloat16, and this is "
-                f"{self.resolve_device()} and {precision}: set it to auto"
+                f"{self._device()} and {precision}: set it to auto"
             )
         if not installed:
             raise ConfigError("model.attention: flash; wants flash-attn: pip install 'tbrm[gpu]', or set it to auto")

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbrm.config import ConfigError
+from tbrm.cli import main
+from tbrm.config import ConfigError, ModelConfig
+from tbrm.load import load_policy
 from tbrm.recipe import config_to_dict, describe, load_config, load_sections, parse_config
 from tests.tbrm.conftest import RECIPES, tiny_tree
 
@@ -52,6 +54,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("trainer.steps=2.5", r"trainer.steps: got 2.5 \(float\); wants: input should be a valid integer"),
         ("trainer.steps=true", r"trainer.steps: got True \(bool\)"),
         ("trainer.steps=0", r"trainer.steps: got 0 \(int\); wants: input should be greater than or equal to 1"),
+        ("model.device=gpu", r"^model.device: got 'gpu'; wants auto, cpu, cuda or cuda:N$"),
         ("logging.wandb=1", r"logging.wandb: got 1 \(int\); wants: input should be a valid boolean"),
         (
             "rollout.truncated=maybe",
@@ -135,3 +138,18 @@ def test_what_only_servers_take_is_refused_without_them(setting: str) -> None:
     key, _, _ = setting.partition("=")
     with pytest.raises(ConfigError, match=rf"rollout.vllm.{key} is .* but rollout.engine is 'embedded'"):
         load_config(RECIPES / "tiny.yaml", [f"rollout.vllm.{setting}"])
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cuda", 0), ("cuda:7", 1), ("cuda:2", 2)])
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded_or_written(
+    tmp_path: Path, device: str, seen: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
+    recipe = str(RECIPES / "tiny.yaml")
+    assert main(["train", recipe, f"run.dir={tmp_path / 'run'}", "model.name=none/such", f"model.device={device}"]) == 1
+    said = f"tbrm train: model.device: {device}; torch sees {seen or 'no'} GPU"
+    assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=f"model.device: {device}; torch sees"):  # `tbrm eval`, `score` and `rollout`
+        load_policy(load_config(recipe, [f"model.device={device}"]))
+    assert ModelConfig(name="tiny", device="auto").resolve_device().type == "cpu"
