@@ -58,6 +58,12 @@ class Trainer:
                 f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where no process has the weights that "
                 "its own engine would need beside training; set rollout.engine to vllm, or this to 0"
             )
+        patience = config.rollout.vllm.start_timeout + config.rollout.vllm.request_timeout
+        if config.rollout.engine == "vllm" and world.size > 1 and config.parallel.timeout <= patience:
+            raise ConfigError(
+                f"parallel.timeout: {config.parallel.timeout} s, in which others wait for a process that waits for a server: "
+                f"raise it above {patience} s, rollout.vllm.start_timeout and request_timeout together, or lower these"
+            )
         self.config = config
         self.world = world
         self.run_dir = Path(config.run.dir)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast, Receiver
-from tbrm.rollout.vllm.server import RefusedError, Server, ServerError
+from tbrm.rollout.vllm.connection import RefusedError, ServerError
+from tbrm.rollout.vllm.server import Server
 
 WEIGHTS = {"head": torch.randn(7, 3).bfloat16(), "norm": torch.randn(5), "scale": torch.tensor(2.0)}
 

@@ -66,6 +66,17 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("replay.samples_per_step=5", r"replay.samples_per_step is set but replay.capacity and"),
         ("evaluation.temperature=0", r"evaluation: samples is 16 but temperature is 0"),
         ("optim.warmup_steps=1000", r"optim.warmup_steps \(1000\) is above trainer.steps"),
+        (
+            "rollout.vllm.addresses=[127.0.0.1:8012]",
+            r"vllm.addresses: '127.0.0.1:8012' is no address; wants http:// or",
+        ),
+        ("rollout.vllm.addresses=[localhost]", r"vllm.addresses: 'localhost' is no address; wants http:// or https://"),
+        ("rollout.vllm.addresses=[http://:8012]", r"is no address; wants http:// or https://, a host"),
+        ("rollout.vllm.addresses=['http://a:port']", r"'http://a:port' is no address"),
+        ("rollout.vllm.addresses=['https://me:secret@a']", r"vllm.addresses: a: an address has neither a user"),
+        ("rollout.vllm.addresses=['http://a:1', 'http://a:1/v1']", r"http://a:1 is there twice: name each server once"),
+        ("rollout.vllm.api_key_env=KEY", r"rollout.vllm: api_key_env is set but addresses is not"),
+        ("rollout.vllm={addresses: ['http://a:1'], devices: [0]}", r"rollout.vllm: devices is set, and addresses, too"),
         ("trainer.steps", r"override 'trainer.steps': wants key.sub=value"),
         ("seed.sub=1", r"override 'seed.sub=1': seed is not a section"),
         ("model.name=[1", r"the value is not YAML"),
@@ -76,6 +87,14 @@ def test_bad_keys_and_values_are_named(override: str, message: str, tmp_path: Pa
     recipe.write_text((RECIPES / "tiny.yaml").read_text() + "\nseed: 0\n")
     with pytest.raises(ConfigError, match=message):
         load_config(recipe, [override])
+
+
+def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
+    written = "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1]"
+    config = load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={written}"])
+    known = ["http://10.0.0.7:8000", "http://h:1", "https://h", "http://h:2", "http://[::1]:8", "https://h/team"]
+    assert config.rollout.vllm.addresses == known
+    assert load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={known}"]) == config
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ from tbrm.rollout import Request, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.rollout.vllm import broadcast, handover
 from tbrm.rollout.vllm.check import StaleWeightsError
+from tbrm.rollout.vllm.connection import RefusedError, ServerError, _connect
 from tbrm.rollout.vllm.engine import VllmEngine
-from tbrm.rollout.vllm.server import RefusedError, Server, ServerError, _connect, check_version
+from tbrm.rollout.vllm.server import Server, check_version
 from tbrm.tasks import ProblemStream
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
@@ -42,18 +43,19 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 class Left:
     """What a server could leave behind: its group of processes, and their files."""
 
-    def __init__(self, group: int, folder: Path) -> None:
+    def __init__(self, group: int, *folders: Path) -> None:
         self.group = group
-        self.paths = {folder}
+        self.folders = set(folders)
+        self.paths = {*folders}
         for process in self.processes():
             maps = Path(f"/proc/{process}/maps").read_text()
             self.paths |= {Path(name) for name in re.findall(r"/dev/shm/\S+", maps)}
         assert self.processes()
-        assert len(self.paths) > 1
+        assert len(self.paths) > 2
 
     @classmethod
     def of(cls, engine: VllmEngine) -> Left:
-        return cls(engine._keepers[0]._process._guard.pid, engine._handover.folder)
+        return cls(engine._keepers[0]._process._guard.pid, *engine._guard._folders)
 
     def processes(self) -> list[int]:
         found = []
@@ -232,7 +234,7 @@ class Proxy(BaseHTTPRequestHandler):
     def answer(self, body: bytes | None) -> None:
         status, text = 500, b"out of luck"
         if not self.server.broken:
-            connection = _connect(self.server.target, 60)
+            connection, _ = _connect(self.server.target, 60)
             connection.request(self.command, self.path, body, {"content-type": "application/json"})
             reply = connection.getresponse()
             status, text = reply.status, reply.read()
@@ -329,7 +331,7 @@ def test_a_server_killed_during_a_request_is_replaced_and_asked_again(
     assert after["engine/restarts"] == before["engine/restarts"] + 1
     assert after["engine/reissued"] > before["engine/reissued"]
     assert not left.processes()
-    assert not any(path.exists() for path in left.paths - {engine._handover.folder})
+    assert not any(path.exists() for path in left.paths - left.folders)
 
 
 def test_a_head_of_its_own_and_a_server_killed_during_two_syncs_and_an_exception(
@@ -432,8 +434,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: process.poll() is None and metrics.exists() and read_jsonl(metrics))
     [(guard, _)] = guards_of(process.pid, "server")
     [(_, command)] = guards_of(process.pid, "folder")
-    folder = Path(command[-1])
-    left = Left(guard, folder)
+    left = Left(guard, *map(Path, command[-2:]))
     process.kill()
     process.wait()
     wait_until(left.nothing, 30)
@@ -471,7 +472,7 @@ def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
         wait_until(lambda step=step: steps_done() >= step, 600)
         [(guard, _)] = guards_of(process.pid, "server")
         [(_, command)] = guards_of(process.pid, "folder")
-        left.append(Left(guard, Path(command[-1])))
+        left.append(Left(guard, *map(Path, command[-2:])))
         # The guard's command has its server's in it.
         names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in left[-1].processes()}
         [found] = [

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tbrm.rollout.vllm import guard
+import pytest
+
+from tbrm.rollout.vllm import guard, process
 
 # Takes shared memory and a semaphore, and is gone at once with all it holds, as a server is whose worker was killed.
 SERVER = """
@@ -60,3 +62,40 @@ def test_shared_memory_of_a_server_whose_guard_was_killed() -> None:
         guard.kill_group(process.pid)
         assert not guard.members(process.pid)
         assert not any(path.exists() for path in paths)
+
+
+def test_a_guard_whose_server_cannot_be_started_ends_and_says_why() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-S", guard.__file__, "server", "/no/such/program"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    ) as started:
+        assert started.wait(30) == 0
+        assert started.stdout is not None
+        assert "FileNotFoundError: [Errno 2] No such file or directory: '/no/such/program'" in started.stdout.read()
+
+
+def test_processes_that_nothing_can_kill_are_waited_for_no_longer_than_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.2)
+    monkeypatch.setattr(guard, "members", lambda _: [2**22 + 1])  # no such process: signals to it do nothing
+    assert guard.kill_group(2**22 + 1) == [2**22 + 1]
+    guard.kill_others()
+    assert f"processes [{2**22 + 1}] of the server could not be killed" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.2)
+    monkeypatch.setattr(guard.shutil, "rmtree", lambda *_, **__: None)
+    guard.delete(str(tmp_path))
+    monkeypatch.undo()
+    guarding = process.FolderGuard(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    guarding.stop()
+    assert f"not all of {tmp_path} could be deleted" in capsys.readouterr().err

@@ -31,7 +31,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from tbrm.rollout.vllm.server import RefusedError, Server, ServerError
+from tbrm.rollout.vllm.connection import RefusedError, ServerError
+from tbrm.rollout.vllm.server import Server
 
 RECEIVER = f"{__name__}.Receiver"
 

@@ -19,9 +19,9 @@ from tbrm.config import RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.embedded import end_token_ids
-from tbrm.rollout.vllm.check import SyncCheck
+from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
-from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment
+from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment, socket_folder
 from tbrm.rollout.vllm.server import room, sampling_params
 
 
@@ -29,7 +29,7 @@ class ColocatedEngine:
     """On a GPU vLLM sleeps between calls: weights go to the CPU's memory, that of keys and values is given back."""
 
     def __init__(self, config: RolloutConfig, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        check_installed()
+        refuse_experts_on_cpu(policy, check_installed())
         self.config = config
         self.policy = policy
         self.eos_ids = end_token_ids(policy.lm, tokenizer)
@@ -53,8 +53,9 @@ class ColocatedEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._handover.weights()})
             # Else what it has computed of known prompts would stay that of the old weights.
             self._llm.reset_prefix_cache()
-        probes = self._generate([self._check.prompt], [self._check.sampling])[0]
-        self._sync_metrics = self._check(probes, self._dtype)
+        length = self._llm.model_config.max_model_len
+        probes = self._generate([self._check.prompt(length)], [self._check.sampling])[0]
+        self._sync_metrics = self._check(probes, self._dtype, length)
         self._version = version
         return self._sync_metrics
 
@@ -89,11 +90,12 @@ class ColocatedEngine:
 
     def _start(self, handover: Handover) -> Any:
         assert handover.folder is not None
-        self._guard = FolderGuard(handover.folder)
+        temporary = socket_folder()
+        self._guard = FolderGuard(handover.folder, temporary)
         handover.write()
         os.environ.update(environment(self.config.vllm), VLLM_ENABLE_V1_MULTIPROCESSING="0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        with _process_left_as_it_was(), _temporary_files_in(handover.folder):
+        with _process_left_as_it_was(), _temporary_files_in(temporary):
             from vllm import LLM
 
             llm = LLM(str(handover.folder), enable_sleep_mode=self._sleeps, **self._options)

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,9 @@ from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
-from tbrm.rollout.vllm.check import SyncCheck
+from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
+from tbrm.rollout.vllm.connection import HungError, ServerError, headers_from_environment
+from tbrm.rollout.vllm.devices import gpu_of, places
 from tbrm.rollout.vllm.handover import (
     ADAPTERS,
     Handover,
@@ -37,8 +39,9 @@ from tbrm.rollout.vllm.handover import (
     read_from,
 )
 from tbrm.rollout.vllm.keeper import Keeper, publish
-from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options
-from tbrm.rollout.vllm.server import LateError, Server, ServerError, room, sampling_params
+from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options, socket_folder
+from tbrm.rollout.vllm.same_model import SameModel
+from tbrm.rollout.vllm.server import Server, room, sampling_params
 
 Result = TypeVar("Result")
 
@@ -74,12 +77,16 @@ class VllmEngine:
         self._options = engine_options(
             config.vllm, self._dtype, config.batch_size, policy.device, self._options_for_transfer()
         )
+        self._headers = self._on_main(lambda: headers_from_environment(config.vllm))
+        self._places: list[dict[str, str]] = []
         if not config.vllm.addresses:
-            check_installed()
-            if len(set(world.gather(socket.gethostname()))) > 1:
+            refuse_experts_on_cpu(policy, check_installed())
+            machines, gpus = zip(*world.gather((socket.gethostname(), gpu_of(policy.device))), strict=True)
+            if len(set(machines)) > 1:
                 raise ConfigError(
                     "rollout.vllm.addresses: missing; a run of several machines does not start servers itself"
                 )
+            self._places = self._on_main(lambda: places(config.vllm, policy.device, gpus))
         # Servers may have weights of other runs, by the same version.
         self._run_id = world.gather(secrets.token_hex(4))[0]
         self._handover: Handover | None = None
@@ -106,7 +113,7 @@ class VllmEngine:
                 self._servers = self._on_main(self._prepare)
             self._handover.write()
             self._max_model_len, probes = self._on_main(lambda: self._publish(version))
-            self._sync_metrics = self._check(probes, self._dtype)
+            self._sync_metrics = self._check(probes, self._dtype, self._max_model_len)
             self._version = version
         restarts, reissued = map(sum, zip(*self.world.gather((self._restarts, self._reissued)), strict=True))
         return {**self._sync_metrics, "engine/restarts": restarts, "engine/reissued": reissued}
@@ -128,20 +135,24 @@ class VllmEngine:
             for i, each in enumerate(requests)
             for drawn in range(0, each.samples, count)
         ]
-        # As many requests as keep the servers busy; more would wait there, against the time limit.
-        in_flight = min(len(jobs), max(1, 2 * self.batch_size // count) * len(self._servers))
-        threads = ThreadPoolExecutor(max(1, in_flight))
+        # As many requests as keep the servers busy, of all processes together; more would only wait there.
+        in_flight = max(1, 2 * self.batch_size * len(self._servers) // (count * self.world.size))
+        threads = ThreadPoolExecutor(in_flight)
         try:
-            answers = list(threads.map(self._answer, jobs))
+            answers = [threads.submit(self._answer, job) for job in jobs]
+            for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
+                answer.result()  # a failure is raised at once, however long others still take
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
         responses: list[list[Response]] = [[] for _ in requests]
         for job, answer in zip(jobs, answers, strict=True):
-            responses[job.index] += answer
+            responses[job.index] += answer.result()
         return responses
 
     def close(self) -> None:
         self._closed = True
+        for server in self._servers:
+            server.pulse.closed = True
         for keeper in self._keepers:
             keeper.close()
         if self._guard is not None:
@@ -151,6 +162,8 @@ class VllmEngine:
         """The responses to one request, from whichever server gives them."""
         wanted = self._version
         deadline = None
+        failures: dict[type[ServerError], ServerError] = {}
+        """The last of each kind: what is wrong may not be what was wrong last."""
         for attempt in itertools.count(job.index + self.world.rank):
             number = attempt % len(self._servers)
             server = self._servers[number]
@@ -162,16 +175,18 @@ class VllmEngine:
                     for response, tags in server.generate(job.prompt, job.sampling)
                 ]
             except ServerError as error:
+                failures[type(error)] = error
                 if deadline is None:
                     deadline = time.monotonic() + self.config.start_timeout
                     with self._count_lock:
                         self._reissued += 1
                 if self._closed or time.monotonic() > deadline:
                     raise ServerError(
-                        f"no vLLM server has answered for rollout.vllm.start_timeout ({self.config.start_timeout} s). The last "
-                        f"failure: {error}{''.join(keeper.last_words() for keeper in self._keepers)}"
+                        f"no vLLM server has answered for rollout.vllm.start_timeout ({self.config.start_timeout} s) since the "
+                        f"first failure. The last of each kind: {'; '.join(map(str, failures.values()))}"
+                        f"{''.join(keeper.last_words() for keeper in self._keepers)}"
                     ) from error
-                if keeper and isinstance(error, LateError):
+                if keeper and isinstance(error, HungError):
                     keeper.restart(generation)
             time.sleep(0.5)
         raise AssertionError
@@ -197,17 +212,26 @@ class VllmEngine:
         """The servers, each with a keeper; nothing runs yet."""
         assert self._handover is not None and self._handover.folder is not None
         folder, config = self._handover.folder, self.config
-        addresses = config.addresses or [str(folder / f"{number}.socket") for number in range(config.servers)]
-        self._guard = FolderGuard(folder)
         send: Callable[[Server], None] = partial(read_from, folder)
         adapter = None
         if config.transfer == "broadcast":
             send = Broadcast(folder, self.policy.device, config.request_timeout)
         elif config.transfer == "adapters":
             send, adapter = partial(read_adapters_from, folder), ADAPTERS
-        for number, address in enumerate(addresses):
-            start = None if config.addresses else self._starter(folder, number, Path(address))
-            self._keepers.append(Keeper(Server(address.rstrip("/"), config.request_timeout, adapter), send, start))
+
+        def server(address: str) -> Server:
+            return Server(address, config.request_timeout, self._headers, adapter=adapter)
+
+        if config.addresses:
+            self._guard = FolderGuard(folder)
+            examine = SameModel(self.policy)
+            self._keepers = [Keeper(server(address), send, examine=examine) for address in config.addresses]
+        else:
+            sockets = socket_folder()
+            self._guard = FolderGuard(sockets, folder)
+            for number, place in enumerate(self._places):
+                path = sockets / f"{number}.socket"
+                self._keepers.append(Keeper(server(str(path)), send, self._starter(folder, number, path, place)))
         return [keeper.server for keeper in self._keepers]
 
     def _options_for_transfer(self) -> dict[str, Any]:
@@ -218,9 +242,9 @@ class VllmEngine:
             return options_for_adapters(self.policy.adapters.config.r)
         return {}
 
-    def _starter(self, folder: Path, number: int, path: Path) -> Callable[[], ServerProcess]:
+    def _starter(self, folder: Path, number: int, path: Path, place: dict[str, str]) -> Callable[[], ServerProcess]:
         log = self.log_dir / f"vllm-{number}.log"
-        return lambda: ServerProcess(folder, path, self._options, self.config, log)
+        return lambda: ServerProcess(folder, path, self._options, self.config, log, place)
 
     def _publish(self, version: int) -> tuple[int, list[Response]]:
         """Has the servers load the weights. Returns the longest that they all take, and each one's answer to the check."""
@@ -229,11 +253,10 @@ class VllmEngine:
         while True:
             publish(self._keepers, tag, wait_for_all=self._version < 0, seconds=deadline - time.monotonic())
             length = min(keeper.max_model_len for keeper in self._keepers if keeper.max_model_len)
-            room(self._check.prompt, 1, length)
-            probes = []
+            prompt, probes = self._check.prompt(length), []
             for keeper in self._keepers:
                 try:
-                    [(response, tags)] = keeper.server.generate(self._check.prompt, self._check.sampling)
+                    [(response, tags)] = keeper.server.generate(prompt, self._check.sampling)
                     probes += [response] if tags == {tag} else []
                 except ServerError as error:  # it died just now: its keeper sees to it
                     keeper.failure = error

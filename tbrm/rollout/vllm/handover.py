@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tbrm.config import VllmConfig
 from tbrm.lora import WEIGHTS
 from tbrm.model import PolicyModel
+from tbrm.rollout.vllm.connection import RefusedError, ServerError
 from tbrm.rollout.vllm.server import Server
 from tbrm.weights import whole, write_whole
 
@@ -22,6 +24,8 @@ ADAPTERS = "adapters"
 """What they are called in the folder, and by the server."""
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Of adapters, that vLLM can make room for. The largest is also what the config allows."""
+_UNSEEN = ("Repo id must be in the form", "Cannot find any model weights", "No adapter found")
+"""What vLLM says of a folder that is not there: it takes the path for a model of the hub."""
 
 
 def engine_dtype(config: VllmConfig, policy: PolicyModel) -> torch.dtype:
@@ -52,7 +56,7 @@ class Handover:
         self.folder: Path | None = None
         if owner:
             size = sum(weight.numel() * self.dtype.itemsize for weight in self._named().values())
-            self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size)))
+            self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size))).absolute()
             policy.save_config(self.folder)
             if self._apart is not None:
                 self._apart.config.save_pretrained(self.folder / ADAPTERS)
@@ -94,13 +98,28 @@ class Handover:
 
 def read_from(folder: Path, server: Server) -> None:
     """Has the server's workers read the weights, from a folder that they see."""
-    server.on_workers("reload_weights", {"weights_path": str(folder)})
+    with _seen(folder, server):
+        server.on_workers("reload_weights", {"weights_path": str(folder)})
 
 
 def read_adapters_from(folder: Path, server: Server) -> None:
     """Has the server, which has the model, read the adapters."""
     arguments = {"lora_name": ADAPTERS, "lora_path": str(folder / ADAPTERS), "load_inplace": True}
-    server.call("POST", "/v1/load_lora_adapter", arguments)
+    with _seen(folder, server):
+        server.call("POST", "/v1/load_lora_adapter", arguments)
+
+
+@contextmanager
+def _seen(folder: Path, server: Server) -> Iterator[None]:
+    try:
+        yield
+    except (ServerError, RefusedError) as error:
+        if not any(words in str(error) for words in _UNSEEN):
+            raise
+        raise RefusedError(
+            f"{server.address} does not see {folder}, through which weights go to it: set rollout.vllm.weights_dir to a folder "
+            f"that trainer and servers share, or rollout.vllm.transfer to broadcast. Its own words: {error}"
+        ) from error
 
 
 def options_for_adapters(rank: int) -> dict[str, Any]:

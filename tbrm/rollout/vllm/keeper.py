@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from tbrm.rollout.vllm.connection import LateError, RefusedError, ServerError
 from tbrm.rollout.vllm.process import ServerProcess
-from tbrm.rollout.vllm.server import LateError, RefusedError, Server, ServerError
+from tbrm.rollout.vllm.server import Server
 
 _POLL_SECONDS = 1.0
 _QUICK = 10.0
@@ -19,22 +21,30 @@ class Keeper:
     (new ones are out, it is new, it comes back from the dead), sends it the newest."""
 
     def __init__(
-        self, server: Server, send: Callable[[Server], None], start: Callable[[], ServerProcess] | None
+        self,
+        server: Server,
+        send: Callable[[Server], None],
+        start: Callable[[], ServerProcess] | None = None,
+        examine: Callable[[Server], None] | None = None,
     ) -> None:
-        """`start` makes the process of a server of ours; one given by address has none."""
+        """`start` makes the process of a server of ours. One given by address has none, but `examine`, which raises
+        RefusedError if it cannot be used."""
         self.server = server
         self.has = ""
         """The tag of the weights that it is known to have."""
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """Why it does not have those it should, once that is known."""
         self.restarts = 0
         self.max_model_len = 0
         self._wanted = ""
         self._send = send
         self._start = start
+        self._examine = examine
         self._process: ServerProcess | None = None
         self._was_up = False
+        self._had_ours = False
         self._answers = False  # and has done so since it was started last
+        self._is_shared = False
         self._closed = False
         self._lock = threading.Lock()  # of the process's start and end
         self._wake = threading.Event()
@@ -45,7 +55,7 @@ class Keeper:
         self.failure = None
         self._wanted = tag
         self._wake.set()
-        if not self._thread.is_alive():
+        if self._thread.ident is None:
             self._thread.start()
 
     def restart(self, generation: int) -> None:
@@ -60,10 +70,10 @@ class Keeper:
 
     @property
     def hopeless(self) -> bool:
-        """Whether trying longer makes no sense: it cannot be used, or has never come up."""
-        return isinstance(self.failure, RefusedError) or (
-            not self._was_up and self._process is not None and self._process.ended
-        )
+        """Whether trying longer makes no sense: it has never come up, or was never of use and fails in a way that stays."""
+        if not self._was_up and self._process is not None and self._process.ended:
+            return True
+        return not self._had_ours and not isinstance(self.failure, ServerError | OSError | None)
 
     def close(self) -> None:
         with self._lock:
@@ -78,7 +88,7 @@ class Keeper:
         while not self._closed:
             try:
                 self._tend()
-            except (ServerError, RefusedError, OSError) as error:
+            except BaseException as error:  # whatever it is: this thread has nobody else to tell
                 self.has, self.failure = "", error
             self._wake.wait(_POLL_SECONDS)
             self._wake.clear()
@@ -95,13 +105,28 @@ class Keeper:
             raise
         self._was_up = self._answers = True
         if found != tag:
+            self._note_another_run(found)
             self.max_model_len = self.server.max_model_len()
+            if self._examine is not None and not self.has:
+                self._examine(self.server)
             try:
                 self.server.load(self._send, tag)
+            except LateError:
+                raise
             except ServerError:
                 self.restart(self.restarts)  # whatever is wrong with it, it has no good weights now
                 raise
-        self.has = tag
+        self.has, self._had_ours = tag, True
+
+    def _note_another_run(self, found: str) -> None:
+        if not self.has or found == self.has or self._is_shared:
+            return
+        self._is_shared = True
+        print(
+            f"{self.server.address} was given weights {found!r}, which are not ours: another run uses it, too, and each makes "
+            "the other ask again. One server belongs to one run at a time (rollout.vllm.addresses)",
+            file=sys.stderr,
+        )
 
     def _is_running(self, start: Callable[[], ServerProcess]) -> bool:
         with self._lock:
@@ -130,7 +155,14 @@ def publish(keepers: Sequence[Keeper], tag: str, *, wait_for_all: bool, seconds:
         lost = [keeper for keeper in keepers if keeper.hopeless]
         if lost or time.monotonic() > deadline:
             keeper = (lost or [k for k in keepers if k.has != tag])[0]
-            when = "" if lost else f" within rollout.vllm.start_timeout ({seconds:g} s)"
+            when = "" if lost else f" within rollout.vllm.start_timeout ({seconds:.0f} s)"
             kind = RefusedError if isinstance(keeper.failure, RefusedError) else ServerError
-            raise kind(f"vLLM has no weights{when}: {keeper.failure or 'it did not start'}{keeper.last_words()}")
+            raise kind(f"vLLM has no weights{when}: {_told(keeper.failure)}{keeper.last_words()}") from keeper.failure
         time.sleep(0.02)
+
+
+def _told(failure: BaseException | None) -> str:
+    if failure is None:
+        return "it did not start"
+    explains_itself = isinstance(failure, ServerError | RefusedError | OSError)
+    return str(failure) if explains_itself else f"{type(failure).__name__}: {failure}"

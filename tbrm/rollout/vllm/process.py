@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,22 +61,46 @@ def environment(config: VllmConfig) -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": f"{config.kv_cache_gib:g}", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
-# The calls that replace weights and adapters. The socket's folder is ours alone, so nobody else can make them.
-_REPLACEABLE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+# The calls that replace weights and adapters. The socket's folder is ours alone, so nobody else can make them; and no key is
+# wanted, though the environment may have one for other servers.
+_OURS = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": ""}
+
+_LONGEST_PARENT = 50
+"""A socket's path may have 107 characters; vLLM's have 37 beyond the folder's, and the folder 14 beyond its parent's."""
+
+
+def socket_folder() -> Path:
+    """A folder of our own with a short path, wherever the weights lie. Raises ConfigError."""
+    tried = (tempfile.gettempdir(), "/tmp", "/dev/shm")
+    for parent in tried:
+        if len(os.fsencode(parent)) <= _LONGEST_PARENT and os.access(parent, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent))
+    raise ConfigError(
+        f"vLLM's sockets want a folder that can be written, with a path of {_LONGEST_PARENT} characters at most; none of "
+        f"{', '.join(tried)} is one: set TMPDIR to one"
+    )
 
 
 class ServerProcess:
     """Runs in a group of its own, under a guard that ends it with us. What it says goes to `log`, its temporary files beside
-    the socket."""
+    the socket. `place`: the environment by which it has devices of its own."""
 
-    def __init__(self, model: Path, socket: Path, options: dict[str, Any], config: VllmConfig, log: Path) -> None:
+    def __init__(
+        self,
+        model: Path,
+        socket: Path,
+        options: dict[str, Any],
+        config: VllmConfig,
+        log: Path,
+        place: Mapping[str, str],
+    ) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         socket.unlink(missing_ok=True)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--uds", str(socket), "--enable-scale-out", "--disable-uvicorn-access-log", *_arguments(options)]
         self._guard = _start_guard(
-            ["server", *command], log, environment(config) | _REPLACEABLE | {"TMPDIR": str(socket.parent)}
+            ["server", *command], log, {**environment(config), **place, **_OURS, "TMPDIR": str(socket.parent)}
         )
 
     @property
@@ -82,7 +108,8 @@ class ServerProcess:
         return self._guard.poll() is not None
 
     def stop(self) -> None:
-        _stop_guard(self._guard)
+        if left := _stop_guard(self._guard):
+            print(f"processes {left} of a vLLM server could not be killed; {self.log} has its words", file=sys.stderr)
 
     def last_words(self) -> str:
         """The end of the log: with what vLLM called an error, if it called anything so."""
@@ -93,13 +120,16 @@ class ServerProcess:
 
 
 class FolderGuard:
-    """Deletes the folder when it is stopped, or we are gone."""
+    """Deletes the folders when it is stopped, or we are gone."""
 
-    def __init__(self, folder: Path) -> None:
-        self._guard = _start_guard(["folder", str(folder)], None, {})
+    def __init__(self, *folders: Path) -> None:
+        self._folders = folders
+        self._guard = _start_guard(["folder", *map(str, folders)], None, {})
 
     def stop(self) -> None:
         _stop_guard(self._guard)
+        if left := [str(folder) for folder in self._folders if folder.exists()]:
+            print(f"not all of {', '.join(left)} could be deleted", file=sys.stderr)
 
 
 def _start_guard(arguments: list[str], log: Path | None, env: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -114,14 +144,16 @@ def _start_guard(arguments: list[str], log: Path | None, env: dict[str, str]) ->
         )
 
 
-def _stop_guard(process: subprocess.Popen[bytes]) -> None:
-    """Returns when the guard, and what it guards, are gone."""
+def _stop_guard(process: subprocess.Popen[bytes]) -> Sequence[int]:
+    """Returns when the guard, and what it guards, are gone; or, after a while, the processes that cannot be ended."""
     assert process.stdin is not None
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(2 * guard.PATIENCE)
-    guard.kill_group(process.pid)
-    process.wait()
+        process.wait(3 * guard.PATIENCE)
+    left = guard.kill_group(process.pid)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(guard.PATIENCE)
+    return left
 
 
 def _arguments(options: dict[str, Any]) -> list[str]:
