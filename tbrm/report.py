@@ -112,6 +112,7 @@ def facts(run: Run) -> dict[str, str]:
         "Beta": run.setting("objective.beta"),
         "Steps": _steps(run),
         "Seed": run.result.get("seed", run.setting("seed")),
+        "Changed": "; ".join(f"{', '.join(row['changed'])} after step {row['step']}" for row in run.changes),
         "Training time": _training_time(run),
         "Throughput": _over_steps(run, "tokens_per_second", statistics.median, "{:,.0f} tokens/s"),
         "Peak memory": _over_steps(run, "peak_memory_mib", max, "{:,.0f} MiB"),

@@ -21,7 +21,9 @@ class Run:
     """What is missing is empty, and `gaps` says so in words."""
 
     config: Row
-    """The resolved config, as nested sections."""
+    """The resolved config, as nested sections: what the run was last started with."""
+    changes: list[Row]
+    """What of it was otherwise before, a row for each resume that changed something."""
     metrics: list[Row]
     evals: list[Row]
     result: Row
@@ -55,6 +57,7 @@ def read_run(run_dir: Path) -> Run:
         return content or empty
 
     config = read("config.yaml", _read_yaml, {}, "the settings of the run are not known")
+    changes = read("config-history.jsonl", read_jsonl, [], "") if (run_dir / "config-history.jsonl").exists() else []
     metrics = read("metrics.jsonl", read_jsonl, [], "no step is finished yet")
     evals = read("eval.jsonl", read_jsonl, [], "the model has not been evaluated yet")
     files = sorted((run_dir / "samples").glob("step-*.jsonl"))
@@ -68,6 +71,7 @@ def read_run(run_dir: Path) -> Run:
     before, after = ([_first_of_each_prompt(rows) for rows in responses] + [{}, {}])[:2]
     return Run(
         config=config,
+        changes=changes,
         metrics=metrics,
         evals=evals,
         result=result,

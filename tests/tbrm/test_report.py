@@ -133,6 +133,17 @@ def page(run_dir: Path) -> Page:
     return Page(write_report(run_dir))
 
 
+def test_what_a_resume_changed_is_among_the_facts(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    rows = [
+        {"step": 1, "changed": {"seed": [0, 3], "objective.beta": [0.1, 0.002]}},
+        {"step": 3, "changed": {"trainer.steps": [3, 4]}},
+    ]
+    (run / "config-history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run).read_text()
+    assert "seed, objective.beta after step 1; trainer.steps after step 3" in page
+
+
 def test_the_page_says_what_was_reached_and_how(page: Page) -> None:
     assert "20.0% → 55.0% accuracy on 20 held-out prompts, before training and after it" in page.text
     assert "95% intervals 8.1–41.6% and 34.2–74.2%" in page.text
