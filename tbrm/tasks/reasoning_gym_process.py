@@ -10,6 +10,7 @@ its position. What some families prepare for a whole data set, they prepare once
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -25,12 +26,15 @@ from tbrm.tasks.answers import EXTRACTORS, Extractor
 
 _BLOCK = 1024
 
-# Families whose scorer gives the answer to eval(): it wants a list. Without a parenthesis nothing can be called.
+# Families whose scorer gives the answer to eval(). It wants a list: nothing else is let through.
 _EVAL = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
-# Families whose scorer gives the answer to sympy.parse_expr, which uses eval(): numbers, operators, one-letter
-# variables and these names are let through.
+_LITERAL = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.UnaryOp, ast.UAdd, ast.USub, ast.Load)
+# Families whose scorer gives the answer to sympy.parse_expr, which uses eval(): arithmetic with one-letter variables and
+# calls of these functions is let through.
 _PARSE_EXPR = {"countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "intermediate_integration"}
-_NAMES = {"sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "Integral"}
+_ARITHMETIC = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.BitXor)
+_FORMULA = (*_ARITHMETIC, ast.UnaryOp, ast.UAdd, ast.USub, ast.Expression, ast.Constant, ast.Tuple, ast.Load)
+_FUNCTIONS = {"sin", "cos", "tan", "asin", "acos", "atan", "exp", "log", "ln", "sqrt", "Integral"}
 
 
 def check(family: str, params: str, prompt: str, answer: Extractor) -> str | None:
@@ -76,10 +80,11 @@ def make(family: str, params: str, prompt: str, position: int) -> tuple[str, str
 def score(family: str, params: str, position: int, answer: Extractor, response: str) -> float:
     """What reasoning-gym's scorer gives the answer that `response` holds; 0 if it holds none."""
     text = EXTRACTORS[answer](response)
-    if text is None or not _harmless(family, text):
+    item = _item(family, params, position)
+    # All scorers compare with the reference answer before they evaluate anything, or may evaluate it.
+    if text is None or (text != item["answer"] and not _harmless(family, text)):
         return 0.0
-    dataset = _dataset(family, params, position - position % _BLOCK)
-    return float(dataset.score_answer(text, _item(family, params, position)))
+    return float(_dataset(family, params, position - position % _BLOCK).score_answer(text, item))
 
 
 @lru_cache(maxsize=4)
@@ -108,12 +113,37 @@ def _render(prompt: str, item: dict[str, Any]) -> str:
 def _harmless(family: str, text: str) -> bool:
     """Whether evaluating `text` can only compute. It may compute for ever: the time limit is for that."""
     if family in _EVAL:
-        return "(" not in text
+        return _is_literal(text)
     if family in _PARSE_EXPR:
-        names = re.findall(r"[A-Za-z]\w*", text)
-        return (
-            re.fullmatch(r"[-+*/^()., \t\r\n0-9A-Za-z]*", text) is not None
-            and re.search(r"\.\s*[A-Za-z]", text) is None
-            and all(len(name) == 1 or name in _NAMES for name in names)
-        )
+        return _is_formula(text)
     return True
+
+
+def _is_literal(text: str) -> bool:
+    """Whether eval() refuses `text`, or makes lists of constants of it."""
+    try:
+        tree = ast.parse(text.lstrip(" \t"), mode="eval")  # eval() takes these off, and ast.parse refuses them
+    except (SyntaxError, ValueError):
+        return True
+    except (MemoryError, RecursionError):  # too deep for a tree, but perhaps not for eval()
+        return False
+    return all(isinstance(node, _LITERAL) for node in ast.walk(tree))
+
+
+def _is_formula(text: str) -> bool:
+    # sympy changes the text before it evaluates it, in ways that need no more than these characters to be plain.
+    if re.fullmatch(r"[-+*/^()., \t\r\n0-9A-Za-z]*", text) is None:
+        return False
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return all(map(_is_arithmetic, nodes))
+
+
+def _is_arithmetic(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+    if isinstance(node, ast.Name):
+        return len(node.id) == 1 or node.id in _FUNCTIONS
+    return isinstance(node, _FORMULA)
