@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.config import CheckpointConfig
 from tbrm.model import PolicyModel
+from tbrm.names import path_within
 from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
@@ -270,7 +271,8 @@ def _checked_state(folder: Path, world: World) -> TrainerState:
     if found != FORMAT:
         raise ValueError(f"state.json: format {found!r}, this version reads {FORMAT}")
     manifest = json.loads((folder / _MANIFEST).read_text())
-    damaged = world.split(lambda names: [_check(folder, name, manifest[name]) for name in names], list(manifest))
+    names = list(map(path_within, manifest))
+    damaged = world.split(lambda names: [_check(folder, name, manifest[name]) for name in names], names)
     if any(damaged):
         raise ValueError("; ".join(filter(None, damaged)))
     return TrainerState(**values)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from tbrm.config import ReplayConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
+from tbrm.names import plain_name
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import derive_seed
 from tbrm.stored import load_trajectories, save_trajectories
@@ -137,6 +138,7 @@ class ReplayBuffer:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / file).unlink(missing_ok=True)  # what a link leads to is never written to
             save_trajectories(self.folder / file, [t for members in groups for t in members])
             with (self.folder / file).open("rb") as written:
                 self._hashes[file] = hashlib.file_digest(written, "sha256").hexdigest()
@@ -205,8 +207,15 @@ class ReplayBuffer:
         if not self.config.enabled or not self._world.is_main or not folder.exists():
             return
         index = json.loads((folder / _INDEX).read_text())
-        self._hashes = index["files"]
-        self._kept = {kept["group"]: _Kept(**kept) for kept in index["kept"]}
+        try:
+            self._hashes = {plain_name(file): sha256 for file, sha256 in index["files"].items()}
+            self._kept = {kept["group"]: _Kept(**kept) for kept in index["kept"]}
+            if lost := {kept.file for kept in self._kept.values()} - self._hashes.keys():
+                raise ValueError(f"{sorted(lost)} are kept, and not among its files")
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / _INDEX}: {error}: not what tbrm wrote; go on from another checkpoint"
+            ) from error
         self.folder.mkdir(parents=True)
         for file in self._hashes:
             _link(folder / file, self.folder / file)

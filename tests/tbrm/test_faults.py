@@ -114,6 +114,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"replay/index\.json is missing\. There is no good one before it"):
         Checkpoint(folder / "step-000003")  # step 4 is a good one, but not before it
 
+    manifest = folder / "step-000004" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"config.json"', '"../../config.yaml"'))
+    with pytest.raises(CheckpointError, match=r"step-000004 cannot be resumed: '\.\.' is no plain name of a file"):
+        Checkpoint(folder / "step-000004")
+
 
 def test_of_two_damaged_checkpoints_neither_is_offered(tmp_path: Path) -> None:
     settings = {"evaluation": {"prompts": 0}, "checkpoint": {"every": 1, "keep": 4}}

@@ -128,6 +128,46 @@ def test_a_checkpoint_links_the_files_and_outlives_the_buffer(tmp_path: Path) ->
     assert json.loads((saved / "index.json").read_text())["kept"][0]["group"] == 4  # the checkpoint is as it was
 
 
+@pytest.mark.parametrize("name", ["../../victim", "/victim", "sub/victim", "..", ".", "", "a\\b", "a\0b"])
+def test_names_in_an_index_lead_nowhere_else(name: str, tmp_path: Path) -> None:
+    victim, saved = tmp_path / "victim", tmp_path / "checkpoints" / "replay"
+    victim.write_text("the user's")
+    saved.mkdir(parents=True)
+    (tmp_path / "checkpoints" / "victim").write_text("the checkpoint's")
+    (saved / "index.json").write_text(json.dumps({"files": {name: "x"}, "kept": []}))
+    buffer = buffer_of(tmp_path / "runs", capacity=4)
+    with pytest.raises(ValueError, match=r"index\.json: .* is no plain name of a file: not what tbrm wrote"):
+        buffer.restore(saved)
+    assert victim.read_text() == "the user's"
+    assert not (tmp_path / "runs" / "replay").exists()
+
+
+def test_a_group_kept_in_a_file_that_the_index_does_not_have_is_an_error(tmp_path: Path) -> None:
+    buffer = buffer_of(tmp_path, capacity=4)
+    buffer.update(1, group(1), [1.0])
+    buffer.save(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "index.json").read_text())
+    index["kept"][0]["file"] = "../other.safetensors"
+    (tmp_path / "saved" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"index\.json: \['\.\./other\.safetensors'\] are kept, and not among its files"
+    ):
+        buffer_of(tmp_path, capacity=4).restore(tmp_path / "saved")
+
+
+def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """A checkpoint from elsewhere may hold links in the place of files."""
+    victim, saved = tmp_path / "victim", tmp_path / "saved"
+    victim.write_text("the user's")
+    saved.mkdir()
+    (saved / "step-000002.safetensors").symlink_to(victim)
+    (saved / "index.json").write_text(json.dumps({"files": {"step-000002.safetensors": "x"}, "kept": []}))
+    buffer = buffer_of(tmp_path, capacity=4)
+    buffer.restore(saved)
+    buffer.update(2, group(1), [1.0])
+    assert victim.read_text() == "the user's"
+
+
 def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"replay buffer cannot write .*file/replay/step-000001.* with --resume"):
