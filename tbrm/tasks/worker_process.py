@@ -11,6 +11,8 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tbrm.tasks.sandbox import confine
+
 
 def main(socket: int, module_name: str, memory_bytes: int) -> None:
     """Answer calls until the other end closes the socket."""
@@ -20,6 +22,7 @@ def main(socket: int, module_name: str, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     connection = Connection(socket)
     module = importlib.import_module(module_name)
+    confine()
     connection.send_bytes(b"ready")
     while True:
         try:

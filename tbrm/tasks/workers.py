@@ -1,8 +1,9 @@
-"""Processes that do what must not be done in ours: calls that may hang, run out of memory or crash.
+"""Processes that do what must not be done in ours: calls that may hang, run out of memory, crash, or run what they are given.
 
 Each process imports one module and runs its functions, one call at a time. A call that takes too long ends with its
 process, and the next call starts a new one. These are new interpreters and not forks or multiprocessing children: they
-share no threads, locks or GPU state with the trainer, and they do not import the user's main module again.
+share no threads, locks or GPU state with the trainer, and they do not import the user's main module again. Once its module
+is imported, such a process gives up the rights to all but computing (`tbrm.tasks.sandbox`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from tempfile import TemporaryDirectory
 from typing import Any
 
 _START_SECONDS = 120.0
+_KEPT = (
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+    "DYLD_FALLBACK_LIBRARY_PATH",
+    "PYTHONHOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ class _Worker:
     def __init__(self, module: str, memory_bytes: int) -> None:
         self.module = module
         self.memory_bytes = memory_bytes
+        self.folder: TemporaryDirectory[str] | None = None  # an empty one, to stand in
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
 
@@ -104,6 +117,7 @@ class _Worker:
 
     def start(self) -> None:
         self.stop()
+        self.folder = TemporaryDirectory(prefix="tbrm-grader-")
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-W", "ignore", "-m", "tbrm.tasks.worker_process"]
@@ -112,13 +126,9 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                    "PYTHONHASHSEED": "0",  # some reasoning-gym families draw from sets: make the draws repeatable
-                    "OMP_NUM_THREADS": "1",
-                    "OPENBLAS_NUM_THREADS": "1",
-                },
+                cwd=self.folder.name,
+                env=_environment(self.folder.name),
+                start_new_session=True,  # the trainer's terminal is not theirs
             )
         self.connection = Connection(ours.detach())
         try:
@@ -136,4 +146,18 @@ class _Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        self.process = self.connection = None
+        if self.folder is not None:
+            self.folder.cleanup()
+        self.process = self.connection = self.folder = None
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """No more of ours than an interpreter needs to start: the rest may hold secrets."""
+    return {
+        **{name: os.environ[name] for name in _KEPT if name in os.environ},
+        **dict.fromkeys(("HOME", "TMPDIR"), folder),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+        "PYTHONHASHSEED": "0",  # some reasoning-gym families draw from sets: make the draws repeatable
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }

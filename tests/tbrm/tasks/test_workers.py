@@ -25,8 +25,7 @@ FUNCTIONS = """
     def pid():
         return os.getpid()
 
-    def hang(note=os.devnull):  # in one long operation that no Python signal handler can break into
-        open(note, "w").close()
+    def hang():  # in one long operation that no Python signal handler can break into
         return 9 ** 9 ** 9
 
     def crash():
@@ -190,18 +189,25 @@ def test_a_module_that_cannot_be_imported_is_an_error(capfd: pytest.CaptureFixtu
     assert "No module named 'tbrm.tasks.no_such_module'" in capfd.readouterr().err
 
 
-def test_a_hanging_process_does_not_outlive_a_killed_trainer(functions: str, tmp_path: Path) -> None:
-    begun = tmp_path / "begun"
+def test_a_hanging_process_does_not_outlive_a_killed_trainer(functions: str) -> None:
     program = f"""
     from tbrm.tasks.workers import Workers
-    Workers({functions!r}, count=1, memory_bytes=2**30).call("hang", {str(begun)!r}, seconds=2)
+    workers = Workers({functions!r}, count=1, memory_bytes=2**30)
+    print(workers.call("pid", seconds=60).value, flush=True)
+    workers.call("hang", seconds=2)
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     trainer = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True, env=environment
     )
-    while not begun.exists():
-        assert trainer.poll() is None
-        time.sleep(0.05)
+    assert trainer.stdout is not None
+    worker = int(trainer.stdout.readline())
+    time.sleep(0.5)  # it hangs
     trainer.kill()
-    trainer.communicate(timeout=60)  # reads until nobody holds standard error, which the worker has from the trainer
+    trainer.wait()
+    assert exists(worker)
+    for _ in range(600):
+        if not exists(worker):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {worker} goes on without its trainer")
