@@ -11,6 +11,7 @@ import torch
 
 from tbrm.config import ModelConfig
 from tbrm.rollout.vllm.process import check_installed
+from tbrm.tasks.workers import Workers
 from tbrm_kernels import backends
 
 _OPTIONAL = {
@@ -42,7 +43,7 @@ def examine() -> list[tuple[str, str, str]]:
         rows.append((f"kernels: {name}", "yes" if status.usable else "no", status.reason))
     for module, (package, extra, purpose) in _OPTIONAL.items():
         rows.append(_package(module, package, extra, purpose))
-    rows.append(_vllm())
+    rows += [_vllm(), _sandbox()]
     for compiler in ("c++", "nvcc"):
         path = shutil.which(compiler)
         rows.append((compiler, "yes" if path else "no", path or "not on PATH"))
@@ -65,6 +66,16 @@ def _vllm() -> tuple[str, str, str]:
         return "vllm", "yes", f"{check_installed()}, for rollout.engine=vllm"
     except (ModuleNotFoundError, ValueError) as error:
         return "vllm", "no", str(error)
+
+
+def _sandbox() -> tuple[str, str, str]:
+    workers = Workers("tbrm.tasks.sandbox", count=1, memory_bytes=2**30)
+    try:
+        missing = workers.call("confine", seconds=60).value
+    finally:
+        workers.close()
+    holds = "graders of responses see no files of yours, change none, start nothing and reach no network"
+    return "sandbox", "no" if missing else "yes", "; ".join(missing) or holds
 
 
 def _package(module: str, package: str, extra: str, purpose: str) -> tuple[str, str, str]:
