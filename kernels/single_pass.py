@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, TokenStatsOptions
 from .backends.registry import select
 from .token_stats import TokenStats, check_head, check_targets, operand_dtype
-from .trajectory import check_packing, segment_sums, trajectory_residual
+from .trajectory import check_packing, check_vector, segment_sums, trajectory_residual
 from .vocab_parallel import VocabSlice, sum_gradient
 
 CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 1024, "cuda": 16384}
@@ -81,7 +81,13 @@ def fused_linear_tbrm_loss(
     0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and
     `fused_linear_trajectory_loss`.
     """
+    check_head(hidden, weight, targets, bias)
+    check_packing("targets", targets, cu_seqlens)
     n_trajectories = cu_seqlens.shape[0] - 1
+    dtype = torch.promote_types(operand_dtype(hidden, weight), torch.float32)
+    for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
+        if tensor is not None:
+            check_vector(name, tensor, n_trajectories, dtype, hidden.device)
     residuals, values, sums = [], [], []
 
     def squared_residuals(stats: TokenStats, bounds: Tensor, first: int) -> Tensor:
@@ -156,12 +162,16 @@ def fused_linear_trajectory_loss(
     part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
     check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     check_packing("targets", targets, cu_seqlens)
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is a {type(loss_fn).__name__}: it must be a function of (stats, cu_seqlens, first_trajectory)"
+        )
     if max_chunk_bytes is not None and max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
     chosen = select(backend, hidden.device, options.operand_dtype)
-    plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled(), part)
     if part is not None:
-        hidden, targets = sum_gradient(hidden, part.group), part.targets
+        hidden, targets, options = sum_gradient(hidden, part.group), part.targets, part.options_of(options)
+    plan = _Plan(cu_seqlens, loss_fn, options, chosen, max_chunk_bytes, torch.is_grad_enabled(), part)
     loss, *stats = _SinglePass.apply(hidden, weight, bias, targets, plan)
     return loss, TokenStats(*stats)
 
@@ -272,15 +282,22 @@ def _loss_and_gradients(
         if plan.vocab_slice is not None:
             stats = TokenStats(*plan.vocab_slice.combine(*stats, tokens=tokens))
         loss = plan.loss_fn(stats, cu_seqlens, first)
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss_fn returned a {type(loss).__name__}: it must return a tensor [], the sum over its trajectories"
+        )
     if loss.dim() != 0:
         raise ValueError(f"loss_fn returned {list(loss.shape)}: it must return [], the sum over its trajectories")
     inputs = [leaf for leaf in leaves if leaf is not None]
-    if loss.requires_grad:
-        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True))
-    else:  # it does not depend on the statistics
-        grads = [torch.zeros_like(leaf) for leaf in inputs]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
+    of_logprobs, of_lse, *of_entropy = found
+    grads = RowGrads(
+        torch.zeros_like(local.logprobs) if of_logprobs is None else of_logprobs,
+        torch.zeros_like(local.lse) if of_lse is None else of_lse,
+        of_entropy[0] if of_entropy else None,  # None, not zeros, where the loss leaves it out: that spares work
+    )
     detached = TokenStats(*(None if values is None else values.detach() for values in stats))  # type: ignore[arg-type]
-    return loss.detach(), detached, RowGrads(*grads, *([None] * (3 - len(grads))))
+    return loss.detach(), detached, grads
 
 
 def _recompute(

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOptions
 from .backends.registry import select
+from .trajectory import check_tensors
 from .vocab_parallel import VocabSlice, sum_gradient
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -80,7 +81,7 @@ def linear_token_stats(
     chosen = select(backend, hidden.device, options.operand_dtype)
     if part is None:
         return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
-    hidden = sum_gradient(hidden, part.group)
+    hidden, options = sum_gradient(hidden, part.group), part.options_of(options)
     return TokenStats(*part.combine(*_LinearTokenStats.apply(hidden, weight, bias, part.targets, options, chosen)))
 
 
@@ -135,6 +136,7 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
+    check_tensors(**tensors)
     for name, tensor in tensors.items():
         if type(tensor).__name__ == "DTensor":  # by name, since importing the class takes a second
             raise TypeError(f"{name} is a DTensor: pass a plain tensor, such as {name}.full_tensor()")

@@ -7,6 +7,7 @@ The tokens are the policy's actions and nothing else: leave prompt, tool and use
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def segment_sums(
     Raises ValueError or TypeError for shapes, dtypes or bounds that do not fit. On a GPU wrong bounds are found by a
     device-side assertion: reading them here would wait for the device.
     """
-    _check_vector("values", values)
+    _check_floats("values", values)
     check_packing("values", values, cu_seqlens)
     if _has_kernel(values):
         return triton.Residual.apply(values, None, cu_seqlens)
@@ -59,13 +60,13 @@ def trajectory_residual(
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: it must be a finite number above 0")
-    _check_vector("logprobs", logprobs)
+    _check_floats("logprobs", logprobs)
     check_packing("logprobs", logprobs, cu_seqlens)
     n_tokens, n_trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
-    _check_like("lse", lse, logprobs, n_tokens)
+    check_vector("lse", lse, n_tokens, logprobs.dtype, logprobs.device)
     for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
         if tensor is not None:
-            _check_like(name, tensor, logprobs, n_trajectories)
+            check_vector(name, tensor, n_trajectories, logprobs.dtype, logprobs.device)
 
     if _has_kernel(logprobs):
         return triton.Residual.apply(logprobs, lse, cu_seqlens, ref_logprob_sums, rewards, ref_values, beta)
@@ -86,21 +87,32 @@ def _has_kernel(values: Tensor) -> bool:
     return values.dtype == torch.float32 and select("auto", values.device, values.dtype) is triton
 
 
-def _check_like(name: str, tensor: Tensor, logprobs: Tensor, length: int) -> None:
+def check_tensors(**arguments: Any) -> None:
+    """Raises TypeError for what is no tensor."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            continue
+        advice = f"pass its weight, {name}.weight" if isinstance(value, torch.nn.Module) else "pass a torch.Tensor"
+        raise TypeError(f"{name} is a {type(value).__name__}: {advice}")
+
+
+def check_vector(name: str, tensor: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    check_tensors(**{name: tensor})
     if tensor.shape != (length,):
         raise ValueError(f"{name} has shape {list(tensor.shape)}: it must be [{length}]")
-    if tensor.dtype != logprobs.dtype or tensor.device != logprobs.device:
-        wanted = f"{logprobs.dtype} on {logprobs.device}, as logprobs is"
-        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: it must be {wanted}")
+    if tensor.dtype != dtype or tensor.device != device:
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}: it must be {dtype} on {device}, as logprobs is")
 
 
-def _check_vector(name: str, values: Tensor) -> None:
+def _check_floats(name: str, values: Tensor) -> None:
+    check_tensors(**{name: values})
     if values.dim() != 1 or not values.is_floating_point():
         raise TypeError(f"{name} is {list(values.shape)} {values.dtype}: it must be [T] and floating-point")
 
 
 def check_packing(name: str, values: Tensor, cu_seqlens: Tensor) -> None:
     """That `cu_seqlens` divides the [T] tensor called `name`. Raises as `segment_sums` says."""
+    check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}: wanted [N + 1], int32 or int64")
     if cu_seqlens.device != values.device:

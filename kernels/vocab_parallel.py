@@ -16,6 +16,7 @@ slice adds its part, is summed over the processes, in float32.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -23,6 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .backends.interface import TokenStatsOptions
+
+_IGNORED = -1
 
 
 class VocabSlice:
@@ -37,7 +42,11 @@ class VocabSlice:
         self.kept = targets != ignore_index
         self.owned = (targets >= first) & (targets < first + len(weight)) & self.kept
         # Where the target is another's, any entry will do: what is said of it is not used.
-        self.targets = torch.where(self.owned, targets - first, 0).where(self.kept, ignore_index)
+        self.targets = torch.where(self.owned, targets - first, 0).where(self.kept, _IGNORED)
+
+    def options_of(self, options: TokenStatsOptions) -> TokenStatsOptions:
+        """Those of the slice: an ignore_index that is some token's id would be another token's here."""
+        return replace(options, ignore_index=_IGNORED)
 
     def fewest(self, number: int) -> int:
         """The smallest of the numbers that the processes give."""

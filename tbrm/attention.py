@@ -6,8 +6,9 @@ Works on any device; sliding windows (Gemma, Mistral) and score soft-capping (Ge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,32 @@ from tbrm.data import Segment
 PACKED_ATTENTION = "tbrm_packed"
 
 
+class Tree(NamedTuple):
+    """A segment of a packed batch, of L tokens and a prefix, and what its tokens see."""
+
+    segment: Segment
+    allowed: Tensor | None
+    """[L, prefix + L] bool, whether query i may see key j; None where that is simply j <= i."""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> list[Tree]:
+        masks = (_tree_mask(s) if s.prefix or len(s.branches) > 1 else None for s in segments)
+        return [
+            cls(segment, None if mask is None else mask.to(device, non_blocking=True))
+            for segment, mask in zip(segments, masks, strict=True)
+        ]
+
+
+def _tree_mask(segment: Segment) -> Tensor:
+    """Token i sees the prefix, and token j if that is not later and is in the prompt (branch 0) or in the same response."""
+    bounds = [segment.start, *segment.branches, segment.stop]
+    branch = torch.arange(len(bounds) - 1).repeat_interleave(
+        torch.tensor(bounds).diff(), output_size=bounds[-1] - bounds[0]
+    )
+    own = ((branch[None, :] == 0) | (branch[None, :] == branch[:, None])).tril()
+    return torch.cat([torch.ones(len(branch), segment.prefix, dtype=torch.bool), own], dim=1)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, heads, T, head_dim]
@@ -26,7 +53,7 @@ def packed_attention(
     value: Tensor,  # [1, kv_heads, T, head_dim]
     attention_mask: Tensor | None,
     *,
-    segments: tuple[Segment, ...],
+    segments: Sequence[Tree],
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -39,15 +66,14 @@ def packed_attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # Split, not sliced: the gradient of a slice is as long as the batch, and there are as many slices as segments.
-    lengths = [segment.stop - segment.start for segment in segments]
+    lengths = [segment.stop - segment.start for segment, _ in segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     outputs = []
-    for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+    for (segment, allowed), q, k, v in zip(segments, queries, keys, values, strict=True):
         if segment.prefix:  # it is the first segment
             k, v = torch.cat([keys[0], k], dim=2), torch.cat([values[0], v], dim=2)
-        allowed = segment.allowed
         if sliding_window is not None and sliding_window < k.shape[2]:
-            allowed = _within_window(segment, sliding_window, query.device)
+            allowed = _within_window(segment, allowed, sliding_window, query.device)
         with _precise(query.device):
             outputs.append(attend(q, k, v, allowed, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
@@ -59,10 +85,9 @@ def _precise(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
-def _within_window(segment: Segment, window: int, device: torch.device) -> Tensor:
+def _within_window(segment: Segment, allowed: Tensor | None, window: int, device: torch.device) -> Tensor:
     """The segment's mask, each token's view cut to the `window` tokens of its own path that end in itself."""
     length = segment.stop - segment.start
-    allowed = segment.allowed
     if allowed is None:
         allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     # The position of a token on its own path is the number of tokens it sees, less one; the prefix has the first ones.

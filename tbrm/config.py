@@ -384,6 +384,11 @@ class Config(Section):
                 f"rollout.max_staleness ({self.rollout.max_staleness}) is set together with data.trajectories, with which "
                 "there are no rollouts: set it to 0"
             )
+        if (key := self.objective.wants_several_responses) and not self.data.trajectories and self.rollout.samples == 1:
+            raise ValueError(
+                f"objective.{key} is true but rollout.samples is 1: less its own mean, every reward would be 0; set samples to "
+                "2 or more, or the other to false"
+            )
         if self.rollout.prompts % self.rollout.updates:
             raise ValueError(
                 f"rollout.prompts ({self.rollout.prompts}) is not a multiple of rollout.updates ({self.rollout.updates}): "

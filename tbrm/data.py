@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from itertools import accumulate
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class Trajectory:
             )
 
     @property
+    def acts(self) -> bool:
+        """Whether the policy chose any token of the response."""
+        return bool(self.response_ids) if self.action_mask is None else any(self.action_mask)
+
+    @property
     def actions(self) -> list[int]:
         """Indices into the response of the tokens that the policy chose."""
         if self.action_mask is None:
@@ -84,8 +90,6 @@ class Segment:
     prefix: int
     branches: tuple[int, ...]
     """The first token of each response, in order; the prompt is before them."""
-    allowed: Tensor | None
-    """[L, prefix + L] bool, whether query i may see key j; None where prefix is 0 and it is simply j <= i."""
 
 
 @dataclass(frozen=True)
@@ -98,139 +102,130 @@ class TrajectoryBatch:
     action_rows: Tensor  # [A] int64: the packed token whose hidden state predicts the action
     targets: Tensor  # [A] int64: the action
     cu_seqlens: Tensor  # [N+1] int32: trajectory i owns actions cu_seqlens[i]:cu_seqlens[i+1]
-    rewards: Tensor  # [N] float32
+    bounds: tuple[int, ...]
+    """The same as cu_seqlens, which a GPU would have to be waited for to read."""
 
     def to(self, device: torch.device | str) -> Self:
         moved: dict[str, Any] = {
             k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
         }
-        moved["segments"] = tuple(
-            replace(s, allowed=None if s.allowed is None else s.allowed.to(device, non_blocking=True))
-            for s in self.segments
-        )
         return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class ScoredBatch(TrajectoryBatch):
-    """A packed batch with what the reference model says of it."""
+    """A packed batch with what the reference model says of it, and the objective's columns."""
 
     ref_logprobs: Tensor  # [A] float32
     ref_values: Tensor  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
+    columns: dict[str, Tensor]  # [N] each
+
+    @property
+    def rewards(self) -> Tensor:
+        """[N]: the column that most objectives have."""
+        return self.columns["rewards"]
+
+    def to(self, device: torch.device | str) -> Self:
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        return replace(super().to(device), columns=columns)
 
     def scores_of(self, first: int, cu_seqlens: Tensor) -> Self:
-        """The same batch, with the actions, rewards and scores of some trajectories alone: as many as `cu_seqlens` bounds,
+        """The same batch, with the actions, columns and scores of some trajectories alone: as many as `cu_seqlens` bounds,
         from `first` on."""
         trajectories = slice(first, first + len(cu_seqlens) - 1)
-        start, stop = self.cu_seqlens[first], self.cu_seqlens[trajectories.stop]
+        bounds = self.bounds[first : trajectories.stop + 1]
+        start, stop = bounds[0], bounds[-1]
         return replace(
             self,
             action_rows=self.action_rows[start:stop],
             targets=self.targets[start:stop],
             cu_seqlens=cu_seqlens,
-            rewards=self.rewards[trajectories],
+            bounds=tuple(bound - start for bound in bounds),
             ref_logprobs=self.ref_logprobs[start:stop],
             ref_values=self.ref_values[trajectories],
+            columns={name: column[trajectories] for name, column in self.columns.items()},
         )
 
 
-def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:
-    """Deals trajectories into micro-batches of at most `max_tokens` packed tokens; returns lists of indices.
+class Load(NamedTuple):
+    """What a trajectory adds to a packed batch. Its tokens are looked at once for it, and its place is weighed many times."""
 
-    Trajectories with the same prompt go side by side so that they can share it. One that alone exceeds the budget gets
-    a micro-batch of its own: no trajectory is ever cut.
-    """
+    prompt: int
+    """Index of the first trajectory with the same prompt."""
+    prompt_tokens: int
+    fed: int
+    """Response tokens that the model must read: those before the last action."""
+    acts: bool
+    """Whether there is an action; without one, nothing is packed."""
+
+    @property
+    def may_share(self) -> bool:
+        """Whether the trajectory's segment may have a prefix or several responses."""
+        return self.acts and self.prompt_tokens + self.fed <= MAX_SHARED_SEGMENT
+
+
+def loads_of(trajectories: Sequence[Trajectory]) -> list[Load]:
     first_seen: dict[tuple[int, ...], int] = {}
-    for index, trajectory in enumerate(trajectories):
-        first_seen.setdefault(tuple(trajectory.prompt_ids), index)
-    order = sorted(range(len(trajectories)), key=lambda i: (first_seen[tuple(trajectories[i].prompt_ids)], i))
-
-    prefix = common_prefix({tuple(t.prompt_ids) for t in trajectories if _may_share(t)})
-    batches: list[list[int]] = []
-    packer = _Packer(prefix)
-    for index in order:
-        if not batches or packer.tokens + packer.cost(trajectories[index]) > max_tokens:
-            batches.append([])
-            packer = _Packer(prefix)
-        packer.add(trajectories[index])
-        batches[-1].append(index)
-    return batches
+    return [
+        Load(first_seen.setdefault(tuple(t.prompt_ids), index), len(t.prompt_ids), _fed_tokens(t), t.acts)
+        for index, t in enumerate(trajectories)
+    ]
 
 
-def deal(trajectories: Sequence[Trajectory], max_tokens: int, processes: int) -> list[list[list[int]]]:
-    """The micro-batches of each process, of at most `max_tokens` each, as `split_by_tokens` makes them.
-
-    The largest share is as small as shares of neighbours can make it. Every process gets the same number of micro-batches,
-    since all must run the model together: where a share has fewer, the last ones are empty.
-    """
-    low, high = 0, max(1, sum(len(t.prompt_ids) + _fed_tokens(t) for t in trajectories))
-    while processes > 1 and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(split_by_tokens(trajectories, middle)) <= processes else (middle, high)
-    shares = split_by_tokens(trajectories, high)
-    dealt = []
-    for share in shares + [[] for _ in range(processes - len(shares))]:
-        split = split_by_tokens([trajectories[i] for i in share], max_tokens)
-        dealt.append([[share[i] for i in members] for members in split])
-    count = max(map(len, dealt))
-    return [batches + [[] for _ in range(count - len(batches))] for batches in dealt]
-
-
-def pack(trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> TrajectoryBatch:
-    """Packs trajectories in the order given. `rewards` [N] replaces their own (an objective may centre or scale them).
+def pack(trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
+    """Packs trajectories in the order given.
 
     Where there is no action to pack, the batch is one token that predicts nothing, so that the model can run all the same.
     """
-    packer = _Packer(prefix=0)
+    loads = loads_of(trajectories)
+    packer = Packer(prefix=0)
     members_of: list[list[int]] = []
-    for index, trajectory in enumerate(trajectories):
-        if not trajectory.actions:
+    for index, load in enumerate(loads):
+        if not load.acts:
             continue
-        if packer.add(trajectory):
+        if packer.add(load):
             members_of[-1].append(index)
         else:
             members_of.append([index])
 
-    leaders = [trajectories[members[0]] for members in members_of if _may_share(trajectories[members[0]])]
-    prefix = common_prefix([t.prompt_ids for t in leaders]) if len(leaders) > 1 else 0
-    input_ids = leaders[0].prompt_ids[:prefix] if prefix else []
+    leaders = [trajectories[members[0]].prompt_ids for members in members_of if loads[members[0]].may_share]
+    prefix = common_prefix(leaders) if len(leaders) > 1 else 0
+    input_ids = leaders[0][:prefix] if prefix else []
     position_ids = list(range(prefix))
-    segments = [Segment(0, prefix, 0, (), None)] if prefix else []
+    segments = [Segment(0, prefix, 0, ())] if prefix else []
+    actions = [trajectory.actions for trajectory in trajectories]
     rows: list[list[int]] = [[] for _ in trajectories]
     for members in members_of:
         start = len(input_ids)
-        seen = prefix if _may_share(trajectories[members[0]]) else 0
+        seen = prefix if loads[members[0]].may_share else 0
         prompt = trajectories[members[0]].prompt_ids
-        branch = [0] * (len(prompt) - seen)
         input_ids += prompt[seen:]
         position_ids += range(seen, len(prompt))
         last = len(input_ids) - 1
         branches = []
-        for number, member in enumerate(members, start=1):
-            trajectory = trajectories[member]
-            fed = _fed_tokens(trajectory)
+        for member in members:
+            fed = loads[member].fed
             first = len(input_ids)
             branches.append(first)
-            rows[member] = [last if i == 0 else first + i - 1 for i in trajectory.actions]
-            input_ids += trajectory.response_ids[:fed]
+            rows[member] = [last if i == 0 else first + i - 1 for i in actions[member]]
+            input_ids += trajectories[member].response_ids[:fed]
             position_ids += range(len(prompt), len(prompt) + fed)
-            branch += [number] * fed
-        alone = len(members) == 1 and seen == 0
-        allowed = None if alone else _tree_mask(branch, position_ids[start:], seen)
-        segments.append(Segment(start, len(input_ids), seen, tuple(branches), allowed))
+        segments.append(Segment(start, len(input_ids), seen, tuple(branches)))
     if not segments:
-        input_ids, position_ids, segments = [0], [0], [Segment(0, 1, 0, (), None)]
+        input_ids, position_ids, segments = [0], [0], [Segment(0, 1, 0, ())]
 
-    targets = [t.response_ids[i] for t in trajectories for i in t.actions]
-    lengths = torch.tensor([0, *(len(r) for r in rows)], dtype=torch.int32)
+    bounds = tuple(accumulate(map(len, rows), initial=0))
     return TrajectoryBatch(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
         position_ids=torch.tensor(position_ids, dtype=torch.int64),
         segments=tuple(segments),
         action_rows=torch.tensor([row for r in rows for row in r], dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        cu_seqlens=lengths.cumsum(0, dtype=torch.int32),
-        rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32) if rewards is None else rewards,
+        targets=torch.tensor(
+            [t.response_ids[i] for t, chosen in zip(trajectories, actions, strict=True) for i in chosen],
+            dtype=torch.int64,
+        ),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        bounds=bounds,
     )
 
 
@@ -239,11 +234,6 @@ def _fed_tokens(trajectory: Trajectory) -> int:
     if trajectory.action_mask is None:
         return max(0, len(trajectory.response_ids) - 1)
     return max(trajectory.actions, default=0)
-
-
-def _may_share(trajectory: Trajectory) -> bool:
-    """Whether the trajectory's segment may have a prefix or several responses. False if it has no actions: no segment."""
-    return bool(trajectory.actions) and len(trajectory.prompt_ids) + _fed_tokens(trajectory) <= MAX_SHARED_SEGMENT
 
 
 def common_prefix(prompts: Collection[Sequence[int]]) -> int:
@@ -256,43 +246,32 @@ def common_prefix(prompts: Collection[Sequence[int]]) -> int:
     return next((i for i in range(longest) if low[i] != high[i]), longest)
 
 
-class _Packer:
+class Packer:
     """Counts packed tokens and decides which trajectories share a segment, given a prefix of so many tokens."""
 
     def __init__(self, prefix: int) -> None:
         self.tokens = prefix
         self._prefix = prefix
-        self._prompt: list[int] | None = None
+        self._prompt: int | None = None
         self._segment_tokens = 0
 
-    def _shares(self, trajectory: Trajectory) -> bool:
-        fits = self._segment_tokens + _fed_tokens(trajectory) <= MAX_SHARED_SEGMENT
-        return fits and trajectory.prompt_ids == self._prompt
+    def _shares(self, load: Load) -> bool:
+        return load.prompt == self._prompt and self._segment_tokens + load.fed <= MAX_SHARED_SEGMENT
 
-    def cost(self, trajectory: Trajectory) -> int:
+    def cost(self, load: Load) -> int:
         """Packed tokens that adding the trajectory takes."""
-        if not trajectory.actions:
+        if not load.acts:
             return 0
-        if self._shares(trajectory):
-            return _fed_tokens(trajectory)
-        seen = self._prefix if _may_share(trajectory) else 0
-        return len(trajectory.prompt_ids) - seen + _fed_tokens(trajectory)
+        if self._shares(load):
+            return load.fed
+        return load.prompt_tokens - (self._prefix if load.may_share else 0) + load.fed
 
-    def add(self, trajectory: Trajectory) -> bool:
+    def add(self, load: Load) -> bool:
         """Adds the trajectory; True if it joined the segment of the one before it."""
-        shares, cost = self._shares(trajectory), self.cost(trajectory)
+        shares, cost = self._shares(load), self.cost(load)
         self.tokens += cost
         if cost:
-            full = _fed_tokens(trajectory) + (0 if shares else len(trajectory.prompt_ids))
-            self._prompt = trajectory.prompt_ids
+            full = load.fed + (0 if shares else load.prompt_tokens)
+            self._prompt = load.prompt
             self._segment_tokens = self._segment_tokens + full if shares else full
         return shares
-
-
-def _tree_mask(branch: list[int], position: list[int], prefix: int) -> Tensor:
-    """[L, prefix + L] bool: token i sees the prefix, and token j if that is not later and is in the prompt (branch 0) or in
-    the same response."""
-    b = torch.tensor(branch)
-    p = torch.tensor(position)
-    own = ((b[None, :] == 0) | (b[None, :] == b[:, None])) & (p[None, :] <= p[:, None])
-    return torch.cat([torch.ones(len(branch), prefix, dtype=torch.bool), own], dim=1)

@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from tbrm.attention import PACKED_ATTENTION
+from tbrm.attention import PACKED_ATTENTION, Tree
 from tbrm.compiled import compile_around_attention, not_compiled
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.flash_attention import FLASH_ATTENTION, Paths
@@ -97,8 +97,8 @@ class PolicyModel(nn.Module):
     def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
         """[A, D]: the hidden states that predict the batch's actions."""
         tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
-        flash = self.attention == FLASH_ATTENTION
-        segments = Paths.of(batch.segments, self.device) if flash else batch.segments
+        kind = Paths if self.attention == FLASH_ATTENTION else Tree
+        segments = kind.of(batch.segments, self.device)
         backbone = self.lm.base_model(
             **tokens, position_ids=batch.position_ids[None], segments=segments, use_cache=False
         )

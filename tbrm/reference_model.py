@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from tbrm.data import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch
+from tbrm.data import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch, pack
 from tbrm.model import PolicyModel
 from tbrm.parallel import World
 from tbrm.weights import read_weights
@@ -46,19 +47,19 @@ class ReferenceModel:
         with self._adapters.off() if self._adapters else nullcontext():
             stats = self.model(batch)
         logprobs, lse = stats.logprobs.cpu(), stats.lse.cpu()
-        bounds = batch.cu_seqlens.tolist()
-        for trajectory, start, end in zip(trajectories, bounds, bounds[1:], strict=False):
+        for trajectory, start, end in zip(trajectories, batch.bounds, batch.bounds[1:], strict=False):
             value = lse[start] if end > start else torch.zeros(())
             trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone())
 
-    def fill_in(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> ScoredBatch:
-        """The batch with its ref_logprobs and ref_values, which `score` has found."""
+    def scored(self, trajectories: Sequence[Trajectory], columns: dict[str, Tensor]) -> ScoredBatch:
+        """The packed trajectories with what `score` has found of them, and the objective's columns [N]."""
         scores = [trajectory.reference for trajectory in trajectories]
         nothing = torch.zeros(0)  # a share of the step may be empty
         return ScoredBatch(
-            **vars(batch),
-            ref_logprobs=torch.cat([nothing, *(score.logprobs for score in scores if score)]).to(batch.targets.device),
-            ref_values=torch.cat([nothing, *(score.value[None] for score in scores if score)]).to(batch.targets.device),
+            **vars(pack(trajectories)),
+            ref_logprobs=torch.cat([nothing, *(score.logprobs for score in scores if score)]),
+            ref_values=torch.cat([nothing, *(score.value[None] for score in scores if score)]),
+            columns=columns,
         )
 
     def share_scores(self, trajectories: Sequence[Trajectory], scored_here: Sequence[int], world: World) -> None:

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.data import pack, split_by_tokens
+from tbrm.data import pack
+from tbrm.deal import split_by_tokens
 from tbrm.model import PolicyModel
 from tbrm.offline import read_trajectories
 from tbrm.rollout.embedded import end_token_ids

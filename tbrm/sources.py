@@ -38,6 +38,11 @@ def trajectory_source(
     if len(usable) < len(recorded) and world.is_main:
         left_out = len(recorded) - len(usable)
         print(f"data.trajectories: {left_out} of {len(recorded)} left out: their prompts are held out", file=sys.stderr)
+    if (key := config.objective.wants_several_responses) and len({t.group for t in usable}) == len(usable):
+        raise ConfigError(
+            f"objective.{key} is true but {config.data.trajectories} has one response to each prompt: less its own mean, every "
+            "reward would be 0; set it to false"
+        )
     return FileSource(usable, config.rollout, config.seed)
 
 

@@ -29,7 +29,7 @@ class StepMetrics:
     def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: ScoredBatch) -> None:
         assert stats.entropy is not None
         self.tokens += len(batch.input_ids)
-        self._trajectories += len(batch.rewards)
+        self._trajectories += len(batch.bounds) - 1
         self._actions += len(batch.targets)
         self._residuals.append(losses.residual.detach())
         first = batch.cu_seqlens[:-1].long()  # every trajectory of a step has at least one action

@@ -26,12 +26,14 @@ from torch import Tensor
 from tbrm.chat import encode_problems, set_day
 from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config import Config, ConfigError
-from tbrm.data import ScoredBatch, Trajectory, deal, pack
+from tbrm.data import ScoredBatch, Trajectory, pack
+from tbrm.deal import deal
 from tbrm.evaluate import evaluate
 from tbrm.interruption import Interrupted, Interruption
 from tbrm.load import load_policy
 from tbrm.metrics import Phases, peak_memory_mib
-from tbrm.objectives.base import TrajectoryLoss
+from tbrm.objectives import Step, TrajectoryLoss
+from tbrm.objectives.contract import Contract
 from tbrm.offline import write_trajectories
 from tbrm.parallel import ALONE, World, accumulate
 from tbrm.recorded import RecordedFiles
@@ -45,7 +47,7 @@ from tbrm.schedule import learning_rate_at
 from tbrm.sources import make_supply, trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.weights import whole
-from tbrm_kernels import TokenStats, segment_sums
+from tbrm_kernels import TokenStats
 
 
 class Trainer:
@@ -82,6 +84,7 @@ class Trainer:
         set_day(self.tokenizer, date.fromisoformat(self.state.day))
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
+        self.objective = Contract(config.objective)
         beside = world.apart()  # rollouts may be made while training uses the other
         self.engine = make_engine(config.rollout, self.policy, self.tokenizer, beside, run_dir=self.run_dir)
         source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, beside)
@@ -141,15 +144,12 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step on fresh trajectories and, if so configured, replayed ones; returns its metrics."""
-        config, objective = self.config, self.config.objective
+        config = self.config
         self.state.step += 1
         collected = self.supply.collect(self.state.step, self.phases)
         recorded = self.recorded.feed(self.replay, self.state.step, self.phases) if self.world.is_main else {}
         replayed = self.replay.sample(self.state.step, self.phases)
-        trajectories = [t for t in collected.trajectories + replayed if t.actions]
-        groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
-        rewards = torch.tensor([t.reward for t in trajectories]) + objective.reward_offset
-        rewards = objective.shape_rewards(rewards, groups)
+        trajectories = [t for t in collected.trajectories + replayed if t.acts]
 
         measured = StepMetrics(self.device)
         unscored, scored = self._micro_batches(trajectories)
@@ -158,10 +158,9 @@ class Trainer:
                 part = [trajectories[i] for i in members]
                 self.reference.score(pack(part).to(self.device), part)
         with self.phases("update"):
-            if objective.uses_log_ratios:
-                rewards = objective.compare(rewards, groups, self._log_ratios(trajectories, unscored + scored))
+            columns = self._columns(trajectories, unscored + scored)
             for number, members in enumerate(unscored + scored, start=1):
-                batch = self._scored_batch([trajectories[i] for i in members], rewards[members])
+                batch = self._scored_batch(trajectories, members, columns)
                 last = number == len(unscored) + len(scored)
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(batch, len(trajectories), measured)
@@ -177,7 +176,7 @@ class Trainer:
                 self.replay.update(self.state.step, trajectories, residuals)
         if skipped:
             self._give_up_if_repeated(trajectories, means)
-        if _due(self.state.step, objective.reset_reference_every):
+        if _due(self.state.step, config.objective.reset_reference_every):
             self.reference.reset(self.policy)
 
         seconds = self.phases.take()
@@ -206,30 +205,48 @@ class Trainer:
             part += [[indices[i] for i in members] for members in dealt[self.world.rank]]
         return parts[0], parts[1]
 
-    def _scored_batch(self, trajectories: Sequence[Trajectory], rewards: Tensor | None = None) -> ScoredBatch:
-        return self.reference.fill_in(pack(trajectories, rewards).to(self.device), trajectories)
+    def _scored_batch(
+        self, trajectories: Sequence[Trajectory], members: list[int], columns: dict[str, Tensor]
+    ) -> ScoredBatch:
+        """Some of the step's trajectories, with their part of its columns [N]."""
+        part = {name: column[members] for name, column in columns.items()}
+        return self.reference.scored([trajectories[i] for i in members], part).to(self.device)
+
+    def _columns(self, trajectories: Sequence[Trajectory], micro_batches: Sequence[list[int]]) -> dict[str, Tensor]:
+        """The objective's columns [N] of all trajectories of the step, of which this process has some in its micro-batches."""
+        if not trajectories:
+            return {}
+        rewards = torch.tensor([t.reward for t in trajectories]) + self.config.objective.reward_offset
+        groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
+        measured = self._measure(trajectories, micro_batches, rewards) if self.objective.measures else {}
+        return self.objective.columns(Step(rewards, groups, measured))
 
     @torch.no_grad()
-    def _log_ratios(self, trajectories: Sequence[Trajectory], micro_batches: Sequence[Sequence[int]]) -> Tensor:
-        """sum log pi - sum log pi_ref of all trajectories [N], of which this process has some in its micro-batches."""
-        found: dict[int, float] = {}
+    def _measure(
+        self, trajectories: Sequence[Trajectory], micro_batches: Sequence[list[int]], rewards: Tensor
+    ) -> dict[str, Tensor]:
+        found: list[tuple[list[int], dict[str, Tensor]]] = []
         for members in micro_batches:
-            batch = self._scored_batch([trajectories[i] for i in members])
-            log_ratios = segment_sums(self.policy(batch).logprobs - batch.ref_logprobs, batch.cu_seqlens)
-            found |= zip(members, log_ratios.tolist(), strict=False)
-        everywhere = {i: ratio for part in self.world.gather(found) for i, ratio in part.items()}
-        return torch.tensor([everywhere[i] for i in range(len(trajectories))])
+            batch = self._scored_batch(trajectories, members, {"rewards": rewards})
+            stats = self.policy(batch, entropy=True)  # by all processes together, whoever has something to measure
+            if members:
+                values = self.objective.measure(stats, batch)
+                found.append((members, {name: column.cpu() for name, column in values.items()}))
+        everywhere = [part for parts in self.world.gather(found) for part in parts]
+        place = torch.tensor([i for members, _ in everywhere for i in members]).argsort()
+        return {name: torch.cat([values[name] for _, values in everywhere])[place] for name in everywhere[0][1]}
 
     def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics) -> None:
         """Adds the batch's part of the gradient of the mean loss over all of the step's trajectories."""
         chunks: list[TrajectoryLoss] = []
 
         def mean_loss(stats: TokenStats, cu_seqlens: Tensor, first: int) -> Tensor:
-            chunks.append(self.config.objective(stats, batch.scores_of(first, cu_seqlens)))
+            chunks.append(self.objective(stats, batch.scores_of(first, cu_seqlens)))
             return chunks[-1].loss.sum() / n_trajectories
 
         loss, stats = self.policy.trajectory_loss(batch, mean_loss)
         loss.backward()
+        self.objective.check(stats, batch)
         if chunks:  # none: this process had nothing to add, and only kept the others company
             measured.add(stats, TrajectoryLoss(*map(torch.cat, zip(*chunks, strict=True))), batch)
 

@@ -108,7 +108,7 @@ class VocabParallelPass:
         self.group = vocabulary.group
         self._vocabulary = vocabulary
         self._input_ids = batch.input_ids
-        mine = (len(batch.input_ids), batch.cu_seqlens.tolist())
+        mine = (len(batch.input_ids), batch.bounds)
         shares: list[Any] = [None] * self.group.size()
         dist.all_gather_object(shares, mine, group=self.group)
         self._tokens = [tokens for tokens, _ in shares]

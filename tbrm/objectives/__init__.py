@@ -1,6 +1,9 @@
-"""Objectives: losses over per-token statistics, one to a file, found by name."""
+"""Objectives: losses over per-token statistics, one to a file, found by name.
 
-from tbrm.objectives.base import Objective
+Their fields are keys of a recipe, which is checked before torch is loaded: what needs torch is imported where it is used.
+"""
+
+from tbrm.objectives.base import Objective, Step, TrajectoryLoss
 from tbrm.registry import Registry
 
 OBJECTIVES = Registry(
@@ -14,4 +17,4 @@ OBJECTIVES = Registry(
     },
 )
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["OBJECTIVES", "Objective", "Step", "TrajectoryLoss"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from tbrm.data import ScoredBatch
-from tbrm_kernels import TokenStats
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tbrm.data import ScoredBatch
+    from tbrm_kernels import TokenStats
 
 
 class TrajectoryLoss(NamedTuple):
@@ -18,8 +21,22 @@ class TrajectoryLoss(NamedTuple):
     residual: Tensor  # [N], what should be zero; for the metrics
 
 
+@dataclass(frozen=True)
+class Step:
+    """All N trajectories of a step, on the CPU: those of every process and every micro-batch."""
+
+    rewards: Tensor  # [N] float32, with the offset
+    groups: Tensor  # [N] int64: which trajectories answer the same problem
+    measured: Mapping[str, Tensor]  # [N] each: what `measure` found
+
+
 class Objective(ABC, BaseModel):
-    """Base of all objectives. The fields are the keys of the recipe's `objective` section."""
+    """Base of all objectives. The fields are the keys of the recipe's `objective` section.
+
+    A step's trajectories are dealt out to processes, micro-batches and chunks of the head, and `__call__` is given one such
+    part. What is to look at other trajectories (a baseline, a group's mean) is a column, made of the whole step: so a loss
+    does not depend on how the step was dealt out. The trainer checks that at the first step.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -36,32 +53,33 @@ class Objective(ABC, BaseModel):
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
     )
 
-    uses_log_ratios: ClassVar[bool] = False
-    """Whether `compare` is to be asked before each update, at the price of one more forward pass."""
+    @property
+    def wants_several_responses(self) -> str | None:
+        """The key, if any, with which all rewards are 0 where every problem has a single response."""
+        return None
 
-    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        """The rewards [N] that the loss is to use, of those with the offset; groups [N] int64 says which trajectories
-        answer the same problem."""
-        return rewards
+    def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
+        """What `columns` wants to know of each of the batch's n trajectories under the policy as it is, [n] each, without
+        gradient. To override it costs one more forward pass a step."""
+        return {}
 
-    def compare(self, rewards: Tensor, groups: Tensor, log_ratios: Tensor) -> Tensor:
-        """The rewards [N] that the loss is to use, where that takes the log-ratios [N] of all trajectories of the step:
-        sum_h log pi(a_h|s_h) - log pi_ref(a_h|s_h) under the policy as it is."""
-        return rewards
+    def columns(self, step: Step) -> dict[str, Tensor]:
+        """[N] each, detached, that `__call__` finds in `batch.columns`: by default the rewards alone."""
+        return {"rewards": step.rewards}
 
     @abstractmethod
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
-        """The loss of each trajectory of a packed batch."""
+        """The loss of each trajectory of a packed batch, of its own tokens and columns alone."""
 
 
 def comparable(groups: Tensor) -> Tensor:
     """The groups [N] within which responses are compared: those given, or, where each is of one, all as a single one."""
-    return torch.zeros_like(groups) if len(torch.unique(groups)) == len(groups) else groups
+    return groups.new_zeros(len(groups)) if len(groups.unique()) == len(groups) else groups
 
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
     """[N]: for each of `values` [N] the mean over its group; groups [N] int64."""
-    _, member = torch.unique(groups, return_inverse=True)
-    counts = torch.bincount(member)
-    means = torch.zeros(len(counts), dtype=values.dtype).index_add_(0, member, values) / counts
+    _, member = groups.unique(return_inverse=True)
+    counts = member.bincount()
+    means = values.new_zeros(len(counts)).index_add_(0, member, values) / counts
     return means[member]

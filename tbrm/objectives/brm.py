@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from tbrm.data import ScoredBatch
 from tbrm.objectives.base import Objective, TrajectoryLoss
-from tbrm_kernels import TokenStats, segment_sums
+
+if TYPE_CHECKING:
+    from tbrm.data import ScoredBatch
+    from tbrm_kernels import TokenStats
 
 
 class Brm(Objective):
@@ -17,14 +19,16 @@ class Brm(Objective):
     """
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
-        starts, ends = batch.cu_seqlens[:-1].long(), batch.cu_seqlens[1:].long()
-        acted = ends > starts
-        last = ends[acted] - 1
-        # index_fill and index_put without in-place writes keep the graph simple: V(s_{h+1}) is the next row's lse,
-        # and nothing after a trajectory's last action.
-        is_last = torch.zeros_like(stats.lse, dtype=torch.bool).index_fill(0, last, True)
-        next_value = torch.where(is_last, 0.0, stats.lse.roll(-1))
-        step_reward = torch.zeros_like(stats.lse).index_put((last,), batch.rewards[acted].to(stats.lse))
+        from tbrm_kernels import segment_sums
+
+        # Row t + 1 stands for action t: so an empty trajectory, which ends where the one before it does, has a row too.
+        rows = stats.lse.new_zeros(len(stats.lse) + 1)
+        ends = batch.cu_seqlens[1:].long()
+        is_last = rows.bool().index_fill(0, ends, True)[1:]
+        reward = batch.rewards.masked_fill(batch.cu_seqlens.diff() == 0, 0.0).to(rows)
+        step_reward = rows.index_add(0, ends, reward)[1:]
+        # V(s_{h+1}) is the next row's lse, and nothing after a trajectory's last action.
+        next_value = stats.lse.roll(-1).masked_fill(is_last, 0.0)
         q_value = stats.lse + stats.logprobs
         residual = q_value - batch.ref_logprobs - step_reward / self.beta - next_value
         return TrajectoryLoss(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from tbrm.data import ScoredBatch
-from tbrm.objectives.base import Objective, TrajectoryLoss, comparable, group_means
-from tbrm_kernels import TokenStats, segment_sums
+from tbrm.objectives.base import Objective, Step, TrajectoryLoss, comparable, group_means
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tbrm.data import ScoredBatch
+    from tbrm_kernels import TokenStats
 
 
 class Reinforce(Objective):
@@ -16,10 +20,12 @@ class Reinforce(Objective):
     trajectories this is the gradient of -(E[R] - beta KL(pi || pi_ref)).
     """
 
-    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        return rewards - group_means(rewards, comparable(groups))
+    def columns(self, step: Step) -> dict[str, Tensor]:
+        return {"rewards": step.rewards - group_means(step.rewards, comparable(step.groups))}
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        from tbrm_kernels import segment_sums
+
         logprob_sums = segment_sums(stats.logprobs, batch.cu_seqlens)
         log_ratio = logprob_sums - segment_sums(batch.ref_logprobs, batch.cu_seqlens)
         residual = (log_ratio - batch.rewards / self.beta).detach()

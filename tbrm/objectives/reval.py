@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from tbrm.data import ScoredBatch
-from tbrm.objectives.base import Objective, TrajectoryLoss, group_means
-from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
+from pydantic import Field
+
+from tbrm.objectives.base import Objective, Step, TrajectoryLoss, group_means
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tbrm.data import ScoredBatch
+    from tbrm_kernels import TokenStats
 
 
 class Reval(Objective):
@@ -19,10 +24,17 @@ class Reval(Objective):
 
     centre_rewards: bool = Field(False, description="Subtract from each reward the mean over its problem's responses.")
 
-    def shape_rewards(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        return rewards - group_means(rewards, groups) if self.centre_rewards else rewards
+    @property
+    def wants_several_responses(self) -> str | None:
+        return "centre_rewards" if self.centre_rewards else None
+
+    def columns(self, step: Step) -> dict[str, Tensor]:
+        centre = group_means(step.rewards, step.groups) if self.centre_rewards else 0
+        return {"rewards": step.rewards - centre}
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        from tbrm_kernels import segment_sums, trajectory_residual
+
         ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
         residual = trajectory_residual(
             stats.logprobs, stats.lse, batch.cu_seqlens, ref_sums, batch.rewards, self.beta, ref_values=batch.ref_values

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from tbrm.objectives.base import Objective, Step, TrajectoryLoss, comparable, group_means
 
-from tbrm.data import ScoredBatch
-from tbrm.objectives.base import Objective, TrajectoryLoss, comparable, group_means
-from tbrm_kernels import TokenStats, segment_sums
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tbrm.data import ScoredBatch
+    from tbrm_kernels import TokenStats
 
 
 class Tba(Objective):
@@ -18,12 +20,18 @@ class Tba(Objective):
     response, over the step; detached, which leaves the gradient as it is. It comes in through the rewards.
     """
 
-    uses_log_ratios: ClassVar[bool] = True
+    def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
+        return {"log_ratio": self._log_ratio(stats, batch)}
 
-    def compare(self, rewards: Tensor, groups: Tensor, log_ratios: Tensor) -> Tensor:
-        return rewards - group_means(rewards - self.beta * log_ratios, comparable(groups))
+    def columns(self, step: Step) -> dict[str, Tensor]:
+        log_z = group_means(step.rewards - self.beta * step.measured["log_ratio"], comparable(step.groups))
+        return {"rewards": step.rewards - log_z}
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
-        log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
-        residual = log_ratio - batch.rewards / self.beta
+        residual = self._log_ratio(stats, batch) - batch.rewards / self.beta
         return TrajectoryLoss(residual.square(), residual)
+
+    def _log_ratio(self, stats: TokenStats, batch: ScoredBatch) -> Tensor:
+        from tbrm_kernels import segment_sums
+
+        return segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from tbrm.data import ScoredBatch
+from typing import TYPE_CHECKING
+
 from tbrm.objectives.base import Objective, TrajectoryLoss
-from tbrm_kernels import TokenStats, segment_sums, trajectory_residual
+
+if TYPE_CHECKING:
+    from tbrm.data import ScoredBatch
+    from tbrm_kernels import TokenStats
 
 
 class Tbrm(Objective):
@@ -15,6 +19,8 @@ class Tbrm(Objective):
     """
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        from tbrm_kernels import segment_sums, trajectory_residual
+
         ref_sums = segment_sums(batch.ref_logprobs, batch.cu_seqlens)
         residual = trajectory_residual(stats.logprobs, stats.lse, batch.cu_seqlens, ref_sums, batch.rewards, self.beta)
         return TrajectoryLoss(residual.square(), residual)

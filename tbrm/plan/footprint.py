@@ -68,11 +68,8 @@ def _line(tokens: Sequence[int], sizes: Sequence[int]) -> Line:
 
 
 def _without_memory(batch: TrajectoryBatch, fake: FakeTensorMode) -> TrajectoryBatch:
-    def convert(values: dict[str, Any]) -> dict[str, Any]:
-        return {key: fake.from_tensor(value) for key, value in values.items() if isinstance(value, Tensor)}
-
-    segments = tuple(replace(segment, **convert(vars(segment))) for segment in batch.segments)
-    return replace(batch, segments=segments, **convert(vars(batch)))
+    tensors: dict[str, Any] = {k: fake.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    return replace(batch, **tensors)
 
 
 def _train(policy: PolicyModel, batch: TrajectoryBatch) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import encode_problems
 from tbrm.config import Config
-from tbrm.data import Trajectory, common_prefix, deal, pack
+from tbrm.data import Trajectory, common_prefix, pack
+from tbrm.deal import deal
 from tbrm.load import load_model
 from tbrm.lora import Adapters, base_layer
 from tbrm.model import PolicyModel

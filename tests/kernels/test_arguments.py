@@ -42,6 +42,8 @@ def arguments(**changed: Any) -> dict[str, Any]:
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
         ({"softcap": -1.0}, ValueError, r"softcap is -1\.0.*None"),
         ({"logit_scale": float("inf")}, ValueError, "logit_scale is inf"),
+        ({"targets": [0, 4, 1]}, TypeError, "targets is a list: pass a torch.Tensor"),
+        ({"weight": torch.nn.Linear(2, 5)}, TypeError, r"weight is a Linear: pass its weight, weight\.weight"),
         ({"backend": "cudnn"}, ValueError, "backend is 'cudnn': it must be one of auto, .*torch"),
     ],
 )

@@ -505,6 +505,45 @@ def test_impossible_arguments_are_refused() -> None:
             fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds([5]), loss_fn=per_token, entropy=True)
     with pytest.raises(ValueError, match=r"loss_fn returned \[18\]: it must return \[\]"):
         fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds(LENGTHS), loss_fn=lambda stats, *_: stats.logprobs)
+    with pytest.raises(TypeError, match="loss_fn returned a float: it must return a tensor"):
+        fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds(LENGTHS), loss_fn=lambda *_: 0.0)
+    with pytest.raises(TypeError, match="loss_fn is a Tensor: it must be a function"):
+        fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds(LENGTHS), loss_fn=head.hidden)
+    with pytest.raises(TypeError, match="cu_seqlens is a list: pass a torch.Tensor"):
+        fused_linear_trajectory_loss(**arguments, cu_seqlens=[0, 18], loss_fn=per_token, entropy=True)
+
+
+@pytest.mark.parametrize("name", ["ref_logprob_sums", "rewards", "ref_values"])
+def test_scores_of_another_number_of_trajectories_are_refused(name: str) -> None:
+    head = random_head(sum(LENGTHS), 12, 4)
+    fitting = scores(LENGTHS)
+    for length in (len(LENGTHS) + 1, len(LENGTHS) - 1):
+        wrong = {**fitting, name: torch.zeros(length)}
+        with pytest.raises(ValueError, match=rf"{name} has shape \[{length}\]: it must be \[6\]"):
+            fused_linear_tbrm_loss(head.hidden, head.weight, head.targets, bounds(LENGTHS), beta=BETA, **wrong)
+    with pytest.raises(TypeError, match=f"{name} is a list: pass a torch.Tensor"):
+        wrong = {**fitting, name: [0.0] * len(LENGTHS)}
+        fused_linear_tbrm_loss(head.hidden, head.weight, head.targets, bounds(LENGTHS), beta=BETA, **wrong)
+
+
+def test_an_entropy_that_the_loss_leaves_out_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for backend in registry._BACKENDS.values():
+        real = backend.Head.chunk
+
+        def chunk(head: Any, hidden: Tensor, targets: Tensor, real: Any = real) -> Any:
+            made = real(head, hidden, targets)
+            backward = made.backward
+            made.backward = lambda grads, *rest, **last: (seen.append(grads.entropy), backward(grads, *rest, **last))
+            return made
+
+        monkeypatch.setattr(backend.Head, "chunk", chunk)
+    head = random_head(sum(LENGTHS), 60, 8)
+    arguments = {**leaves_of(head), "targets": head.targets, "cu_seqlens": bounds(LENGTHS), "entropy": True}
+    fused_linear_trajectory_loss(**arguments, loss_fn=lambda stats, *_: stats.logprobs.sum())
+    assert seen == [None]
+    fused_linear_trajectory_loss(**arguments, loss_fn=lambda stats, *_: (stats.logprobs + stats.entropy).sum())
+    assert seen[1] is not None
 
 
 class Chunks:

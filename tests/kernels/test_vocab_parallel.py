@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "options": {"softcap": 5.0, "temperature": 0.7, "logit_scale": 0.5},
     "small chunks, one trajectory in pieces": {"tokens": 6},
     "bfloat16": {"dtype": torch.bfloat16},
+    "ignored by a token's id": {"ignore_index": 0},
 }
 
 
@@ -34,6 +35,7 @@ def problem(dtype: torch.dtype = torch.float32) -> Head:
     assert head.bias is not None
     head.bias[80:] = -torch.inf
     head.targets[head.targets >= 80] = 7
+    head.targets[[2, 6, 9, 20]] = torch.tensor([0, 26, 52, 0])  # of several slices the first entry, which one case ignores
     return head
 
 

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbrm.config import Config, ParallelConfig
-from tbrm.data import Trajectory, deal
+from tbrm.data import Trajectory
+from tbrm.deal import deal
 from tbrm.model import PolicyModel
 from tbrm.parallel import World, launched
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import hashlib
+import random
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tbrm import data
-from tbrm.data import Trajectory, deal, pack, split_by_tokens
+from tbrm.attention import Tree
+from tbrm.data import ScoredBatch, Trajectory, pack
+from tbrm.deal import deal, split_by_tokens
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
 
@@ -26,9 +31,10 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
 
 def visible(batch: data.TrajectoryBatch, row: int) -> list[int]:
     """The token ids that a packed token sees, in order of position."""
-    segment = next(s for s in batch.segments if s.start <= row < s.stop)
+    trees = Tree.of(batch.segments, torch.device("cpu"))
+    segment, allowed = next(tree for tree in trees if tree.segment.start <= row < tree.segment.stop)
     keys = torch.cat([torch.arange(segment.prefix), torch.arange(segment.start, segment.stop)])
-    rows = keys[keys <= row if segment.allowed is None else segment.allowed[row - segment.start]]
+    rows = keys[keys <= row if allowed is None else allowed[row - segment.start]]
     return batch.input_ids[rows[batch.position_ids[rows].argsort()]].tolist()
 
 
@@ -77,6 +83,46 @@ def test_processes_are_dealt_equally_many_tokens() -> None:
     assert max(shares) <= 1.2 * sum(lengths) / 4
 
 
+def responses(count: int, samples: int, seed: int = 0) -> list[Trajectory]:
+    """Problems that begin alike, most with so many responses; some responses are masked, or too long to share anything."""
+    rng = random.Random(seed)
+    items = []
+    for problem in range(count):
+        prompt = [3, 4, *(rng.randrange(5, 9) for _ in range(rng.randrange(1, 9)))]
+        for _ in range(samples):
+            length = rng.choice([rng.randrange(0, 30), rng.randrange(30, 90)])
+            mask = [rng.random() < 0.5 for _ in range(length)] if rng.random() < 0.25 else None
+            items.append(Trajectory(prompt, [9] * length, 1.0, group=problem, action_mask=mask))
+    rng.shuffle(items)
+    return items
+
+
+def test_the_deal_is_what_it_was_when_each_budget_was_tried_on_the_trajectories_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "MAX_SHARED_SEGMENT", 100)
+    dealt = [deal(responses(12, 3, seed), 120, processes) for seed in range(20) for processes in (1, 2, 3, 7)]
+    assert dealt[2] == [
+        [[0, 20], [30], [1], [7], [27, 2, 4, 25], [3]],
+        [[9], [24, 5, 12, 34], [6, 22], [32, 8], [15, 29, 10], []],
+        [[19], [33, 11], [14, 23, 13], [17, 31, 16], [26, 35, 18], [21, 28]],
+    ]
+    assert hashlib.sha256(repr(dealt).encode()).hexdigest()[:16] == "0ab8b9b0ed426f3e"  # of all 80, as of 12fa3bf
+
+
+def test_the_tokens_of_a_trajectory_are_looked_at_once_a_deal_whatever_the_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = []
+    counted = data._fed_tokens
+    monkeypatch.setattr(data, "_fed_tokens", lambda trajectory: looked_at.append(trajectory) or counted(trajectory))
+    items = responses(40, 4)
+    for processes in (1, 8, 64):
+        looked_at.clear()
+        deal(items, 200, processes)
+        assert len(looked_at) == len(items)
+
+
 def test_a_shared_prompt_is_packed_once() -> None:
     items = [Trajectory([5, 6, 7], [10, 11, 2], 0.0), Trajectory([5, 6, 7], [12, 2], 0.0)]
     # The last token of a response predicts nothing and is not fed.
@@ -111,10 +157,17 @@ def test_long_responses_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(s.stop - s.start, s.prefix) for s in pack(items).segments] == [(6, 0), (7, 0)]
 
 
-def test_rewards_can_be_replaced() -> None:
-    items = [Trajectory([5], [10], 1.0), Trajectory([5], [11], 0.0)]
-    assert pack(items).rewards.tolist() == [1.0, 0.0]
-    assert pack(items, torch.tensor([0.5, -0.5])).rewards.tolist() == [0.5, -0.5]
+def test_some_trajectories_of_a_batch_keep_their_own_columns_and_scores() -> None:
+    items = [Trajectory([5], [10, 11], 1.0), Trajectory([5], [], 0.0), Trajectory([6], [12, 13, 14], 0.0)]
+    columns = {"rewards": torch.tensor([1.0, 2.0, 3.0]), "baseline": torch.tensor([4.0, 5.0, 6.0])}
+    batch = ScoredBatch(
+        **vars(pack(items)), ref_logprobs=torch.arange(5.0), ref_values=torch.arange(3.0), columns=columns
+    )
+    part = batch.scores_of(1, torch.tensor([0, 0, 3], dtype=torch.int32))
+    assert {name: column.tolist() for name, column in part.columns.items()} == {"rewards": [2, 3], "baseline": [5, 6]}
+    assert part.rewards.tolist() == [2, 3]
+    assert (part.bounds, part.targets.tolist()) == ((0, 0, 3), [12, 13, 14])
+    assert (part.ref_logprobs.tolist(), part.ref_values.tolist()) == ([2, 3, 4], [1, 2])
 
 
 def test_impossible_trajectories_are_refused() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tbrm.config import ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
-from tbrm.objectives import OBJECTIVES, Objective
+from tbrm.objectives import OBJECTIVES, Objective, Step
 from tbrm.recipe import parse_config
 from tbrm_kernels import TokenStats
 from tests.tbrm.conftest import tiny_tree
@@ -69,8 +69,20 @@ def tabular_stats(logits: Tensor, trajectories: list[Trajectory]) -> TokenStats:
 def batch_of(tree: Tree, trajectories: list[Trajectory]) -> ScoredBatch:
     reference = tabular_stats(tree.reference, trajectories)
     rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
-    packed = vars(pack(trajectories, rewards))
-    return ScoredBatch(**packed, ref_logprobs=reference.logprobs, ref_values=reference.lse[::HORIZON])
+    return ScoredBatch(
+        **vars(pack(trajectories)),
+        ref_logprobs=reference.logprobs,
+        ref_values=reference.lse[::HORIZON],
+        columns={"rewards": rewards},
+    )
+
+
+def with_rewards(batch: ScoredBatch, rewards: Tensor) -> ScoredBatch:
+    return dataclasses.replace(batch, columns={"rewards": rewards})
+
+
+def rewards_of(objective: Objective, rewards: Tensor, groups: Tensor, **measured: Tensor) -> Tensor:
+    return objective.columns(Step(rewards, groups, measured))["rewards"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -83,7 +95,7 @@ def test_zero_loss_is_the_optimal_policy(name: str, options: dict[str, float], s
     assert len({tuple(t.response_ids) for t in trajectories}) == VOCABULARY**HORIZON
     batch = batch_of(tree, trajectories)
     objective = OBJECTIVES(name)(name=name, beta=BETA, **options)
-    batch = dataclasses.replace(batch, rewards=batch.rewards + objective.reward_offset)  # as the trainer adds it
+    batch = with_rewards(batch, batch.rewards + objective.reward_offset)  # as the trainer adds it
 
     logits = torch.zeros(len(STATES), VOCABULARY, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe")  # fmt: skip  # noqa: E501
@@ -144,7 +156,8 @@ def test_brm_with_uneven_and_empty_trajectories() -> None:
     """The last action of one trajectory must not see the value of the first state of the next."""
     items = [Trajectory([1], [2, 3], 1.0), Trajectory([1], [], 5.0), Trajectory([1], [2], 0.5)]
     logprobs, lse = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([4.0, 5.0, 6.0])
-    batch = ScoredBatch(**vars(pack(items)), ref_logprobs=torch.zeros(3), ref_values=torch.zeros(3))
+    columns = {"rewards": torch.tensor([item.reward for item in items])}
+    batch = ScoredBatch(**vars(pack(items)), ref_logprobs=torch.zeros(3), ref_values=torch.zeros(3), columns=columns)
     result = OBJECTIVES("brm")(name="brm", beta=0.5)(TokenStats(logprobs, lse, None), batch)
     first = [(4 - 1) - 5, (5 - 2) - 1.0 / 0.5]
     assert result.loss.tolist() == [first[0] ** 2 + first[1] ** 2, 0.0, (6 - 3 - 0.5 / 0.5) ** 2]
@@ -153,9 +166,9 @@ def test_brm_with_uneven_and_empty_trajectories() -> None:
 def test_reval_centres_rewards_on_their_group() -> None:
     reval = OBJECTIVES("reval")(name="reval", beta=1.0, centre_rewards=True)
     rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), torch.tensor([70, 3, 70, 3, 5])
-    assert reval.shape_rewards(rewards, groups).tolist() == [0.5, -0.5, -0.5, 0.5, 0.0]
+    assert rewards_of(reval, rewards, groups).tolist() == [0.5, -0.5, -0.5, 0.5, 0.0]
     plain = OBJECTIVES("reval")(name="reval", beta=1.0)
-    assert torch.equal(plain.shape_rewards(rewards, groups), rewards)
+    assert torch.equal(rewards_of(plain, rewards, groups), rewards)
 
 
 def test_tba_has_the_gradient_of_the_variance_over_each_group() -> None:
@@ -171,9 +184,9 @@ def test_tba_has_the_gradient_of_the_variance_over_each_group() -> None:
         ratios = tabular_stats(logits, trajectories).logprobs - batch.ref_logprobs
         return ratios.view(-1, HORIZON).sum(1) - batch.rewards / BETA
 
-    ratios = (errors() + batch.rewards / BETA).detach()
-    compared = dataclasses.replace(batch, rewards=tba.compare(batch.rewards, groups, ratios))
-    result = tba(tabular_stats(logits, trajectories), compared)
+    stats = tabular_stats(logits, trajectories)
+    measured = {name: column.detach() for name, column in tba.measure(stats, batch).items()}
+    result = tba(stats, with_rewards(batch, rewards_of(tba, batch.rewards, groups, **measured)))
     assert all(abs(result.residual[groups == g].sum().item()) < 1e-9 for g in range(3))
     [ours] = torch.autograd.grad(result.loss.sum(), logits)
 
@@ -195,9 +208,9 @@ def test_reinforce_is_the_gradient_of_reward_less_kl() -> None:
     def chances() -> Tensor:
         return tabular_stats(logits, trajectories).logprobs.view(-1, HORIZON).sum(1).exp()
 
-    shaped = reinforce.shape_rewards(batch.rewards, torch.arange(len(leaves)))
+    shaped = rewards_of(reinforce, batch.rewards, torch.arange(len(leaves)))
     assert shaped.mean().abs() < 1e-12
-    loss = reinforce(tabular_stats(logits, trajectories), dataclasses.replace(batch, rewards=shaped)).loss
+    loss = reinforce(tabular_stats(logits, trajectories), with_rewards(batch, shaped)).loss
     [ours] = torch.autograd.grad((chances().detach() * loss).sum(), logits)
 
     p = chances()
@@ -211,9 +224,9 @@ def test_reinforce_is_the_gradient_of_reward_less_kl() -> None:
 def test_reinforce_compares_with_the_group_or_with_the_step() -> None:
     reinforce = OBJECTIVES("reinforce")(name="reinforce", beta=1.0)
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    assert reinforce.shape_rewards(rewards, torch.tensor([7, 7, 3, 3])).tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert reinforce.shape_rewards(rewards, torch.tensor([1, 2, 3, 4])).tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert reinforce.shape_rewards(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+    assert rewards_of(reinforce, rewards, torch.tensor([7, 7, 3, 3])).tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert rewards_of(reinforce, rewards, torch.tensor([1, 2, 3, 4])).tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert rewards_of(reinforce, torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
 class Halved(OBJECTIVES("tbrm")):  # type: ignore[misc]

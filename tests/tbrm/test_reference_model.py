@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tbrm.data import ScoredBatch, Trajectory, pack, split_by_tokens
+from tbrm.data import ScoredBatch, Trajectory, pack
+from tbrm.deal import split_by_tokens
 from tbrm.model import PolicyModel
 from tbrm.reference_model import ReferenceModel
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
@@ -11,10 +12,9 @@ from tests.tbrm.test_model import trajectories
 
 
 def scored(reference: ReferenceModel, items: list[Trajectory]) -> ScoredBatch:
-    batch = pack(items)
     if not all(map(reference.has_scored, items)):
-        reference.score(batch, items)
-    return reference.fill_in(batch, items)
+        reference.score(pack(items), items)
+    return reference.scored(items, columns={})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,0 +1,99 @@
+"""What the trainer asks of an objective, and holds it to: a loss of each trajectory, of its own tokens and columns alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tbrm.data import ScoredBatch
+from tbrm.objectives.base import Objective, Step, TrajectoryLoss
+from tbrm_kernels import TokenStats
+
+
+class ObjectiveError(ValueError):
+    """An objective that breaks a rule; the message names both."""
+
+
+class Contract:
+    """An objective, whose every answer is looked at: for its shapes always, for what it depends on once."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.measures = type(objective).measure is not Objective.measure
+        self._checked = False
+
+    def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
+        found = self.objective.measure(stats, batch)
+        self._check_columns("measure", found, len(batch.bounds) - 1)
+        return found
+
+    def columns(self, step: Step) -> dict[str, Tensor]:
+        found = self.objective.columns(step)
+        self._check_columns("columns", found, len(step.rewards))
+        inputs = [step.rewards, *step.measured.values()]
+        for name, column in found.items():
+            if not self._checked and _finite(*inputs) and not _finite(column):
+                raise self._broken(f"columns gave {name!r} that is not finite, of rewards and measures that are")
+        return found
+
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        losses = self.objective(stats, batch)
+        if not isinstance(losses, TrajectoryLoss):
+            raise self._broken(f"it returned {_kind(losses)}: it must return TrajectoryLoss(loss, residual)")
+        n = len(batch.bounds) - 1
+        for name, values in losses._asdict().items():
+            if not isinstance(values, Tensor) or values.shape != (n,):
+                raise self._broken(f"its {name} is {_kind(values)}: it must be [N = {n}], one for each trajectory")
+        if torch.is_grad_enabled() and not losses.loss.requires_grad:
+            raise self._broken("its loss does not depend on the statistics, so that nothing would be learnt")
+        return losses
+
+    @torch.no_grad()
+    def check(self, stats: TokenStats, batch: ScoredBatch) -> None:
+        """Looks, once, in a batch of two trajectories or more, at whether a loss depends on which others it is called with."""
+        n = len(batch.bounds) - 1
+        if self._checked or n < 2:
+            return
+        inputs = [*stats, batch.ref_logprobs, batch.ref_values, *batch.columns.values()]
+        if not _finite(*(values for values in inputs if values is not None)):
+            return
+        self._checked = True
+        whole = self(stats, batch)
+        parts = [self(*_some(stats, batch, first, last)) for first, last in ((0, n // 2), (n // 2, n))]
+        for name, values, halves in zip(TrajectoryLoss._fields, whole, zip(*parts, strict=True), strict=True):
+            if not _finite(values):
+                raise self._broken(f"its {name} is not finite, of statistics and columns that are")
+            gap = (values - torch.cat(halves)).abs().max()
+            if gap > 1e-3 * values.abs().max() + 1e-6:
+                raise self._broken(
+                    f"its {name} of a trajectory changes by {gap.item():.3g} with those it is called with, which depend on "
+                    "trainer.batch_tokens; what looks at others belongs into `columns`, which sees the whole step"
+                )
+
+    def _check_columns(self, method: str, found: Mapping[str, Tensor], n: int) -> None:
+        if not isinstance(found, Mapping):
+            raise self._broken(f"{method} returned {_kind(found)}: it must return a dict of tensors [N]")
+        for name, column in found.items():
+            if not isinstance(column, Tensor) or column.shape != (n,):
+                raise self._broken(
+                    f"{method} gave {name!r} as {_kind(column)}: it must be [N = {n}], one for each trajectory"
+                )
+
+    def _broken(self, rule: str) -> ObjectiveError:
+        return ObjectiveError(f"objective.name: {self.objective.name} cannot be used: {rule}")
+
+
+def _some(stats: TokenStats, batch: ScoredBatch, first: int, last: int) -> tuple[TokenStats, ScoredBatch]:
+    actions = slice(batch.bounds[first], batch.bounds[last])
+    part = TokenStats(*(None if values is None else values[actions] for values in stats))  # type: ignore[arg-type]
+    return part, batch.scores_of(first, batch.cu_seqlens[first : last + 1] - batch.cu_seqlens[first])
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(values.isfinite().all()) for values in tensors)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
