@@ -509,7 +509,7 @@ def test_impossible_arguments_are_refused() -> None:
         fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds(LENGTHS), loss_fn=lambda *_: 0.0)
     with pytest.raises(TypeError, match="loss_fn is a Tensor: it must be a function"):
         fused_linear_trajectory_loss(**arguments, cu_seqlens=bounds(LENGTHS), loss_fn=head.hidden)
-    with pytest.raises(TypeError, match="cu_seqlens is a list: pass a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"cu_seqlens is a list: pass a torch\.Tensor"):
         fused_linear_trajectory_loss(**arguments, cu_seqlens=[0, 18], loss_fn=per_token, entropy=True)
 
 
@@ -521,7 +521,7 @@ def test_scores_of_another_number_of_trajectories_are_refused(name: str) -> None
         wrong = {**fitting, name: torch.zeros(length)}
         with pytest.raises(ValueError, match=rf"{name} has shape \[{length}\]: it must be \[6\]"):
             fused_linear_tbrm_loss(head.hidden, head.weight, head.targets, bounds(LENGTHS), beta=BETA, **wrong)
-    with pytest.raises(TypeError, match=f"{name} is a list: pass a torch.Tensor"):
+    with pytest.raises(TypeError, match=rf"{name} is a list: pass a torch\.Tensor"):
         wrong = {**fitting, name: [0.0] * len(LENGTHS)}
         fused_linear_tbrm_loss(head.hidden, head.weight, head.targets, bounds(LENGTHS), beta=BETA, **wrong)
 

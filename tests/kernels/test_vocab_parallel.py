@@ -43,6 +43,7 @@ def run(rows: slice, group: dist.ProcessGroup | None, case: dict[str, Any]) -> l
     options = dict(case)
     head = problem(options.pop("dtype", torch.float32))
     assert head.bias is not None
+    targets = head.targets.where(head.targets != -100, options.get("ignore_index", -100))
     tokens = options.pop("tokens", None)
     results: list[Tensor] = []
     for fused in (False, True):
@@ -56,7 +57,7 @@ def run(rows: slice, group: dist.ProcessGroup | None, case: dict[str, Any]) -> l
             out = fused_linear_tbrm_loss(
                 hidden,
                 weight,
-                head.targets,
+                targets,
                 BOUNDS,
                 *scores,
                 beta=0.5,
@@ -67,8 +68,8 @@ def run(rows: slice, group: dist.ProcessGroup | None, case: dict[str, Any]) -> l
             out.loss.backward()
             results += [out.loss.detach(), *out[1:]]
         else:
-            stats = linear_token_stats(hidden, weight, head.targets, entropy=True, **shared)
-            weights = torch.randn(3, len(head.targets), generator=torch.Generator().manual_seed(5))
+            stats = linear_token_stats(hidden, weight, targets, entropy=True, **shared)
+            weights = torch.randn(3, len(targets), generator=torch.Generator().manual_seed(5))
             assert stats.entropy is not None
             sum((w * x).sum() for w, x in zip(weights, stats, strict=True)).backward()
             results += [x.detach() for x in stats]
