@@ -35,7 +35,8 @@ def problem(dtype: torch.dtype = torch.float32) -> Head:
     assert head.bias is not None
     head.bias[80:] = -torch.inf
     head.targets[head.targets >= 80] = 7
-    head.targets[[2, 6, 9, 20]] = torch.tensor([0, 26, 52, 0])  # of several slices the first entry, which one case ignores
+    # The first entries of several slices; one case ignores that of the first.
+    head.targets[[2, 6, 9, 20]] = torch.tensor([0, 26, 52, 0])
     return head
 
 
