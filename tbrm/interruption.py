@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any, Self
+
+AGAIN_SECONDS = {signal.SIGINT: 1.0, signal.SIGTERM: 10.0}
+"""After the first signal, from when on another one is a second. Sooner it is the first once more: a scheduler that signals
+every process of a job reaches each directly and through its launcher. SIGINT is a person's, at a terminal."""
 
 
 class Interrupted(InterruptedError):
@@ -16,14 +21,15 @@ class Interrupted(InterruptedError):
 
 
 class Interruption:
-    """Within it the first such signal is only noted, in `signal`; the second one acts as it always does."""
+    """Within it the first such signal is only noted, in `signal`; a second one acts as it always does."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self._noted_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in AGAIN_SECONDS:
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -32,5 +38,8 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
+        if not self.signal:
+            self.signal, self._noted_at = number, time.monotonic()
+        elif time.monotonic() - self._noted_at >= AGAIN_SECONDS[signal.Signals(number)]:
+            self.__exit__()
+            signal.raise_signal(number)

@@ -1,0 +1,51 @@
+"""Which signals are one, and which a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tbrm import interruption
+from tbrm.interruption import Interruption
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_signals_of_the_same_moment_are_one(clock: list[float]) -> None:
+    """As a scheduler sends them: to each process directly, and once more through its launcher."""
+    with Interruption() as noted:
+        for seconds, number in ((0, signal.SIGTERM), (0.5, signal.SIGTERM), (0.9, signal.SIGINT), (5, signal.SIGTERM)):
+            clock[0] = 100.0 + seconds
+            os.kill(os.getpid(), number)
+            assert noted.signal == signal.SIGTERM
+
+
+def test_a_persons_second_ctrl_c_acts_at_once(clock: list[float]) -> None:
+    with pytest.raises(KeyboardInterrupt), Interruption() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted.signal == signal.SIGINT
+        clock[0] += 1.5
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_sigterm_acts_after_ten_seconds(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    acted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: acted.append(number))
+    try:
+        with Interruption():
+            os.kill(os.getpid(), signal.SIGTERM)
+            clock[0] += 9
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert acted == []
+            clock[0] += 2
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert acted == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
