@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from tbrm.weights import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's own, of the one adapter of each layer
+_SWITCHING = threading.Lock()
+"""Held while adapters are off, or must be on. One for all models: a model with a lock in it could not be copied."""
 
 
 class Adapters:
@@ -71,12 +74,19 @@ class Adapters:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within it the model is what it was without them."""
-        self._switch(False)
-        try:
+        """Within it the model is what it was without them: for all threads."""
+        with _SWITCHING:
+            self._switch(False)
+            try:
+                yield
+            finally:
+                self._switch(True)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within it no other thread turns them off."""
+        with _SWITCHING:
             yield
-        finally:
-            self._switch(True)
 
     def _switch(self, on: bool) -> None:
         for layer in self.layers:

@@ -8,6 +8,7 @@ than a block of vLLM's prefix cache, and the same each time, so keys and values 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -67,7 +68,9 @@ class SyncCheck:
         the same responses. Raises StaleWeightsError."""
         prompt = self.prompt(max_model_len)
         batch = pack([Trajectory(prompt, response.token_ids, 0.0) for response in responses])
-        ours = self.policy(batch.to(self.policy.device)).logprobs.float().cpu()
+        # Beside training, the reference is scored meanwhile: by the same model with its adapters off.
+        with self.policy.adapters.on() if self.policy.adapters else nullcontext():
+            ours = self.policy(batch.to(self.policy.device)).logprobs.float().cpu()
         theirs = torch.tensor([logprob for response in responses for logprob in response.logprobs or []])
         gaps = (ours - theirs).abs().view(len(responses), -1)
         mean = gaps.mean(1).max().item()
