@@ -84,8 +84,8 @@ class Checkpoints:
         self.folder = run_dir / "checkpoints"
         self.config = config
         self.world = world
-        # A group of its own, since a checkpoint may be written while training uses the other.
-        self._group = world.apart().group
+        # With a group of its own, since a checkpoint may be written while training uses the other.
+        self._beside = world.apart()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -120,8 +120,9 @@ class Checkpoints:
             adapters = {name: whole(tensor) for name, tensor in _detached(policy.trained_weights()).items()}
         if reference.version > 0:
             tensors[_REFERENCE] = _detached(reference.model.weights())
-        hashes: dict[str, str] = {}  # of files that need not be read for it
-        if self.world.is_main:
+
+        def begin() -> dict[str, str]:
+            """Of what the main process writes; returns the hashes of files that need not be read for it."""
             with self._explained(name):
                 shutil.rmtree(writing, ignore_errors=True)
                 (writing / _TRAINER).mkdir(parents=True)
@@ -129,12 +130,12 @@ class Checkpoints:
                 tokenizer.save_pretrained(writing)
                 if policy.adapters is not None:
                     policy.adapters.save(writing, adapters)
-                hashes = {f"{_REPLAY}/{file}": digest for file, digest in replay.save(writing / _REPLAY).items()}
                 supply.save(writing / _TRAINER)
                 values = {"format": FORMAT, **asdict(state)}
                 (writing / _STATE).write_text(json.dumps(values, indent=2) + "\n")
-        self.world.gather(None)  # the folder is there
+                return {f"{_REPLAY}/{file}": digest for file, digest in replay.save(writing / _REPLAY).items()}
 
+        hashes = self.world.on_main(begin)
         if self.config.asynchronous:
             staged = BlockingAsyncStager().stage(tensors)
             self._pending = self._writer.submit(self._write, staged, writing, name, best, hashes)
@@ -156,8 +157,10 @@ class Checkpoints:
                     path = writing / folder
                     path.mkdir(exist_ok=True)
                     self._write_tensors(named, path)
-            if not self.world.is_main:
-                return
+        self._beside.on_main(lambda: self._finish(writing, name, best, hashes))
+
+    def _finish(self, writing: Path, name: str, best: bool, hashes: dict[str, str]) -> None:
+        with self._explained(name):
             names = (str(path.relative_to(writing)) for path in _files(writing))
             manifest = {name: hashes.get(name) or _hash(writing / name) for name in names}
             (writing / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -175,7 +178,7 @@ class Checkpoints:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             return
         storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=storage, process_group=self._group)
+        dcp.save(dict(tensors), storage_writer=storage, process_group=self._beside.group)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:

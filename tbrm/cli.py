@@ -6,15 +6,24 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tbrm.paths import expand
+from tbrm.place import refuse_several
+
+if TYPE_CHECKING:
+    from tbrm.config import Config
+    from tbrm.evaluate import Evaluation
+    from tbrm.parallel import World
 
 # Everything heavy is imported inside the command that needs it: `tbrm --help` must not wait for torch.
+
+_OF_ONE_PROCESS = ("score", "report", "export", "import-gguf")
+"""Commands that write files and divide nothing: several processes would all write the same."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     try:
+        if args.name in _OF_ONE_PROCESS:
+            refuse_several(f"tbrm {args.name}")
         args.command(args)
     except OSError as error:
         # A full disk, a folder that may not be written: not ours to mend, and a traceback would not help. A signal, too.
@@ -41,11 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _processes(config: Config, **command: object) -> Iterator[World]:
+    """Those that a launcher started, once they are known to have been told the same; or this one alone."""
+    from tbrm.agreement import facts_of, require_agreement
+    from tbrm.launch import launched
+
+    with launched(config.model, config.parallel) as world:
+        require_agreement(world, lambda: facts_of(config, command))
+        yield world
+
+
 def train(args: argparse.Namespace) -> None:
     from tbrm.config import ConfigError
-    from tbrm.parallel import launched
     from tbrm.recipe import load_config
     from tbrm.resume import nothing_left
+    from tbrm.run_lock import RunLock
     from tbrm.run_writer import prepare_run_dir
     from tbrm.trainer import Trainer
 
@@ -54,12 +76,14 @@ def train(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, args.overrides)
     resume = args.resume or args.resume_anyway
     _quiet_libraries()
+    run_dir = Path(config.run.dir)
 
     def prepare() -> str | None:
-        prepare_run_dir(Path(config.run.dir), resume=resume, overwrite=args.overwrite)
+        prepare_run_dir(run_dir, resume=resume, overwrite=args.overwrite)
         return nothing_left(config, anyway=args.resume_anyway) if resume else None
 
-    with launched(config.model, config.parallel) as world:
+    fate = {"resume": resume, "resume-anyway": args.resume_anyway, "overwrite": args.overwrite}
+    with _processes(config, **fate) as world, RunLock(run_dir, world, resume=resume):
         finished = world.on_main(prepare)
         if not finished:
             Trainer(config, resume=resume, anyway=args.resume_anyway, world=world).train()
@@ -105,14 +129,24 @@ def eval_model(args: argparse.Namespace) -> None:
     assert task is not None  # --task is required
     problems = task.heldout(chosen.prompts)
     _quiet_libraries()
-    policy, tokenizer = load_policy(config)
     sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature)
-    with closing(make_engine(config.rollout, policy, tokenizer)) as engine:
-        engine.update_weights(0)
-        result = evaluate(engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling, seed=config.seed)
+    with _processes(config) as world:
+        policy, tokenizer = load_policy(config, world)
+        with closing(make_engine(config.rollout, policy, tokenizer, world)) as engine:
+            engine.update_weights(0)
+            result = evaluate(
+                engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling, seed=config.seed, world=world
+            )
+        if world.is_main:
+            _show_evaluation(args, config, result)
+
+
+def _show_evaluation(args: argparse.Namespace, config: Config, result: Evaluation) -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
-    shown = {"model": args.model, "task": task.name, "decoding": _decoding(chosen.temperature), **result.summary()}
+    assert config.task is not None
+    decoding = _decoding(config.evaluation.temperature)
+    shown = {"model": args.model, "task": config.task.name, "decoding": decoding, **result.summary()}
     shown["accuracy"] = f"{result.accuracy:.1%} (95% interval {result.ci_low:.1%} to {result.ci_high:.1%})"
     shown["pass_at_k"] = f"{result.pass_at_k:.1%}"
     del shown["ci_low"], shown["ci_high"]
@@ -138,8 +172,10 @@ def rollout(args: argparse.Namespace) -> None:
 
     config = load_config(args.recipe, args.overrides)
     _quiet_libraries()
-    written = record(config, Path(args.out), args.steps)
-    print(f"{written} trajectories written to {args.out}; train on them with data.trajectories={args.out}")
+    with _processes(config, steps=args.steps) as world:
+        written = record(config, Path(args.out), args.steps, world)
+        if world.is_main:
+            print(f"{written} trajectories written to {args.out}; train on them with data.trajectories={args.out}")
 
 
 def doctor(args: argparse.Namespace) -> None:

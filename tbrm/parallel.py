@@ -7,24 +7,20 @@ and trains on its share of the step.
 
 from __future__ import annotations
 
-import os
-import socket
-import time
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from tbrm.config import ConfigError, ModelConfig, ParallelConfig
+from tbrm.config import ParallelConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,17 +62,30 @@ class World:
         return parts
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives on the main process; nowhere else is it called."""
-        box: list[Any] = [function() if self.is_main else None]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        result: Result = box[0]
-        return result
+        """What `function` gives on the main process; nowhere else is it called. Where it fails, it fails on all."""
+        if self.size == 1:
+            return function()
+        outcome = _Outcome.of(function) if self.is_main else None
+        box = [outcome and outcome.portable()]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        found: _Outcome[Result] | None = outcome or box[0]
+        assert found is not None
+        return found.get()
+
+    def everywhere(self, function: Callable[[], Result]) -> list[Result]:
+        """What `function` gives on each process, in the order of ranks. Where it fails on one, it fails on all."""
+        if self.size == 1:
+            return [function()]
+        mine = _Outcome.of(function)
+        outcomes = self.gather(mine.portable())
+        mine.get()
+        return [outcome.get() for outcome in outcomes]
 
     def split(self, function: Callable[..., Sequence[Result]], *lists: Sequence[Any]) -> list[Result]:
-        """`function(*lists)`, which gives a result per item, with the items divided over the processes."""
-        mine = function(*map(self.share, lists)) if self.share(lists[0]) else []
-        return [result for part in self.gather(mine) for result in part]
+        """`function(*lists)`, which gives a result per item, with the items divided over the processes. It is not called where
+        there are none."""
+        shares = [self.share(items) for items in lists]
+        return [result for part in self.everywhere(lambda: function(*shares) if shares[0] else []) for result in part]
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """[processes, n]: the vector [n] of each process, on its device: nothing waits for it."""
@@ -90,76 +99,36 @@ class World:
 ALONE = World()
 
 
-@contextmanager
-def launched(model: ModelConfig, parallel: ParallelConfig) -> Iterator[World]:
-    """The processes that torchrun started, ready to talk to each other; `ALONE` if it started none. Raises ConfigError."""
-    started = "TORCHELASTIC_RUN_ID" in os.environ
-    size = int(os.environ["WORLD_SIZE"]) if started else 1
-    shard = parallel.shard or size
-    if size % shard:
-        raise ConfigError(f"parallel.shard: got {shard} for {size} processes; wants 0 or a divisor of {size}")
-    device = model.resolve_device().type
-    for key in ("cpu_offload", "offload_reference"):
-        if getattr(parallel, key) and not (started and device == "cuda"):
-            raise ConfigError(f"parallel.{key}: true; wants torchrun (for one process too) and a GPU")
-    if not started:
-        yield ALONE
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(seconds=parallel.timeout)
-    store, rank, _ = next(dist.rendezvous("env://"))
-    # torchrun's store outlives a restart, and must not offer the addresses of processes that died in it.
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # Python objects travel over gloo even where tensors go over NCCL.
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
-    )
-    roll_call = _RollCall(store, rank, size)
-    try:
-        mesh = init_device_mesh(device, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
-        for dimension in ("replicate", "shard"):
-            _set_pg_timeout(timeout, mesh.get_group(dimension))
-        yield World(rank, size, mesh, timeout)
-    except (RuntimeError, dcp.CheckpointException) as error:
-        if missing := _is_of_a_collective(error) and roll_call.missing():
-            raise ProcessLostError(
-                f"rank {rank}: no answer from {missing}: died, or hung for longer than parallel.timeout ({parallel.timeout} "
-                "s). Go on from the last checkpoint with --resume"
-            ) from error
-        raise
-    finally:
-        dist.destroy_process_group()
+@dataclass(frozen=True)
+class _Outcome(Generic[Result]):
+    """What came of a call: a result or a failure, which another process is to be told."""
 
+    result: Result | None = None
+    failure: Exception | None = None
 
-class ProcessLostError(RuntimeError):
-    """A process of the run that the others waited for in vain; the message names it."""
+    @classmethod
+    def of(cls, function: Callable[[], Result]) -> _Outcome[Result]:
+        try:
+            return cls(result=function())
+        except Exception as error:
+            return cls(failure=error)
 
+    def get(self) -> Result:
+        if self.failure is not None:
+            raise self.failure
+        return self.result  # type: ignore[return-value]
 
-class _RollCall:
-    """Finds out, once a collective has failed, which processes are not there any more: those that do not report too."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._store = dist.PrefixStore("roll call", store)
-        self._rank, self._others = rank, [other for other in range(size) if other != rank]
-        self._store.set(f"host/{rank}", socket.gethostname())
-
-    def missing(self) -> str:
-        """The ranks, with their machines, that have not failed like this one within some seconds; "" if all have."""
-        self._store.set(f"failed/{self._rank}", "")
-        deadline = time.monotonic() + 10
-        missing = self._others
-        while missing and time.monotonic() < deadline:
-            time.sleep(0.2)
-            missing = [rank for rank in missing if not self._store.check([f"failed/{rank}"])]
-        return ", ".join(f"rank {rank} on {self._store.get(f'host/{rank}').decode()}" for rank in missing)
-
-
-def _is_of_a_collective(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "NCCL", "Connection closed")
-    )
+    def portable(self) -> _Outcome[Result]:
+        """With a failure that can be pickled: one that cannot is told in words."""
+        if self.failure is None:
+            return self
+        told = f"{type(self.failure).__name__}: {self.failure}"
+        try:
+            if str(pickle.loads(pickle.dumps(self.failure))) == str(self.failure):
+                return self
+        except Exception:
+            return _Outcome(failure=RuntimeError(told))
+        return _Outcome(failure=RuntimeError(told))
 
 
 @dataclass(frozen=True)
@@ -212,11 +181,19 @@ class Sharding:
         for module in _sharded(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot divide while it sums
+        # What the backward pass gathers ahead is the block before: not, as FSDP2 has it unless told, what ran before in any
+        # forward since the last backward. Generation runs blocks too, and not equally often on all processes.
+        order = [model, *blocks]
+        for after, ahead in zip(order, order[-1:] + order[:-1], strict=True):
+            assert isinstance(after, FSDPModule) and isinstance(ahead, FSDPModule)
+            after.set_modules_to_backward_prefetch([ahead])
 
     def reshard(self, model: nn.Module) -> None:
-        """Gives back what a forward without a backward has left gathered."""
+        """Gives back what a forward without a backward has left gathered, and the records of it that FSDP2 keeps."""
         for module in _sharded(model):
             module.reshard()
+        if isinstance(model, FSDPModule) and hasattr(model, "reset_iter_state"):  # from torch 2.13 on
+            model.reset_iter_state()
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:

@@ -46,6 +46,8 @@ class ReferenceModel:
         """Scores the trajectories of the batch. Where the model is sharded, all processes must call this together."""
         with self._adapters.off() if self._adapters else nullcontext():
             stats = self.model(batch)
+        if self._adapters is None and self.model.sharding is not None:
+            self.model.sharding.reshard(self.model)  # no backward pass does
         logprobs, lse = stats.logprobs.cpu(), stats.lse.cpu()
         for trajectory, start, end in zip(trajectories, batch.bounds, batch.bounds[1:], strict=False):
             value = lse[start] if end > start else torch.zeros(())

@@ -109,8 +109,9 @@ class ReplayBuffer:
     def update(self, step: int, trajectories: Sequence[Trajectory], residuals: Sequence[float]) -> None:
         """Takes in what update `step` was made of: groups that it does not have yet, and of those that it has, their new
         residuals and reference scores. Residuals that are not finite count as 0: such a group is drawn last."""
-        if not self._world.is_main:
-            return
+        self._world.on_main(lambda: self._update(step, trajectories, residuals))
+
+    def _update(self, step: int, trajectories: Sequence[Trajectory], residuals: Sequence[float]) -> None:
         members: dict[int, list[int]] = {}
         for i, trajectory in enumerate(trajectories):
             members.setdefault(trajectory.group, []).append(i)
@@ -204,7 +205,11 @@ class ReplayBuffer:
 
     def restore(self, folder: Path) -> None:
         """Takes over what `save` put into a checkpoint."""
-        if not self.config.enabled or not self._world.is_main or not folder.exists():
+        if self.config.enabled:
+            self._world.on_main(lambda: self._restore(folder))
+
+    def _restore(self, folder: Path) -> None:
+        if not folder.exists():
             return
         index = json.loads((folder / _INDEX).read_text())
         try:

@@ -123,7 +123,7 @@ def write_recipe(run_dir: Path, config: Config, *, resumed_at: int | None) -> No
 
 def differences(recipe: Mapping[str, Any], config: Config) -> Changes:
     """By key, what `recipe`, perhaps one of an earlier version, says otherwise. A key that it lacks had its default."""
-    old, new = dict(_leaves(recipe)), dict(_leaves(config_to_dict(config)))
+    old, new = dict(leaves(recipe)), dict(leaves(config_to_dict(config)))
     found: Changes = {}
     for key in [*new, *(key for key in old if key not in new)]:
         was = old[key] if key in old else _default(config, key)
@@ -135,10 +135,10 @@ def differences(recipe: Mapping[str, Any], config: Config) -> Changes:
     return found
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from typing import Any, Self
 from tbrm.config import Config, ConfigError
 from tbrm.evaluate import Evaluation
 from tbrm.metrics import Metric, MetricsLog, Progress
+from tbrm.parallel import ALONE, World
 from tbrm.recipe import config_to_dict
 from tbrm.resume import HISTORY, write_recipe
 
@@ -36,15 +36,16 @@ RUN_FILES = (
 
 
 class RunWriter(AbstractContextManager["RunWriter"]):
-    """Of the process that writes, if `writes`; of any other it does nothing."""
+    """All processes call it, and the main one writes."""
 
-    def __init__(self, config: Config, *, step: int, resumed: bool, writes: bool) -> None:
+    def __init__(self, config: Config, *, step: int, resumed: bool, world: World = ALONE) -> None:
         """`step` is that of the checkpoint that the run goes on from, if `resumed`."""
         self.run_dir = Path(config.run.dir)
         self._stack = ExitStack()
-        self._writes = writes
-        if not writes:
-            return
+        self._world = world
+        world.on_main(lambda: self._open(config, step, resumed))
+
+    def _open(self, config: Config, step: int, resumed: bool) -> None:
         resolved = config_to_dict(config)
         self._log = self._stack.enter_context(
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
@@ -54,28 +55,27 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         (self.run_dir / "result.json").unlink(missing_ok=True)  # of a run that goes on from its end
 
     def step(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        if self._writes:
-            self._log.log(step, metrics)
-            self._progress.advance(metrics)
+        self._world.on_main(lambda: self._step(step, metrics))
+
+    def _step(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        self._log.log(step, metrics)
+        self._progress.advance(metrics)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """The figures, and all responses, of the evaluation after `step` updates."""
-        if not self._writes:
-            return
+        self._world.on_main(lambda: self._evaluation(step, result))
+
+    def _evaluation(self, step: int, result: Evaluation) -> None:
         self._log.log_eval(step, result.summary())
         path = self.run_dir / "samples" / f"step-{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in result.samples))
         interval = f"{result.ci_low:.1%} to {result.ci_high:.1%}"
-        self.say(f"step {step}: held-out accuracy {result.accuracy:.1%} (95% interval {interval})")
-
-    def say(self, line: str) -> None:
-        if self._writes:
-            self._progress.say(line)
+        self._progress.say(f"step {step}: held-out accuracy {result.accuracy:.1%} (95% interval {interval})")
 
     def result(self, result: Mapping[str, Any]) -> None:
-        if self._writes:
-            (self.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2) + "\n"
+        self._world.on_main(lambda: (self.run_dir / "result.json").write_text(text))
 
     def __enter__(self) -> Self:
         return self
@@ -96,9 +96,3 @@ def prepare_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
             f"run.dir: {str(run_dir)!r} holds a run already; give --resume to go on with it, --overwrite to delete it, or "
             "another run.dir"
         )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(f"run.dir: {str(run_dir)!r} cannot be written to: {error.strerror}") from error

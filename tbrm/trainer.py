@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tbrm.agreement import require_agreement
 from tbrm.chat import encode_problems, set_day
 from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config import Config, ConfigError
@@ -82,6 +83,8 @@ class Trainer:
         known = is_same_reference(config, self.state.resolved, resolved, anyway=anyway)
         self.state.resolved = resolved
         set_day(self.tokenizer, date.fromisoformat(self.state.day))
+        # What a hub's branch stands for is known now, and may be another commit in another machine's cache.
+        require_agreement(world, lambda: {"model.revision": str(getattr(self.policy.lm.config, "_commit_hash", None))})
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         self.objective = Contract(config.objective)
@@ -111,7 +114,7 @@ class Trainer:
         """Runs to the last step; returns what it also writes to result.json. Raises Interrupted."""
         config, state = self.config, self.state
         with (
-            RunWriter(config, step=state.step, resumed=self.resumed, writes=self.world.is_main) as out,
+            RunWriter(config, step=state.step, resumed=self.resumed, world=self.world) as out,
             Interruption() as interruption,
             self.checkpoints,
             closing(self.engine),
@@ -147,7 +150,9 @@ class Trainer:
         config = self.config
         self.state.step += 1
         collected = self.supply.collect(self.state.step, self.phases)
-        recorded = self.recorded.feed(self.replay, self.state.step, self.phases) if self.world.is_main else {}
+        recorded = {}
+        if config.replay.files:
+            recorded = self.world.on_main(lambda: self.recorded.feed(self.replay, self.state.step, self.phases))
         replayed = self.replay.sample(self.state.step, self.phases)
         trajectories = [t for t in collected.trajectories + replayed if t.acts]
 
@@ -255,7 +260,7 @@ class Trainer:
         if self.policy.vocabulary is not None:
             self.policy.vocabulary.sum_over_copies()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
-        return whole(norm)
+        return whole(norm).to(self.device)  # of no gradients, or of those on the CPU, it is there
 
     def _update(self, learning_rate: float, *, skipped: bool) -> None:
         """Takes the step, unless it is to be skipped, and clears the gradients."""

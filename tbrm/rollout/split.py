@@ -23,4 +23,7 @@ class SplitEngine:
         self.engine.close()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
-        return self.world.split(lambda mine: self.engine.generate(mine, sampling), requests)
+        # Also without a request: the embedded engine's weights are gathered by all together.
+        mine = self.world.share(requests)
+        parts = self.world.everywhere(lambda: self.engine.generate(mine, sampling))
+        return [responses for part in parts for responses in part]

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 from tbrm.config import Config, ParallelConfig
 from tbrm.data import Trajectory
 from tbrm.deal import deal
+from tbrm.launch import launched
 from tbrm.model import PolicyModel
-from tbrm.parallel import World, launched
+from tbrm.parallel import World
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.collect import Collected
 from tbrm.rollout.split import SplitEngine

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from tbrm.cli import main
 from tbrm.config import ConfigError
 from tbrm.export import export
+from tbrm.launch import launched
 from tbrm.metrics import is_timing, read_jsonl
-from tbrm.parallel import launched
 from tbrm.recipe import load_config
 from tbrm.tiny import tiny_tokenizer
 from tests.tbrm.conftest import ARCHITECTURES

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,8 +42,6 @@ from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options, socket_folder
 from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server, room, sampling_params
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class VllmEngine:
         self._options = engine_options(
             config.vllm, self._dtype, config.batch_size, policy.device, self._options_for_transfer()
         )
-        self._headers = self._on_main(lambda: headers_from_environment(config.vllm))
+        self._headers = self.world.on_main(lambda: headers_from_environment(config.vllm))
         self._places: list[dict[str, str]] = []
         if not config.vllm.addresses:
             refuse_experts_on_cpu(policy, check_installed())
@@ -86,7 +84,7 @@ class VllmEngine:
                 raise ConfigError(
                     "rollout.vllm.addresses: missing; a run of several machines does not start servers itself"
                 )
-            self._places = self._on_main(lambda: places(config.vllm, policy.device, gpus))
+            self._places = self.world.on_main(lambda: places(config.vllm, policy.device, gpus))
         # Servers may have weights of other runs, by the same version.
         self._run_id = world.gather(secrets.token_hex(4))[0]
         self._handover: Handover | None = None
@@ -110,9 +108,9 @@ class VllmEngine:
                     owner=self.world.is_main,
                     adapters_apart=self.config.transfer == "adapters",
                 )
-                self._servers = self._on_main(self._prepare)
+                self._servers = self.world.on_main(self._prepare)
             self._handover.write()
-            self._max_model_len, probes = self._on_main(lambda: self._publish(version))
+            self._max_model_len, probes = self.world.on_main(lambda: self._publish(version))
             self._sync_metrics = self._check(probes, self._dtype, self._max_model_len)
             self._version = version
         restarts, reissued = map(sum, zip(*self.world.gather((self._restarts, self._reissued)), strict=True))
@@ -263,16 +261,3 @@ class VllmEngine:
             if probes:
                 return length, probes
             time.sleep(0.5)
-
-    def _on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives on the main process, on all of them; where it fails there, it fails on all."""
-        outcome: tuple[Result | None, Exception | None] = None, None
-        if self.world.is_main:
-            try:
-                outcome = work(), None
-            except Exception as error:
-                outcome = None, error
-        result, failure = self.world.gather(outcome)[0]
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[return-value]
