@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbrm.paths import expand
-from tbrm.place import refuse_several
+from tbrm.place import find_place, refuse_several
 
 if TYPE_CHECKING:
     from tbrm.config import Config
@@ -66,16 +66,17 @@ def _processes(config: Config, **command: object) -> Iterator[World]:
 def train(args: argparse.Namespace) -> None:
     from tbrm.config import ConfigError
     from tbrm.recipe import load_config
-    from tbrm.resume import nothing_left
-    from tbrm.run_lock import RunLock
-    from tbrm.run_writer import prepare_run_dir
-    from tbrm.trainer import Trainer
 
     if args.overwrite and args.resume_anyway:
         raise ConfigError("--overwrite and --resume-anyway: one deletes what the other goes on with; give one of them")
     config = load_config(args.recipe, args.overrides)
     resume = args.resume or args.resume_anyway
-    _quiet_libraries()
+    _load_libraries(config.model.name)
+    from tbrm.resume import nothing_left
+    from tbrm.run_lock import RunLock
+    from tbrm.run_writer import prepare_run_dir
+    from tbrm.trainer import Trainer
+
     run_dir = Path(config.run.dir)
 
     def prepare() -> str | None:
@@ -99,12 +100,13 @@ def show_config(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    from tbrm.plan import PHASES, make_plan
-    from tbrm.plan.report import GIB, as_dict, rows, sentences
     from tbrm.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
-    _quiet_libraries()
+    _load_libraries(f"the shapes of {config.model.name}")
+    from tbrm.plan import PHASES, make_plan
+    from tbrm.plan.report import GIB, as_dict, rows, sentences
+
     planned = make_plan(config, args.gpus)
     memory = None if args.gpu_memory is None else args.gpu_memory * GIB
     if args.json:
@@ -115,20 +117,20 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def eval_model(args: argparse.Namespace) -> None:
-    from tbrm.evaluate import evaluate
-    from tbrm.load import load_policy, resolve_model
     from tbrm.recipe import load_sections
-    from tbrm.rollout import Sampling, make_engine
 
     temperature = args.temperature if args.temperature is not None else float(args.k > 1)
     settings: dict[str, Any] = {"samples": args.k, "temperature": temperature, "prompts": args.prompts}
-    config = load_sections(
-        args.task, args.overrides, model={"name": resolve_model(args.model)}, evaluation=settings, seed=args.seed
-    )
+    config = load_sections(args.task, args.overrides, model={"name": args.model}, evaluation=settings, seed=args.seed)
+    _load_libraries(args.model)
+    from tbrm.evaluate import evaluate
+    from tbrm.load import load_policy
+    from tbrm.rollout import Sampling, make_engine
+
     task, chosen = config.task, config.evaluation
     assert task is not None  # --task is required
     problems = task.heldout(chosen.prompts)
-    _quiet_libraries()
+    config = _of_checkpoint(config)
     sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature)
     with _processes(config) as world:
         policy, tokenizer = load_policy(config, world)
@@ -154,13 +156,14 @@ def _show_evaluation(args: argparse.Namespace, config: Config, result: Evaluatio
 
 
 def score(args: argparse.Namespace) -> None:
-    from tbrm.load import load_policy, resolve_model
     from tbrm.recipe import load_sections
+
+    config = load_sections(None, args.overrides, model={"name": args.model})
+    _load_libraries(args.model)
+    from tbrm.load import load_policy
     from tbrm.score import score_file
 
-    config = load_sections(None, args.overrides, model={"name": resolve_model(args.model)})
-    _quiet_libraries()
-    policy, tokenizer = load_policy(config)
+    policy, tokenizer = load_policy(_of_checkpoint(config))
     with open(args.out, "w") if args.out else sys.stdout as out:
         for row in score_file(policy, tokenizer, args.data, config.trainer.batch_tokens):
             out.write(json.dumps(row) + "\n")
@@ -168,10 +171,11 @@ def score(args: argparse.Namespace) -> None:
 
 def rollout(args: argparse.Namespace) -> None:
     from tbrm.recipe import load_config
-    from tbrm.rollout.record import record
 
     config = load_config(args.recipe, args.overrides)
-    _quiet_libraries()
+    _load_libraries(config.model.name)
+    from tbrm.rollout.record import record
+
     with _processes(config, steps=args.steps) as world:
         written = record(config, Path(args.out), args.steps, world)
         if world.is_main:
@@ -192,9 +196,9 @@ def report(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    _load_libraries(args.source)
     from tbrm.export import export as write
 
-    _quiet_libraries()
     write(args.source, Path(args.out))
     print(f"{args.out} is ready: a Hugging Face folder")
 
@@ -306,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _HelpWithKeys(argparse.Action):
-    """`--help` that also lists every key of a recipe; the list is made only then, as it needs torch."""
+    """`--help` that also lists every key of a recipe; the list is made only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from tbrm.recipe import describe
@@ -344,10 +348,22 @@ def _decoding(temperature: float) -> str:
     return "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
 
 
-def _quiet_libraries() -> None:
-    """Only errors of transformers: its bars and notices would break the progress bar. And that one process saves alone is
-    what is meant."""
+def _of_checkpoint(config: Config) -> Config:
+    """The config with the checkpoint that a run's folder stands for as its model."""
+    from tbrm.load import resolve_model
+
+    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    return config.model_copy(update={"model": model})
+
+
+def _load_libraries(model: str) -> None:
+    """Says so first, once, for it takes many seconds. Then only errors of transformers: its bars and notices would break the
+    progress bar. And that one process saves alone is what is meant."""
     import warnings
+
+    place = find_place()
+    if place is None or place.rank == 0:
+        print(f"loading torch, transformers and {model}", file=sys.stderr)
 
     import transformers
 

@@ -1,19 +1,20 @@
-"""The typed config: YAML recipes with dotted overrides, checked in full before any model is loaded."""
+"""The typed config: YAML recipes with dotted overrides, checked in full before torch and any model are loaded."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from tbrm.objectives import Objective
 from tbrm.paths import ExpandedPath
 from tbrm.tasks import Task
-from tbrm_kernels.backends.cpu import multiplies_bfloat16
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ConfigError(ValueError):
@@ -68,6 +69,8 @@ class ModelConfig(Section):
 
     def resolve_device(self) -> torch.device:
         """Raises ConfigError for a GPU that is not there."""
+        import torch
+
         device, seen = self._device(), torch.cuda.device_count()
         if device.type == "cuda" and (device.index or 0) >= seen:
             raise ConfigError(
@@ -77,9 +80,15 @@ class ModelConfig(Section):
         return device
 
     def _device(self) -> torch.device:
+        import torch
+
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
 
     def resolve_precision(self) -> torch.dtype:
+        import torch
+
+        from tbrm_kernels.backends.cpu import multiplies_bfloat16
+
         if self.precision == "auto":
             on_cpu = self._device().type == "cpu"
             return torch.float32 if on_cpu and not multiplies_bfloat16() else torch.bfloat16
@@ -87,6 +96,8 @@ class ModelConfig(Section):
 
     def resolve_attention(self) -> Literal["sdpa", "flash"]:
         """Raises ConfigError where flash is wanted and cannot be."""
+        import torch
+
         installed = importlib.util.find_spec("flash_attn") is not None
         precision = self.resolve_precision()
         fits = self._device().type == "cuda" and precision is torch.bfloat16

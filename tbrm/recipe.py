@@ -16,7 +16,7 @@ from tbrm.config import Config, ConfigError
 from tbrm.objectives import OBJECTIVES, Objective
 from tbrm.tasks import TASKS, Task
 
-_PLUGGABLE = {"objective": (Objective, OBJECTIVES), "task": (Task, TASKS)}
+_PLUGGABLE: dict[str, tuple[Any, Any]] = {"objective": (Objective, OBJECTIVES), "task": (Task, TASKS)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -73,21 +73,26 @@ def _read(recipe: str | Path) -> dict[str, Any]:
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Checks a config given as nested dicts. Raises ConfigError."""
-    tree = dict(tree)
-    for section, (base, registry) in _PLUGGABLE.items():
-        if isinstance(tree.get(section), dict):
-            tree[section] = _build(section, tree[section], base, registry)
+    kinds = {section: _kind(section, tree[section]) for section in _PLUGGABLE if isinstance(tree.get(section), dict)}
+    tree, task = dict(tree), tree.get("task")
+    if "objective" in kinds:
+        tree["objective"] = _build("objective", kinds["objective"], tree["objective"])
+    if "task" in kinds:
+        tree["task"] = kinds["task"].model_construct(name=task["name"])  # stands in for it
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, Config, tree)) from None
+    # Last, since a task takes its time: it reads its files, or makes a first problem.
+    return config.model_copy(update={"task": _build("task", kinds["task"], task)}) if "task" in kinds else config
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _build(section: str, values: dict[str, Any], base: Any, registry: Any) -> Any:
+def _kind(section: str, values: dict[str, Any]) -> type[BaseModel]:
+    base, registry = _PLUGGABLE[section]
     name = values.get("name")
     if not isinstance(name, str):
         raise ConfigError(
@@ -100,11 +105,14 @@ def _build(section: str, values: dict[str, Any], base: Any, registry: Any) -> An
         raise ConfigError(f"{section}.name: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ConfigError(f"{section}.name: {name!r} is not a subclass of tbrm.{section}s.{base.__name__}")
-    model: type[BaseModel] = kind
+    return kind
+
+
+def _build(section: str, kind: type[BaseModel], values: dict[str, Any]) -> BaseModel:
     try:
-        return model.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, values, prefix=section)) from None
+        raise ConfigError(_explain(error, kind, values, prefix=section)) from None
 
 
 def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

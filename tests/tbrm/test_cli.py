@@ -50,6 +50,34 @@ def test_a_bad_recipe_stops_with_one_line(trained: Path) -> None:
     assert done.stderr.strip() == "tbrm train: trainer.stepz: unknown key (value 1); did you mean trainer.steps?"
 
 
+WITHOUT_TORCH = """
+import sys
+from tbrm.cli import main
+for command in (["config"], ["train"], ["plan"], ["rollout", "--out", "x"], ["eval", "tiny", "--task"]):
+    for key in ("trainer.stepz", "objective.betta", "task.famly"):
+        if command[0] == "eval" and key.startswith("objective"):
+            continue
+        assert main([*command, "recipe.yaml", key + "=1"]) == 1
+        assert not {"torch", "transformers", "reasoning_gym"} & sys.modules.keys(), (command, key)
+"""
+
+
+def test_a_wrong_key_is_found_before_torch_is_loaded(trained: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=trained, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("unknown key") == 14
+    assert "loading" not in done.stderr
+    assert tbrm("config", "recipe.yaml", cwd=trained).stderr == ""
+
+
+def test_what_is_loaded_is_said_first_and_once(trained: Path) -> None:
+    done = tbrm("score", "tiny", "nowhere.jsonl", cwd=trained, check=False)
+    assert done.stderr.splitlines()[0] == "loading torch, transformers and tiny"
+    assert done.stderr.count("loading") == 1
+
+
 def test_help_and_config_show_every_key(trained: Path) -> None:
     text = tbrm("train", "--help", cwd=trained).stdout
     shown = tbrm("config", "recipe.yaml", cwd=trained).stdout
