@@ -38,17 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.name in _OF_ONE_PROCESS:
             refuse_several(f"tbrm {args.name}")
         args.command(args)
-    except OSError as error:
-        # A full disk, a folder that may not be written: not ours to mend, and a traceback would not help. A signal, too.
+    except Exception as error:
+        if not _explains_itself(error):
+            raise
+        if getattr(args, "debug", False):
+            traceback.print_exc()
+        elif hasattr(error, "own_traceback"):  # an exception of code of the user's own
+            print(error.own_traceback(), file=sys.stderr)
         print(f"tbrm {args.name}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
-    except (ValueError, ModuleNotFoundError, ArithmeticError, RuntimeError) as error:
-        # What our own code raises explains itself, and a traceback would hide it. Anything else is a bug to be seen.
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
-            raise
-        print(f"tbrm {args.name}: {error}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -61,6 +59,16 @@ def _processes(config: Config, **command: object) -> Iterator[World]:
     with launched(config.model, config.parallel) as world:
         require_agreement(world, lambda: facts_of(config, command))
         yield world
+
+
+def _explains_itself(error: Exception) -> bool:
+    """What our own code raises does, and a traceback would hide it. Anything else is a bug to be seen. A full disk, a folder
+    that may not be written: not ours to mend, and a traceback would not help. A signal, too."""
+    if isinstance(error, OSError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return ours and isinstance(error, ValueError | ModuleNotFoundError | ArithmeticError | RuntimeError)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -215,12 +223,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="tbrm",
         description="Trains language models by Trajectory Bellman Residual Minimization (arXiv 2505.15311).",
     )
+
+    def debug_argument(any_parser: argparse.ArgumentParser) -> None:
+        whence = "show where an error came from, in full"
+        any_parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=whence)
+
+    debug_argument(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, function: Any, summary: str, **options: Any) -> argparse.ArgumentParser:
         formatter = argparse.RawDescriptionHelpFormatter
         sub = commands.add_parser(name, help=summary, description=summary, formatter_class=formatter, **options)
         sub.set_defaults(command=function, name=name)
+        debug_argument(sub)
         return sub
 
     def recipe_arguments(sub: argparse.ArgumentParser) -> None:

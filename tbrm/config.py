@@ -246,6 +246,10 @@ class RolloutConfig(Section):
         "reward", description="A truncated response: its verifier's reward, the fixed reward below, or dropped."
     )
     truncated_reward: float = Field(0.0, description="The reward of a truncated response when truncated is 'fixed'.")
+    ungraded: Literal["drop", "zero"] = Field(
+        "drop",
+        description="A response that could not be graded (a reward of None, a grader out of time): left out, or reward 0.",
+    )
     vllm: VllmConfig = VllmConfig()
 
 

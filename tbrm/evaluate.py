@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import sqrt
 from statistics import fmean
 
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.chat import decode, encode_problems
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
-from tbrm.tasks import Problem, Task
+from tbrm.tasks import Problem, Progress, Task
+from tbrm.tasks.grading import grade_responses
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def evaluate(
     sampling: Sampling,
     seed: int = 0,
     world: World = ALONE,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Answers each problem k times and grades the answers, each process of `world` its share."""
     if not problems:
@@ -66,7 +69,9 @@ def evaluate(
     answers = engine.generate(requests, sampling)
     flat = [(problem, response) for problem, responses in zip(problems, answers, strict=True) for response in responses]
     texts = [decode(tokenizer, response.token_ids) for _, response in flat]
-    grades = world.split(task.grade, [problem for problem, _ in flat], texts)
+    grader = partial(grade_responses, task, progress=progress or Progress())
+    ids = [response.token_ids for _, response in flat]
+    grades = world.split(grader, [problem for problem, _ in flat], texts, ids)
     right = [sum(grade.correct for grade in grades[i : i + k]) for i in range(0, len(grades), k)]
     accuracy = sum(right) / len(grades)
     ci_low, ci_high = wilson_interval(accuracy, len(problems))
@@ -77,7 +82,7 @@ def evaluate(
         pass_at_k=fmean(count > 0 for count in right),
         k=k,
         n=len(problems),
-        reward_mean=fmean(grade.reward for grade in grades),
+        reward_mean=fmean([grade.reward for grade in grades if grade.failure is None] or [0.0]),
         response_length_mean=fmean(len(response.token_ids) for _, response in flat),
         truncated_share=fmean(response.truncated for _, response in flat),
         ungraded=sum(grade.failure is not None for grade in grades),

@@ -30,7 +30,7 @@ def trajectory_source(
     if config.data.trajectories is None:
         assert config.task is not None  # the config's validation saw to it
         stream = ProblemStream(config.task, config.seed, heldout)
-        return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world)
+        return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world, config.trainer.steps)
     recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids, config.task)
     usable = without_prompts(recorded, encode_problems(tokenizer, heldout))
     if not usable:

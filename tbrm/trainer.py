@@ -47,6 +47,7 @@ from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.sources import make_supply, trajectory_source
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
+from tbrm.tasks import Progress
 from tbrm.weights import whole
 from tbrm_kernels import TokenStats
 
@@ -298,6 +299,7 @@ class Trainer:
             sampling=Sampling(self.config.rollout.max_new_tokens, settings.temperature),
             seed=derive_seed(self.config.seed, step),
             world=self.world,
+            progress=Progress(step, self.config.trainer.steps),
         )
         out.evaluation(step, result)
         return result.accuracy

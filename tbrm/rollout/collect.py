@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.stored import load_trajectories, save_trajectories
-from tbrm.tasks import Problem, ProblemStream
+from tbrm.tasks import Problem, ProblemStream, Progress
+from tbrm.tasks.grading import grade_responses
 
 WAITING = "waiting"
 """A checkpoint's folder of what is collected and not trained on yet."""
@@ -72,6 +74,7 @@ class RolloutSource:
         config: RolloutConfig,
         seed: int,
         world: World = ALONE,
+        steps: int = 0,
     ) -> None:
         self.stream = stream
         self.engine = engine
@@ -79,6 +82,8 @@ class RolloutSource:
         self.config = config
         self.seed = seed
         self.world = world
+        self.steps = steps
+        """Optimiser steps of the run, which reward functions may want to know."""
 
     @property
     def position(self) -> int:
@@ -118,13 +123,17 @@ class RolloutSource:
         flat = [(i, response) for i, responses in enumerate(answers) for response in responses]
         with phases("reward"):
             texts = [decode(self.tokenizer, response.token_ids) for _, response in flat]
-            grades = self.world.split(self.stream.task.grade, [problems[i] for i, _ in flat], texts)
+            grader = partial(grade_responses, self.stream.task, progress=Progress(step - 1, self.steps))
+            ids = [response.token_ids for _, response in flat]
+            grades = self.world.split(grader, [problems[i] for i, _ in flat], texts, ids)
 
         collected = Collected([])
         for (i, response), grade in zip(flat, grades, strict=True):
+            fixed = response.truncated and config.truncated == "fixed"
             if response.truncated and config.truncated == "drop":
                 continue
-            fixed = response.truncated and config.truncated == "fixed"
+            if grade.failure is not None and config.ungraded == "drop" and not fixed:
+                continue
             collected.problems.append(problems[i])
             collected.trajectories.append(
                 Trajectory(

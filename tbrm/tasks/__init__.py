@@ -1,8 +1,8 @@
 """Tasks: where problems come from and how responses are graded."""
 
 from tbrm.registry import Registry
-from tbrm.tasks.base import Grade, Problem, ProblemStream, Task
+from tbrm.tasks.base import Grade, Problem, ProblemStream, Progress, Task
 
 TASKS = Registry("task", {"reasoning_gym": "tbrm.tasks.reasoning_gym:ReasoningGym", "file": "tbrm.tasks.file:FileTask"})
 
-__all__ = ["TASKS", "Grade", "Problem", "ProblemStream", "Task"]
+__all__ = ["TASKS", "Grade", "Problem", "ProblemStream", "Progress", "Task"]

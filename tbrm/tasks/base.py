@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Message = dict[str, str]
+
+_LARGEST_REWARD = 1e6  # beyond it, float32 has no room for what rewards differ by
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,30 @@ class Grade:
     """A verifier's word on one response."""
 
     reward: float
+    """A number of any kind, numpy's and torch's included; finite, and no larger than 1e6."""
     correct: bool
     failure: str | None = None
-    """Why the response could not be graded (reward 0 then); None if it was."""
+    """Why the response could not be graded (reward 0 then); None if it was. `rollout.ungraded` says what becomes of it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reward", _number(self.reward))
+
+
+def _number(reward: Any) -> float:
+    value = reward.item() if hasattr(reward, "item") else reward
+    if not isinstance(value, Real | Decimal) or not abs(value) <= _LARGEST_REWARD:
+        raise ValueError(f"a reward must be a finite number of at most {_LARGEST_REWARD:g}, got {reward!r:.200}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is when a response is graded."""
+
+    step: int = 0
+    """Optimiser steps taken."""
+    steps: int = 0
+    """In all."""
 
 
 class Task(ABC, BaseModel):
@@ -65,6 +90,16 @@ class Task(ABC, BaseModel):
     @abstractmethod
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         """One grade for each response; problems[i] is what responses[i] answers."""
+
+    def grade_completions(
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[str],
+        completion_ids: Sequence[list[int] | None],
+        progress: Progress,
+    ) -> list[Grade]:
+        """`grade`, for tasks that look at token ids (None: not known), or at how far training is, too."""
+        return self.grade(problems, responses)
 
 
 class ProblemStream:

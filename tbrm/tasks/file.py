@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from tbrm.paths import ExpandedPath
 from tbrm.spelling import hint
-from tbrm.tasks.base import Grade, Message, Problem, Task
+from tbrm.tasks.base import Grade, Message, Problem, Progress, Task
 from tbrm.tasks.rows import read_rows
 from tbrm.tasks.verifiers import Verifier, make_verifier
 
@@ -35,6 +35,10 @@ class FileTask(Task):
     )
     verifier_options: dict[str, Any] = Field({}, description="Options of the verifier, such as {timeout_seconds: 10}.")
 
+    reward_timeout_seconds: float = Field(
+        600.0, gt=0, description="A reward function that takes longer over a batch is left: its responses are ungraded."
+    )
+
     _training: tuple[Problem, ...] = PrivateAttr()
     _heldout: tuple[Problem, ...] = PrivateAttr()
     _verify: Verifier = PrivateAttr()
@@ -43,8 +47,9 @@ class FileTask(Task):
     def _read(self) -> FileTask:
         if self.heldout_path is not None and self.heldout_rows:
             raise ValueError("heldout_path and heldout_rows are both set: choose one")
-        self._verify = make_verifier(self.verifier, self.verifier_options)
+        self._verify = make_verifier(self.verifier, self.verifier_options, self.reward_timeout_seconds)
         problems = tuple(self._problems(self.path))
+        self._verify.check_columns({name for problem in problems for name in problem.entry})
         if self.heldout_rows >= len(problems):
             raise ValueError(
                 f"heldout_rows is {self.heldout_rows} and {self.path} has {len(problems)} rows: none left to train on"
@@ -72,7 +77,16 @@ class FileTask(Task):
         return {"path": self.path} | ({} if self.heldout_path is None else {"heldout_path": self.heldout_path})
 
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        return self._verify(problems, responses)
+        return self.grade_completions(problems, responses, [None] * len(responses), Progress())
+
+    def grade_completions(
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[str],
+        completion_ids: Sequence[list[int] | None],
+        progress: Progress,
+    ) -> list[Grade]:
+        return self._verify.grade(problems, responses, completion_ids, progress)
 
     def _problems(self, path: str) -> Iterator[Problem]:
         for line, row in read_rows(Path(path)):

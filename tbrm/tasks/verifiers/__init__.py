@@ -21,8 +21,9 @@ VERIFIERS = Registry(
 )
 
 
-def make_verifier(name: str, options: dict[str, Any]) -> Verifier:
-    """The verifier called `name`, or, where `name` is the import path of any other callable, that reward function.
+def make_verifier(name: str, options: dict[str, Any], reward_timeout_seconds: float = 600.0) -> Verifier:
+    """The verifier called `name`, or, where `name` is the import path of any other callable, that reward function, which has
+    `reward_timeout_seconds`.
 
     Raises ValueError for an unknown name or option.
     """
@@ -32,7 +33,7 @@ def make_verifier(name: str, options: dict[str, Any]) -> Verifier:
             raise ValueError(f"verifier: {name} is {found!r:.100}, and a verifier is a function or a Verifier class")
         if options:
             raise ValueError(f"verifier_options: a reward function takes none, and {name} was given {options}")
-        return RewardFunction(name=name, function=found)
+        return RewardFunction(name=name, function=found, timeout_seconds=reward_timeout_seconds)
     for option in options:
         if option not in found.model_fields:
             raise ValueError(

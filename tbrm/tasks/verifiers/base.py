@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from tbrm.tasks.base import Grade, Problem
+from tbrm.tasks.base import Grade, Problem, Progress
+from tbrm.tasks.user_code import explained
 
 
 class Verifier(ABC, BaseModel):
@@ -18,6 +19,22 @@ class Verifier(ABC, BaseModel):
     @abstractmethod
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         """One grade for each response; problems[i] is what responses[i] answers."""
+
+    def grade(
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[str],
+        completion_ids: Sequence[list[int] | None],
+        progress: Progress,
+    ) -> list[Grade]:
+        """The same, for verifiers that look at token ids (None: not known), or at how far training is, too."""
+        if type(self).__module__.startswith("tbrm."):
+            return self(problems, responses)
+        name = f"verifier {type(self).__name__}"
+        return explained(name, lambda part: self(problems[part], responses[part]), problems, responses)
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Raise ValueError if problems with these columns cannot be graded."""
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if `answer` can be no reference answer; called for each row when a file is read."""

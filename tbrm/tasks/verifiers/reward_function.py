@@ -2,57 +2,95 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tbrm.tasks.base import Grade, Problem
+from tbrm.tasks.base import Grade, Problem, Progress
+from tbrm.tasks.time_limit import TooLateError, within
+from tbrm.tasks.user_code import explained
 from tbrm.tasks.verifiers.base import Verifier
 
-_NOT_COLUMNS = {"prompt", "prompts", "completion", "completions", "completion_ids"}  # TRL keeps these back too
+_OURS = ("prompts", "completions", "completion_ids", "trainer_state")
+_NOT_COLUMNS = {"prompt", "completion", *_OURS}  # TRL keeps these back too
 
 
 class RewardFunction(Verifier):
-    """Grades with ``function(prompts=..., completions=..., **columns) -> list[float | None]``.
+    """Grades with ``function(prompts=..., completions=..., completion_ids=..., trainer_state=..., **columns)``, which returns
+    a reward for each completion, in a list, array or tensor. It may be async.
 
     A problem that is plain text gives a str prompt and a str completion; a conversation gives a list of messages and
     ``[{"role": "assistant", "content": response}]``. Each other column of the problems' rows is passed as a list, None
     where a row lacks it. A reward of 1 or more counts as correct. None means that the function does not apply to the
-    problem: reward 0, counted as a failure.
+    problem: a failure, and so is a function that does not return in time.
 
-    Calling it raises RuntimeError if the function raises, and ValueError if it returns something else.
+    Grading raises UserCodeError if the function raises, and ValueError if it returns something else.
     """
 
     name: str
     function: Callable[..., Any]
+    timeout_seconds: float = 600.0
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        return self.grade(problems, responses, [None] * len(responses), Progress())
+
+    def grade(
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[str],
+        completion_ids: Sequence[list[int] | None],
+        progress: Progress,
+    ) -> list[Grade]:
         shown = [_as_trl(problem, response) for problem, response in zip(problems, responses, strict=True)]
         names = {name for problem in problems for name in problem.entry} - _NOT_COLUMNS
         columns = {name: [problem.entry.get(name) for problem in problems] for name in sorted(names)}
+        columns |= {"prompts": [prompt for prompt, _ in shown], "completions": [completion for _, completion in shown]}
+        columns["completion_ids"] = list(completion_ids)
+        state = _trainer_state(progress)
+
+        def call(part: slice) -> Any:
+            given = {name: values[part] for name, values in columns.items()}
+            return within(self.timeout_seconds, lambda: self.function(**given, trainer_state=state))
+
         try:
-            rewards = self.function(prompts=[p for p, _ in shown], completions=[c for _, c in shown], **columns)
-        except Exception as error:
-            raise RuntimeError(
-                f"reward function {self.name} raised {error!r}; it is called with prompts, completions and the columns "
-                f"{', '.join(columns)} as keywords, so it should take **kwargs"
-            ) from error
-        if not isinstance(rewards, list | tuple) or len(rewards) != len(responses):
+            rewards = explained(f"reward function {self.name}", call, problems, responses)
+        except TooLateError:
+            late = f"took longer than {self.timeout_seconds:g} seconds (task.reward_timeout_seconds)"
+            return [self._failure(late)] * len(responses)
+        values = rewards.tolist() if hasattr(rewards, "tolist") else rewards
+        if not isinstance(values, list | tuple) or len(values) != len(responses):
             raise ValueError(
                 f"reward function {self.name}: wanted a list of {len(responses)} rewards, got {rewards!r:.200}"
             )
-        return [self._grade(reward) for reward in rewards]
+        return [self._grade(value) for value in values]
 
-    def _grade(self, reward: Any) -> Grade:
-        if reward is None:
-            return Grade(0.0, correct=False, failure=f"reward function {self.name}: not applicable")
+    def check_columns(self, names: Iterable[str]) -> None:
+        given = sorted(set(names) - _NOT_COLUMNS)
         try:
-            value = float(reward)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"reward function {self.name}: a reward must be a finite number or None, got {reward!r}")
-        return Grade(value, correct=value >= 1 - 1e-6)
+            inspect.signature(self.function).bind(**dict.fromkeys([*_OURS, *given]))
+        except TypeError as error:
+            raise ValueError(
+                f"verifier: {self.name} cannot be called: {error}; it is called with {', '.join(_OURS)} and the columns "
+                f"{', '.join(given)} as keywords, so it should take **kwargs, and no other without a default"
+            ) from error
+
+    def _grade(self, value: Any) -> Grade:
+        if value is None:
+            return self._failure("not applicable")
+        try:
+            reward = Grade(value, correct=False).reward
+        except ValueError as error:
+            raise ValueError(f"reward function {self.name}: {error}; None where there is none") from error
+        return Grade(reward, correct=reward >= 1 - 1e-6)
+
+    def _failure(self, why: str) -> Grade:
+        return Grade(0.0, correct=False, failure=f"reward function {self.name}: {why}")
+
+
+def _trainer_state(progress: Progress) -> Any:
+    from transformers import TrainerState  # not for those who only look at a recipe
+
+    return TrainerState(global_step=progress.step, max_steps=progress.steps)
 
 
 def _as_trl(problem: Problem, response: str) -> tuple[Any, Any]:

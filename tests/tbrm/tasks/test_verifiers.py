@@ -73,7 +73,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             return [float(len(completion)) for completion in completions]
 
         def matches(prompts, completions, difficulty, solution, **kwargs):
-            assert not {"prompt", "prompts_", "completion_ids"} & set(kwargs)
+            assert set(kwargs) == {"completion_ids", "trainer_state"}
             return [None if d is None else float(c == s) for c, d, s in zip(completions, difficulty, solution)]
 
         seen = {}
@@ -116,7 +116,10 @@ def test_a_reward_function_gets_messages_for_a_conversation(rewards: str) -> Non
     messages = ({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
     grades = make_verifier(f"{rewards}:sees", {})([Problem(messages, "1", {"level": 3})], ["hello"])
     assert grades == [Grade(0.5, False)]
-    assert importlib.import_module(rewards).seen == {
+    seen = importlib.import_module(rewards).seen
+    assert seen.pop("trainer_state").global_step == 0
+    assert seen == {
+        "completion_ids": [None],
         "prompts": [list(messages)],
         "completions": [[{"role": "assistant", "content": "hello"}]],
         "level": [3],
@@ -132,12 +135,16 @@ def test_any_reward_counts_and_one_or_more_is_correct(rewards: str) -> None:
     ("function", "error", "message"),
     [
         ("broken", RuntimeError, r"reward function user_rewards:broken raised TypeError\("),
-        ("strict", RuntimeError, r"strict raised TypeError\(.*'level'.*the columns level .*should take \*\*kwargs"),
+        ("strict", RuntimeError, r"strict raised TypeError\(.*got an unexpected keyword argument"),
         ("too_few", ValueError, r"too_few: wanted a list of 2 rewards, got \[1\.0\]"),
         ("no_list", ValueError, r"no_list: wanted a list of 2 rewards, got 1\.0"),
-        ("word", ValueError, r"word: a reward must be a finite number or None, got 'good'"),
-        ("not_a_number", ValueError, r"not_a_number: a reward must be a finite number or None, got nan"),
-        ("infinite", ValueError, r"infinite: a reward must be a finite number or None, got inf"),
+        (
+            "word",
+            ValueError,
+            r"word: a reward must be a finite number of at most 1e\+06, got 'good'; None where there is none",
+        ),
+        ("not_a_number", ValueError, r"not_a_number: a reward must be a finite number of .*, got nan"),
+        ("infinite", ValueError, r"infinite: a reward must be a finite number of .*, got inf"),
     ],
 )
 def test_a_reward_function_that_misbehaves_is_an_error(
