@@ -140,11 +140,12 @@ def server(recipe: str, folder: Path) -> Iterator[Path]:
     config = load_config(recipe)
     vllm = config.rollout.vllm
     options = engine_options(vllm, SERVER_DTYPE, config.rollout.batch_size, torch.device("cpu"), {})
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(SERVER_CORE)
     with tempfile.TemporaryDirectory() as made:
         address = Path(made) / "socket"
         with bound_to(SERVER_CORE):
-            process = ServerProcess(Path(config.model.name), address, options, vllm, folder / "engine" / "vllm.log")
+            place = {"VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE)}
+            log = folder / "engine" / "vllm.log"
+            process = ServerProcess(Path(config.model.name), address, options, vllm, log, place)
         try:
             yield address
         finally:

@@ -202,6 +202,8 @@ class VllmConfig(Section):
 
 def _server_address(given: str) -> str:
     """Without /v1, which people are used to write and vLLM's other paths do not have. Raises ValueError."""
+    if given.startswith("/"):  # a Unix socket
+        return given
     try:
         parts = urlsplit(given)
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

@@ -90,9 +90,19 @@ def test_bad_keys_and_values_are_named(override: str, message: str, tmp_path: Pa
 
 
 def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
-    written = "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1]"
+    written = (
+        "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1, /run/v]"
+    )
     config = load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={written}"])
-    known = ["http://10.0.0.7:8000", "http://h:1", "https://h", "http://h:2", "http://[::1]:8", "https://h/team"]
+    known = [
+        "http://10.0.0.7:8000",
+        "http://h:1",
+        "https://h",
+        "http://h:2",
+        "http://[::1]:8",
+        "https://h/team",
+        "/run/v",
+    ]
     assert config.rollout.vllm.addresses == known
     assert load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={known}"]) == config
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from tbrm.rollout.vllm import broadcast, handover
 from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.connection import RefusedError, ServerError, _connect
 from tbrm.rollout.vllm.engine import VllmEngine
+from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server, check_version
 from tbrm.tasks import ProblemStream
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
 from tests.tbrm.test_parallel import torchrun
-from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
+from tests.tbrm.vllm_runs import OPTIONS, PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -125,10 +127,14 @@ def change_weights(trainer: Trainer) -> None:
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    """After one training step of a model with a tied head."""
+    """After one training step of a model with a tied head. Weights lie where no socket could, and there is a key for others."""
     folder = tmp_path_factory.mktemp("tied")
-    trainer = Trainer(vllm_config(folder / "run", save_model(folder / "model", tied=True)))
-    metrics = trainer.train_step()
+    far = folder / ("far" * 40)
+    far.mkdir()
+    trainer = Trainer(vllm_config(folder / "run", save_model(folder / "model", tied=True), weights_dir=str(far)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_API_KEY", "of somebody else's server")
+        metrics = trainer.train_step()
     assert metrics["sync/logprob_gap_max"] < 1e-4
     assert metrics["engine/restarts"] == metrics["engine/reissued"] == 0
     yield trainer
@@ -218,6 +224,47 @@ def test_stale_weights_stop_the_run(
             trainer.train_step()
     engine.update_weights(engine._version + 2)
     assert_answers_are_the_policys(engine, trainer.policy)
+
+
+def test_a_server_with_a_long_queue_is_left_in_peace(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait there, and are answered, for longer than the time limit."""
+    before, limit, took = engine.update_weights(engine._version), 2.0, []
+    ask = Server.generate
+
+    def timed(server: Server, *request: Any) -> Any:
+        begun = time.monotonic()
+        answer = ask(server, *request)
+        took.append(time.monotonic() - begun)
+        return answer
+
+    monkeypatch.setattr(Server, "generate", timed)
+    monkeypatch.setattr(engine, "_servers", [replace(server, timeout=limit) for server in engine._servers])
+    engine.generate(make_requests(PROMPTS * 12, 8, 9), Sampling(400))
+    assert max(took) > limit
+    after = engine.update_weights(engine._version)
+    assert {key: after[key] for key in ("engine/restarts", "engine/reissued")} == {
+        key: before[key] for key in ("engine/restarts", "engine/reissued")
+    }
+
+
+def test_a_folder_that_a_server_does_not_see_is_named(trainer: Trainer, engine: VllmEngine) -> None:
+    with pytest.raises(
+        RefusedError, match=r"does not see /nowhere/weights, .* rollout.vllm.weights_dir .* to broadcast"
+    ):
+        handover.read_from(Path("/nowhere/weights"), engine._servers[0])
+    engine.update_weights(engine._version + 1)
+    assert_answers_are_the_policys(engine, trainer.policy)
+
+
+@pytest.mark.parametrize(("key", "ours", "theirs"), [("num_hidden_layers", 9, 2), ("hidden_size", 48, 64)])
+def test_a_server_of_another_model_is_named(
+    trainer: Trainer, engine: VllmEngine, key: str, ours: int, theirs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [server] = engine._servers
+    SameModel(trainer.policy)(server)
+    monkeypatch.setattr(trainer.policy.lm.config, key, ours)
+    with pytest.raises(RefusedError, match=rf"another model than the one that is trained: [a-z ]+ {theirs} for {ours}"):
+        SameModel(trainer.policy)(server)
 
 
 class Proxy(BaseHTTPRequestHandler):
@@ -370,7 +417,10 @@ def test_a_head_of_its_own_and_a_server_killed_during_two_syncs_and_an_exception
 def test_weights_by_broadcast_and_a_server_killed_between_two_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(vllm_config(tmp_path / "run", save_model(tmp_path / "model", tied=True), transfer="broadcast"))
+    """The check's prompt is as short as the server's model wants it."""
+    options = {**OPTIONS, "max_model_len": 100}
+    model = save_model(tmp_path / "model", tied=True)
+    trainer = Trainer(vllm_config(tmp_path / "run", model, transfer="broadcast", options=options))
     engine = engine_of(trainer)
     send, sent = broadcast._broadcast, itertools.count()
 

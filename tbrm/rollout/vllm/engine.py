@@ -43,6 +43,9 @@ from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installe
 from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server, room, sampling_params
 
+_LIKE_A_START = 60.0
+"""Seconds that a server may hang before another is started in its place, which takes as long."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -159,7 +162,7 @@ class VllmEngine:
     def _answer(self, job: _Job) -> list[Response]:
         """The responses to one request, from whichever server gives them."""
         wanted = self._version
-        deadline = None
+        asked, deadline = time.monotonic(), None
         failures: dict[type[ServerError], ServerError] = {}
         """The last of each kind: what is wrong may not be what was wrong last."""
         for attempt in itertools.count(job.index + self.world.rank):
@@ -184,7 +187,7 @@ class VllmEngine:
                         f"first failure. The last of each kind: {'; '.join(map(str, failures.values()))}"
                         f"{''.join(keeper.last_words() for keeper in self._keepers)}"
                     ) from error
-                if keeper and isinstance(error, HungError):
+                if keeper and isinstance(error, HungError) and time.monotonic() > asked + _LIKE_A_START:
                     keeper.restart(generation)
             time.sleep(0.5)
         raise AssertionError
