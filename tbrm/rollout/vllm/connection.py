@@ -145,7 +145,7 @@ class Endpoint:
         that it is not well, or lets nobody in. Raises ServerError then."""
         with suppress(LateError, RefusedError):  # it is busy, or what answers for it knows no such question
             self.call("GET", "/health", timeout=_LOOK_SECONDS)
-        with suppress(ServerError, RefusedError):  # or does not count
+        with suppress(ServerError, ValueError):  # or does not count
             lines = str(self.call("GET", "/metrics", timeout=_LOOK_SECONDS)).splitlines()
             counts = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(_COUNTERS)]
             return sum(counts) if counts else None

@@ -26,7 +26,7 @@ class SameModel:
 
     def __call__(self, server: Server) -> None:
         """Raises RefusedError."""
-        theirs = sizes(str(server.on_workers("get_model_inspection")[0]))
+        theirs = sizes(_inspection(server))
         for name, ours in self.ours.items():
             if theirs[name] not in (ours, None):
                 raise RefusedError(
@@ -53,6 +53,13 @@ def sizes(inspection: str) -> dict[str, int | None]:
         "hidden size": _number(r"\bembedding_dim=(\d+)", inspection),
         "vocabulary": _number(r"\borg_vocab_size=(\d+)", inspection),
     }
+
+
+def _inspection(server: Server) -> str:
+    """Empty if it has no such picture to give: its version may not know how."""
+    with suppress(ServerError):
+        return str(server.on_workers("get_model_inspection")[0])
+    return ""
 
 
 def _number(pattern: str, text: str) -> int | None:
