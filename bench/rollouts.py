@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bench.conftest import machine
-from tbrm.chat import encode_messages, encode_problems
+from tbrm.chat import Chat, make_chat
 from tbrm.config import Config
 from tbrm.load import load_policy
 from tbrm.model import PolicyModel
@@ -49,12 +49,12 @@ _QUESTIONS = (
 Generate = Callable[[list[list[int]], Sampling, int], list[list[int]]]
 
 
-def workloads(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[list[list[int]], Sampling]]:
+def workloads(config: Config, chat: Chat) -> dict[str, tuple[list[list[int]], Sampling]]:
     rollout = config.rollout
     assert config.task is not None
-    demo = encode_problems(tokenizer, ProblemStream(config.task, config.seed, []).take(rollout.prompts))
+    _, demo = chat.encode_problems(ProblemStream(config.task, config.seed, []).take(rollout.prompts))
     asked = [question.format(thing) for thing in _THINGS for question in _QUESTIONS][:64]
-    questions = [encode_messages(tokenizer, [{"role": "user", "content": text}]) for text in asked]
+    questions = [chat.encode([{"role": "user", "content": text}]) for text in asked]
     return {
         f"the demo's {len(demo)} prompts, up to {rollout.max_new_tokens} tokens": (
             demo,
@@ -92,10 +92,11 @@ def measure(way: str, precision: str) -> dict[str, Any]:
     named = [] if way == "generate" else [f"rollout.engine={way}"]
     config = load_config(RECIPE, [f"model.precision={precision}", *named])
     policy, tokenizer = load_policy(config)
-    cases = workloads(config, tokenizer)
+    chat = make_chat(config, policy.lm, tokenizer)
+    cases = workloads(config, chat)
     if way == "generate":
         return timed(plain_generate(policy, tokenizer, config.rollout.batch_size), cases)
-    with closing(make_engine(config.rollout, policy, tokenizer, run_dir=Path("runs/bench-rollouts"))) as engine:
+    with closing(make_engine(config.rollout, policy, chat, run_dir=Path("runs/bench-rollouts"))) as engine:
         engine.update_weights(0)
 
         def generate(prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:

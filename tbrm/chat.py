@@ -2,25 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tbrm.config import Config, ConfigError
+from tbrm.ends import Ends, find_ends
 from tbrm.tasks import Problem
-from tbrm.tasks.base import Message
+from tbrm.tasks.messages import Message, Tool
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The prompt's token ids: through the chat template, or, for a model without one, the plain text."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
-    day = getattr(tokenizer, "chat_day", None)
-    # What transformers offers to templates by this name reads the clock.
-    clock = {"strftime_now": day.strftime} if day and "strftime_now" in str(tokenizer.chat_template) else {}
-    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, **clock)
-    return list(ids)
+@dataclass(frozen=True)
+class Chat:
+    """How one model is spoken to."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: Ends
+    vocabulary: int
+    """Rows of the model's embedding; there may be more of them than tokens of the tokenizer."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    barred: Sequence[int] = ()
+    """Token ids that are never sampled."""
+    max_prompt_tokens: int = 0
+    """0: no limit."""
+    drops_long: bool = False
+    said: str = ""
+    """What was chosen, in a line."""
+
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """The prompt's token ids: through the chat template, or, for a model without one, the plain text. Raises ValueError
+        where the template cannot show what is given."""
+        check_token_ids("model.name: the prompt", ids := self._encode(messages, tools), self.vocabulary)
+        return ids
+
+    def encode_problems(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]]]:
+        """The problems whose prompts are no longer than `rollout.max_prompt_tokens`, and these prompts. Raises ValueError for
+        a longer one, unless those are dropped."""
+        kept: list[Problem] = []
+        prompts: list[list[int]] = []
+        for problem in problems:
+            ids = self.encode(problem.messages, problem.tools)
+            if not self.max_prompt_tokens or len(ids) <= self.max_prompt_tokens:
+                kept.append(problem)
+                prompts.append(ids)
+            elif not self.drops_long:
+                raise ValueError(
+                    f"rollout.max_prompt_tokens: {self.max_prompt_tokens}, and a prompt has {len(ids)} tokens: "
+                    f"{problem.messages[-1]['content']!r:.80}. Raise it, or set rollout.long_prompts to drop"
+                )
+        return kept, prompts
+
+    def encode_response(self, text: str, *, truncated: bool) -> list[int]:
+        """As the model would have written it, with the end of its turn, unless it was cut off."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids if truncated else [*ids, self.ends.turn]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A response's text: without the token that ended it, and with all other special tokens, for tags may be such."""
+        ids = list(token_ids)
+        if ids and ids[-1] in self.ends.ids:
+            del ids[-1]
+        return str(self.tokenizer.decode(ids))
+
+    def _encode(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        calls = any(message.get("tool_calls") for message in messages)
+        if self.tokenizer.chat_template is None:
+            if tools or calls:
+                raise ValueError(
+                    "prompt: it has tools or tool_calls, and the model has no chat template that shows them"
+                )
+            return list(self.tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
+        ids = self._render(messages, tools)
+        if tools and not self._differs(ids, messages, ()):
+            raise ValueError("tools: given, and the model's chat template does not show them; leave them out")
+        without = [{key: part for key, part in message.items() if key != "tool_calls"} for message in messages]
+        if calls and not self._differs(ids, without, tools):
+            raise ValueError("tool_calls: a message has some, and the model's chat template does not show them")
+        return ids
+
+    def _differs(self, ids: list[int], messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
+        """Whether the template makes something else of these, if anything."""
+        try:
+            return ids != self._render(messages, tools)
+        except ValueError:
+            return True
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        continued = messages[-1]["role"] == "assistant"
+        if continued and messages[-1].get("tool_calls"):
+            raise ValueError(
+                "prompt: it ends with a call of a tool, which cannot be continued; the tool's answer is missing"
+            )
+        day = getattr(self.tokenizer, "chat_day", None)
+        # What transformers offers to templates by this name reads the clock.
+        clock = {"strftime_now": day.strftime} if day and "strftime_now" in str(self.tokenizer.chat_template) else {}
+        try:
+            ids: Any = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                return_dict=False,
+                **clock,
+                **self.template_kwargs,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"prompt: the model's chat template refuses messages of {roles}: {error}. Where it knows no system role, leave "
+                "task.system out"
+            ) from error
+        return list(ids)
+
+
+def make_chat(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """As the config says. Raises ConfigError."""
+    ends, said = find_ends(lm, tokenizer, config.rollout)
+    vocabulary = cast(nn.Embedding, lm.get_input_embeddings()).weight.shape[0]
+    check_token_ids("rollout.stop_ids", config.rollout.stop_ids, vocabulary)
+    kwargs = config.chat.template_kwargs
+    for name in kwargs:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
+            raise ConfigError(f"chat.template_kwargs.{name}: the model's chat template has no such name; leave it out")
+    barred: list[int] = []
+    rollout = config.rollout
+    if rollout.bar_unused_ids:
+        used = set(tokenizer.get_vocab().values())
+        barred = [token for token in range(vocabulary) if token not in used]
+        said += f"; {len(barred)} token ids without text are never sampled"
+    drops_long = rollout.long_prompts == "drop"
+    return Chat(tokenizer, ends, vocabulary, kwargs, barred, rollout.max_prompt_tokens, drops_long, said)
 
 
 def set_day(tokenizer: Any, day: date) -> None:
@@ -30,9 +147,11 @@ def set_day(tokenizer: Any, day: date) -> None:
     tokenizer.chat_day = day
 
 
-def encode_problems(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[list[int]]:
-    return [encode_messages(tokenizer, problem.messages) for problem in problems]
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+def check_token_ids(where: str, ids: Sequence[int], vocabulary: int) -> None:
+    """Raises ValueError for an id that has no row in an embedding of so many."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"{where} holds token id {token}, and the model has embeddings for 0 to {vocabulary - 1}: it is of another "
+                "model or tokenizer"
+            )

@@ -131,6 +131,7 @@ def eval_model(args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {"samples": args.k, "temperature": temperature, "prompts": args.prompts}
     config = load_sections(args.task, args.overrides, model={"name": args.model}, evaluation=settings, seed=args.seed)
     _load_libraries(args.model)
+    from tbrm.chat import make_chat
     from tbrm.evaluate import evaluate
     from tbrm.load import load_policy
     from tbrm.rollout import Sampling, make_engine
@@ -142,10 +143,11 @@ def eval_model(args: argparse.Namespace) -> None:
     sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature)
     with _processes(config) as world:
         policy, tokenizer = load_policy(config, world)
-        with closing(make_engine(config.rollout, policy, tokenizer, world)) as engine:
+        chat = make_chat(config, policy.lm, tokenizer)
+        with closing(make_engine(config.rollout, policy, chat, world)) as engine:
             engine.update_weights(0)
             result = evaluate(
-                engine, tokenizer, task, problems, k=chosen.samples, sampling=sampling, seed=config.seed, world=world
+                engine, chat, task, problems, k=chosen.samples, sampling=sampling, seed=config.seed, world=world
             )
         if world.is_main:
             _show_evaluation(args, config, result)
@@ -168,12 +170,13 @@ def score(args: argparse.Namespace) -> None:
 
     config = load_sections(None, args.overrides, model={"name": args.model})
     _load_libraries(args.model)
+    from tbrm.chat import make_chat
     from tbrm.load import load_policy
     from tbrm.score import score_file
 
     policy, tokenizer = load_policy(_of_checkpoint(config))
     with open(args.out, "w") if args.out else sys.stdout as out:
-        for row in score_file(policy, tokenizer, args.data, config.trainer.batch_tokens):
+        for row in score_file(policy, make_chat(config, policy.lm, tokenizer), args.data, config.trainer.batch_tokens):
             out.write(json.dumps(row) + "\n")
 
 

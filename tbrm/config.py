@@ -125,6 +125,13 @@ class LoraConfig(Section):
     )
 
 
+class ChatConfig(Section):
+    template_kwargs: dict[str, Any] = Field(
+        {},
+        description="What the model's chat template takes beside messages and tools, such as {enable_thinking: false}.",
+    )
+
+
 class DataConfig(Section):
     trajectories: ExpandedPath | None = Field(
         None,
@@ -230,6 +237,20 @@ class RolloutConfig(Section):
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
     max_new_tokens: int = Field(
         256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'."
+    )
+    max_prompt_tokens: int = Field(0, ge=0, description="Longest prompt, in tokens. 0: no limit.")
+    long_prompts: Literal["refuse", "drop"] = Field(
+        "refuse", description="A longer one: an error that names it, or left out, counted as prompts_dropped."
+    )
+    stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="Token ids that end a response, beside those of the model, its tokenizer and its chat template."
+    )
+    stop_strings: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Texts that end a response, with the token that completes one; the response keeps it."
+    )
+    bar_unused_ids: bool = Field(
+        False,
+        description="Never sample token ids that the tokenizer has no text for (padding of the model's vocabulary).",
     )
     updates: int = Field(
         1,
@@ -368,6 +389,7 @@ class Config(Section):
     task: SerializeAsAny[Task] | None = Field(
         None, description="What is learnt. Keys beside `name` are the task's own."
     )
+    chat: ChatConfig = ChatConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: SerializeAsAny[Objective] = Field(description="The loss. Keys beside `name` are the objective's own.")

@@ -8,9 +8,7 @@ from functools import partial
 from math import sqrt
 from statistics import fmean
 
-from transformers import PreTrainedTokenizerBase
-
-from tbrm.chat import decode, encode_problems
+from tbrm.chat import Chat
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, Progress, Task
@@ -52,7 +50,7 @@ class Evaluation:
 
 def evaluate(
     engine: RolloutEngine,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     task: Task,
     problems: Sequence[Problem],
     *,
@@ -63,12 +61,12 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Answers each problem k times and grades the answers, each process of `world` its share."""
+    problems, prompts = chat.encode_problems(problems)
     if not problems:
-        raise ValueError("evaluation.prompts: got 0 problems; wants at least 1")
-    requests = make_requests(encode_problems(tokenizer, problems), k, "evaluation", seed)
-    answers = engine.generate(requests, sampling)
+        raise ValueError("evaluation.prompts: got 0 problems; wants at least 1 (of rollout.max_prompt_tokens, if set)")
+    answers = engine.generate(make_requests(prompts, k, "evaluation", seed), sampling)
     flat = [(problem, response) for problem, responses in zip(problems, answers, strict=True) for response in responses]
-    texts = [decode(tokenizer, response.token_ids) for _, response in flat]
+    texts = [chat.decode(response.token_ids) for _, response in flat]
     grader = partial(grade_responses, task, progress=progress or Progress())
     ids = [response.token_ids for _, response in flat]
     grades = world.split(grader, [problem for problem, _ in flat], texts, ids)

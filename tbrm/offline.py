@@ -1,8 +1,9 @@
 """Recorded trajectories: JSON lines that `tbrm rollout` or anybody else wrote, read for training and for auditing.
 
-Each line holds `prompt` (text) or `messages` (a chat), `response` (text) and `reward`; optionally `truncated`. Lines that
-also hold `prompt_ids` and `response_ids`, as those of `tbrm rollout` do, are used token for token; otherwise the text is
-encoded with the model's chat template and, unless truncated, the end-of-sequence token is appended.
+Each line holds `prompt` (text, or a chat) or `messages` (a chat), `response` (text) and `reward`; optionally `truncated`
+and `tools`. Lines that also hold `prompt_ids` and `response_ids`, as those of `tbrm rollout` do, are used token for token,
+and may say in `action_mask` which response tokens the policy chose; otherwise the text is encoded with the model's chat
+template and, unless truncated, the token that ends a turn is appended.
 
 A line without `reward` is graded, where there is a task: it then holds the problem's `answer`, and in `entry` what else
 the task's verifier wants to know of a problem (reasoning_gym's: `{"position": ...}`).
@@ -15,16 +16,16 @@ import json
 import math
 import random
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
-from tbrm.chat import encode_messages
+from tbrm.chat import Chat, check_token_ids
 from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
@@ -32,6 +33,8 @@ from tbrm.rollout.base import derive_seed
 from tbrm.rollout.collect import WAITING, Collected, load_collected
 from tbrm.stored import score_columns, scores_at
 from tbrm.tasks import Problem, Task
+from tbrm.tasks.base import plain
+from tbrm.tasks.messages import read_messages, read_tools
 
 _SCORES = "scores.safetensors"
 
@@ -88,27 +91,20 @@ class FileSource:
         return Collected(taken)
 
 
-def read_trajectories(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], task: Task | None = None
-) -> list[Trajectory]:
-    """All trajectories of a JSON lines file. Raises ValueError naming the line and the field."""
+def read_trajectories(path: str | Path, rows: RowReader) -> list[Trajectory]:
+    """All trajectories of a JSON lines file but those of held-out problems. Raises ValueError naming the line and the field."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(f"trajectories file {str(path)!r} cannot be read: {error.strerror}") from error
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"trajectories file {str(path)!r} holds no trajectories")
     groups: dict[tuple[int, ...], int] = {}
     trajectories = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            trajectory = trajectory_of(json.loads(line), tokenizer, eos_ids, task)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
-        trajectory.group = groups.setdefault(tuple(trajectory.prompt_ids), len(groups))
-        trajectories.append(trajectory)
-    if not trajectories:
-        raise ValueError(f"trajectories file {str(path)!r} holds no trajectories")
+        if (trajectory := rows.read(line, f"{path}:{number}")) is not None:
+            trajectory.group = groups.setdefault(tuple(trajectory.prompt_ids), len(groups))
+            trajectories.append(trajectory)
     return trajectories
 
 
@@ -120,81 +116,120 @@ def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def without_prompts(trajectories: Iterable[Trajectory], heldout: Iterable[list[int]]) -> list[Trajectory]:
-    """The trajectories whose prompt is not among the held-out ones."""
-    forbidden = {tuple(prompt) for prompt in heldout}
-    return [trajectory for trajectory in trajectories if tuple(trajectory.prompt_ids) not in forbidden]
+class RowReader:
+    """What the lines of a file are to one model: trajectories, and none of the problems that are `heldout`. `seen` and
+    `left_out` count them."""
+
+    def __init__(self, chat: Chat, task: Task | None = None, heldout: Sequence[Problem] = ()) -> None:
+        self.chat = chat
+        self.task = task
+        self.seen = 0
+        self.left_out = 0
+        # A row shows its problem in words, in token ids, or in both.
+        self._heldout = {problem.key for problem in heldout}
+        self._heldout |= {self._shown(chat.encode(problem.messages, problem.tools)) for problem in heldout}
+
+    def read(self, line: bytes, where: str) -> Trajectory | None:
+        """One line's; None if the line is blank, or its problem held out. Raises ValueError with `where` the line is, and the
+        field."""
+        if not line.strip():
+            return None
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"got {type(row).__name__}; wants an object with prompt or messages, response and reward"
+                )
+            trajectory = self._trajectory(row)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        self.seen += 1
+        self.left_out += trajectory is None
+        return trajectory
+
+    def _trajectory(self, row: dict[str, Any]) -> Trajectory | None:
+        in_ids = "prompt_ids" in row or "response_ids" in row
+        problem = None if in_ids and not (row.get("prompt") or row.get("messages")) else _problem(row)
+        if in_ids:
+            prompt_ids = self._token_ids(row, "prompt_ids")
+        else:
+            assert problem is not None
+            prompt_ids = self.chat.encode(problem.messages, problem.tools)
+        if self._shown(prompt_ids) in self._heldout or (problem is not None and problem.key in self._heldout):
+            return None
+        truncated = row.get("truncated", False)
+        if not isinstance(truncated, bool):
+            raise ValueError(f"truncated: got {truncated!r}; wants true or false")
+        if in_ids:
+            response_ids = self._token_ids(row, "response_ids")
+        else:
+            response_ids = self.chat.encode_response(_text(row, "response"), truncated=truncated)
+        if not response_ids:
+            raise ValueError("response: empty; there is no action to learn from")
+        reward = self._reward(row, problem)
+        mask = _action_mask(row, response_ids, in_ids=in_ids)
+        return Trajectory(prompt_ids, response_ids, reward, truncated, weight_version=None, action_mask=mask)
+
+    def _reward(self, row: dict[str, Any], problem: Problem | None) -> float:
+        if "reward" not in row and self.task is not None:
+            return self._grade(row, problem, self.task)
+        reward = row.get("reward")
+        if isinstance(reward, bool) or not isinstance(reward, int | float):
+            raise ValueError(f"reward: got {reward!r}; wants a number")
+        if not math.isfinite(reward):
+            raise ValueError(f"reward: got {reward!r}; wants a finite number")
+        return float(reward)
+
+    def _grade(self, row: dict[str, Any], problem: Problem | None, task: Task) -> float:
+        response, answer = (_text(row, field, ", to grade a line without reward") for field in ("response", "answer"))
+        if problem is None:
+            raise ValueError("prompt: missing, to grade a line without reward")
+        try:
+            [grade] = task.grade([replace(problem, answer=answer, entry=row.get("entry", {}))], [response])
+        except KeyError as error:
+            raise ValueError(
+                f"entry: holds no {error}, which task {task.name} grades a line without reward by"
+            ) from error
+        return grade.reward
+
+    def _token_ids(self, row: dict[str, Any], field: str) -> list[int]:
+        ids = row.get(field)
+        if not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+            raise ValueError(f"{field}: got {ids!r:.100}; wants a list of token ids")
+        check_token_ids(field, ids, self.chat.vocabulary)
+        return ids
+
+    def _shown(self, prompt_ids: Sequence[int]) -> str:
+        """The prompt as text, white space aside."""
+        return plain(self.chat.decode(prompt_ids))
 
 
-def trajectory_of(
-    row: Any, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int], task: Task | None = None
-) -> Trajectory:
-    """One line's. Raises ValueError naming the field."""
-    if not isinstance(row, dict):
-        raise ValueError(f"got {type(row).__name__}; wants an object with prompt or messages, response and reward")
-    if "reward" not in row and task is not None:
-        row = {**row, "reward": _grade(row, task)}
-    trajectory = _trajectory(row, tokenizer, eos_ids)
-    if not trajectory.response_ids:
-        raise ValueError("response: empty; there is no action to learn from")
-    return trajectory
-
-
-def _grade(row: dict[str, Any], task: Task) -> float:
-    for field in ("response", "answer"):
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"{field}: got {row.get(field)!r}; wants text, to grade a line without reward")
-    problem = Problem(tuple(_messages(row)), row["answer"], row.get("entry", {}))
-    try:
-        [grade] = task.grade([problem], [row["response"]])
-    except KeyError as error:
-        raise ValueError(f"entry: holds no {error}, which task {task.name} grades a line without reward by") from error
-    return grade.reward
-
-
-def _trajectory(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> Trajectory:
-    reward = row.get("reward")
-    if isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise ValueError(f"reward: got {reward!r}; wants a number")
-    if not math.isfinite(reward):
-        raise ValueError(f"reward: got {reward!r}; wants a finite number")
-    truncated = row.get("truncated", False)
-    if not isinstance(truncated, bool):
-        raise ValueError(f"truncated: got {truncated!r}; wants true or false")
-    if "prompt_ids" in row or "response_ids" in row:
-        return Trajectory(
-            _token_ids(row, "prompt_ids", len(tokenizer)),
-            _token_ids(row, "response_ids", len(tokenizer)),
-            float(reward),
-            truncated,
-            weight_version=None,
-        )
-    response = row.get("response")
-    if not isinstance(response, str):
-        raise ValueError(f"response: got {response!r}; wants text")
-    prompt_ids = encode_messages(tokenizer, _messages(row))
-    response_ids = list(tokenizer(response, add_special_tokens=False).input_ids) + ([] if truncated else eos_ids[:1])
-    return Trajectory(prompt_ids, response_ids, float(reward), truncated, weight_version=None)
-
-
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    if isinstance(row.get("prompt"), str):
-        return [{"role": "user", "content": row["prompt"]}]
-    messages = row.get("messages")
-    if not (isinstance(messages, list) and messages):
+def _problem(row: dict[str, Any]) -> Problem:
+    tools = read_tools("tools", row.get("tools"))
+    field = "messages" if row.get("prompt") is None else "prompt"
+    shown = row.get(field)
+    if shown is None:
         raise ValueError("neither prompt (text) nor messages (a list of role and content) is given")
-    for message in messages:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise ValueError(f"messages: got {message!r}; wants objects with role and content")
-    return messages
+    return Problem(shown if isinstance(shown, str) else read_messages(field, shown), "", tools=tools)
 
 
-def _token_ids(row: dict[str, Any], field: str, vocabulary: int) -> list[int]:
-    ids = row.get(field)
-    if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < vocabulary for i in ids)):
-        raise ValueError(f"{field}: wants a list of token ids from 0 to {vocabulary - 1} of this model's tokenizer")
-    return ids
+def _text(row: dict[str, Any], field: str, purpose: str = "") -> str:
+    text = row.get(field)
+    if not isinstance(text, str):
+        raise ValueError(f"{field}: got {text!r}; wants text{purpose}")
+    return text
+
+
+def _action_mask(row: dict[str, Any], response_ids: Sequence[int], *, in_ids: bool) -> list[bool] | None:
+    mask = row.get("action_mask")
+    if mask is None:
+        return None
+    if not in_ids:
+        raise ValueError("action_mask: given without response_ids, whose tokens it is of")
+    if not (isinstance(mask, list) and len(mask) == len(response_ids) and set(mask) <= {True, False}):
+        raise ValueError(
+            f"action_mask: got {mask!r:.100}; wants true or false for each of {len(response_ids)} response_ids"
+        )
+    if not any(mask):
+        raise ValueError("action_mask: all false; there is no action to learn from")
+    return [bool(chosen) for chosen in mask]

@@ -41,14 +41,14 @@ def load_sections(
 ) -> Config:
     """A config for the commands that use a model without training it. Raises ConfigError.
 
-    `source` is a recipe, of which the task, rollout and evaluation sections are taken, or a task's name, or None.
+    `source` is a recipe, of which the task, chat, rollout and evaluation sections are taken, or a task's name, or None.
     `sections` replace keys of these and others (None values are left out), and overrides come last.
     """
     tree: dict[str, Any] = {}
     if source is not None:
         is_recipe = source.endswith((".yaml", ".yml"))
         tree = _read(source) if is_recipe else {"task": {"name": source}}
-        tree = {key: value for key, value in tree.items() if key in ("task", "rollout", "evaluation")}
+        tree = {key: value for key, value in tree.items() if key in ("task", "chat", "rollout", "evaluation")}
     for name, values in sections.items():
         tree[name] = tree.get(name, {}) | {key: value for key, value in values.items() if value is not None}
     required = {"run": {"dir": "."}, "objective": {"name": "tbrm", "beta": 1.0}, "trainer": {"steps": 1}, "seed": seed}

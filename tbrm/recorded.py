@@ -4,19 +4,15 @@ goes on: `tbrm rollout` with another model, people, another run."""
 from __future__ import annotations
 
 import glob
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from tbrm.config import ConfigError
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
-from tbrm.offline import trajectory_of, without_prompts
+from tbrm.offline import RowReader
 from tbrm.replay import ReplayBuffer
-from tbrm.tasks import Task
 
 
 class RecordedFiles:
@@ -26,10 +22,7 @@ class RecordedFiles:
     def __init__(
         self,
         patterns: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
-        eos_ids: list[int],
-        task: Task | None,
-        heldout: Sequence[list[int]],
+        rows: RowReader,
     ) -> None:
         for pattern in patterns:
             if not (glob.has_magic(pattern) or Path(pattern).is_file()):
@@ -37,10 +30,7 @@ class RecordedFiles:
                     f"replay.files: {pattern!r} is not there; give files that are, or a pattern with * for those to come"
                 )
         self.patterns = patterns
-        self.tokenizer = tokenizer
-        self.eos_ids = eos_ids
-        self.task = task
-        self.heldout = heldout
+        self.rows = rows
         self.position: dict[str, list[int]] = {}
 
     def feed(self, replay: ReplayBuffer, step: int, phases: Phases) -> dict[str, float]:
@@ -51,11 +41,11 @@ class RecordedFiles:
             return {"recorded": self._feed(replay, step)}
 
     def _feed(self, replay: ReplayBuffer, step: int) -> int:
-        new = [t for path in self._paths() for t in self._read(path)]
-        usable = without_prompts(new, self.heldout)
-        if len(usable) < len(new):
-            left_out = len(new) - len(usable)
-            print(f"replay.files: {left_out} of {len(new)} left out: their prompts are held out", file=sys.stderr)
+        seen, left_out = self.rows.seen, self.rows.left_out
+        usable = [t for path in self._paths() for t in self._read(path)]
+        seen, left_out = self.rows.seen - seen, self.rows.left_out - left_out
+        if left_out:
+            print(f"replay.files: {left_out} of {seen} left out: their problems are held out", file=sys.stderr)
         groups: dict[tuple[int, ...], list[Trajectory]] = {}
         for trajectory in usable:
             groups.setdefault(tuple(trajectory.prompt_ids), []).append(trajectory)
@@ -83,9 +73,5 @@ class RecordedFiles:
         for line in lines:
             place[0] += len(line) + 1
             place[1] += 1
-            if not line.strip():
-                continue
-            try:
-                yield trajectory_of(json.loads(line), self.tokenizer, self.eos_ids, self.task)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}:{place[1]}: {error}") from error
+            if (trajectory := self.rows.read(line, f"{path}:{place[1]}")) is not None:
+                yield trajectory

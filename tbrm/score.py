@@ -7,22 +7,21 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
+from tbrm.chat import Chat
 from tbrm.data import pack
 from tbrm.deal import split_by_tokens
 from tbrm.model import PolicyModel
-from tbrm.offline import read_trajectories
-from tbrm.rollout.embedded import end_token_ids
+from tbrm.offline import RowReader, read_trajectories
 from tbrm_kernels import segment_sums
 
 
 @torch.no_grad()
 def score_file(
-    policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, batch_tokens: int
+    policy: PolicyModel, chat: Chat, path: str | Path, batch_tokens: int
 ) -> Iterator[dict[str, float | int]]:
     """One row per trajectory of the file, in its order: the sum of its actions' log-probs, V(s_1), and their number."""
-    trajectories = read_trajectories(path, tokenizer, end_token_ids(policy.lm, tokenizer))
+    trajectories = read_trajectories(path, RowReader(chat))
     rows: dict[int, dict[str, float | int]] = {}
     bar = tqdm(total=len(trajectories), disable=None, desc="scoring", unit="trajectory")
     for members in split_by_tokens(trajectories, batch_tokens):

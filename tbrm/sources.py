@@ -6,11 +6,10 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from tbrm.chat import encode_problems
+from tbrm.chat import Chat
 from tbrm.config import Config, ConfigError
-from tbrm.offline import FileSource, read_trajectories, without_prompts
+from tbrm.offline import FileSource, RowReader, read_trajectories
 from tbrm.parallel import World
 from tbrm.rollout import RolloutEngine
 from tbrm.rollout.ahead import SupplyAhead
@@ -22,7 +21,7 @@ from tbrm.tasks import Problem, ProblemStream
 def trajectory_source(
     config: Config,
     engine: RolloutEngine,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     heldout: Sequence[Problem],
     world: World,
 ) -> RolloutSource | FileSource:
@@ -30,14 +29,15 @@ def trajectory_source(
     if config.data.trajectories is None:
         assert config.task is not None  # the config's validation saw to it
         stream = ProblemStream(config.task, config.seed, heldout)
-        return RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world, config.trainer.steps)
-    recorded = read_trajectories(config.data.trajectories, tokenizer, engine.eos_ids, config.task)
-    usable = without_prompts(recorded, encode_problems(tokenizer, heldout))
+        return RolloutSource(stream, engine, chat, config.rollout, config.seed, world, config.trainer.steps)
+    rows = RowReader(chat, config.task, heldout)
+    usable = read_trajectories(config.data.trajectories, rows)
     if not usable:
-        raise ConfigError(f"data.trajectories: every prompt of {config.data.trajectories} is held out for evaluation")
-    if len(usable) < len(recorded) and world.is_main:
-        left_out = len(recorded) - len(usable)
-        print(f"data.trajectories: {left_out} of {len(recorded)} left out: their prompts are held out", file=sys.stderr)
+        raise ConfigError(f"data.trajectories: every problem of {config.data.trajectories} is held out for evaluation")
+    if rows.left_out and world.is_main:
+        print(
+            f"data.trajectories: {rows.left_out} of {rows.seen} left out: their problems are held out", file=sys.stderr
+        )
     if (key := config.objective.wants_several_responses) and len({t.group for t in usable}) == len(usable):
         raise ConfigError(
             f"objective.{key} is true but {config.data.trajectories} has one response to each prompt: less its own mean, every "

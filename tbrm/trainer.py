@@ -13,6 +13,7 @@ grading and the micro-batches of a step, and the weights (see parallel.py).
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tbrm.agreement import require_agreement
-from tbrm.chat import encode_problems, set_day
+from tbrm.chat import make_chat, set_day
 from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
@@ -35,7 +36,7 @@ from tbrm.load import load_policy
 from tbrm.metrics import Phases, peak_memory_mib
 from tbrm.objectives import Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract
-from tbrm.offline import write_trajectories
+from tbrm.offline import RowReader, write_trajectories
 from tbrm.parallel import ALONE, World, accumulate
 from tbrm.recorded import RecordedFiles
 from tbrm.reference_model import ReferenceModel
@@ -90,11 +91,16 @@ class Trainer:
         self.reference = ReferenceModel(self.policy)
         self.objective = Contract(config.objective)
         beside = world.apart()  # rollouts may be made while training uses the other
-        self.engine = make_engine(config.rollout, self.policy, self.tokenizer, beside, run_dir=self.run_dir)
-        source = trajectory_source(config, self.engine, self.tokenizer, self.heldout, beside)
+        self.chat = make_chat(config, self.policy.lm, self.tokenizer)
+        self.heldout, _ = self.chat.encode_problems(self.heldout)
+        for note in config.task.notes() if config.task and world.is_main else []:
+            print(note, file=sys.stderr)
+        withheld = config.task.withheld(config.evaluation.prompts) if config.task else []
+        self.engine = make_engine(config.rollout, self.policy, self.chat, beside, run_dir=self.run_dir)
+        source = trajectory_source(config, self.engine, self.chat, withheld, beside)
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
-        heldout = encode_problems(self.tokenizer, self.heldout)
-        self.recorded = RecordedFiles(config.replay.files, self.tokenizer, self.engine.eos_ids, config.task, heldout)
+        rows = RowReader(self.chat, config.task, withheld if config.replay.files else [])
+        self.recorded = RecordedFiles(config.replay.files, rows)
         self.optimizer = torch.optim.AdamW(
             self.policy.trained_weights().values(),
             lr=config.optim.learning_rate,
@@ -292,7 +298,7 @@ class Trainer:
         self.engine.update_weights(step)
         result = evaluate(
             self.engine,
-            self.tokenizer,
+            self.chat,
             self.config.task,
             self.heldout,
             k=settings.samples,

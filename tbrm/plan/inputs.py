@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.chat import encode_problems
+from tbrm.chat import make_chat
 from tbrm.config import Config
 from tbrm.data import Trajectory, common_prefix, pack
 from tbrm.deal import deal
 from tbrm.load import load_model
 from tbrm.lora import Adapters, base_layer
 from tbrm.model import PolicyModel
-from tbrm.offline import read_trajectories
-from tbrm.rollout.embedded import end_token_ids
+from tbrm.offline import RowReader, read_trajectories
 from tbrm.tasks import ProblemStream
 
 
@@ -122,12 +121,13 @@ def trajectories_of(config: Config, policy: PolicyModel, tokenizer: PreTrainedTo
     """Those of a step: the first one's prompts, with responses as long as they may be; of a file, the longest that it has."""
     rollout = config.rollout
     count = rollout.prompts * rollout.samples
+    chat = make_chat(config, policy.lm, tokenizer)
     if config.data.trajectories is not None:
-        recorded = read_trajectories(config.data.trajectories, tokenizer, end_token_ids(policy.lm, tokenizer))
+        recorded = read_trajectories(config.data.trajectories, RowReader(chat, config.task))
         recorded.sort(key=lambda t: len(t.prompt_ids) + len(t.response_ids), reverse=True)
         return (recorded * -(-count // len(recorded)))[:count]
     assert config.task is not None  # the config's validation saw to it
-    prompts = encode_problems(tokenizer, ProblemStream(config.task, config.seed, []).take(rollout.prompts))
+    _, prompts = chat.encode_problems(ProblemStream(config.task, config.seed, []).take(rollout.prompts))
     response = [0] * rollout.max_new_tokens
     fresh = [Trajectory(prompt, response, reward=0.0) for prompt in prompts for _ in range(rollout.samples)]
     replayed = config.replay.samples_per_step

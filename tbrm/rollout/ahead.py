@@ -65,7 +65,7 @@ class SupplyAhead(Supply):
         self._closing = threading.Event()
         # Daemonic: whatever it hangs in, the process can end.
         self._thread = threading.Thread(target=self._work, args=(torch.get_num_threads(),), name="rollout", daemon=True)
-        source.tokenizer = copy.deepcopy(source.tokenizer)  # one is not for two threads
+        source.chat = copy.deepcopy(source.chat)  # a tokenizer is not for two threads
         optimizer.register_step_pre_hook(lambda *_: self._wait_until_weights_are_taken())
 
     def collect(self, step: int, phases: Phases) -> Collected:

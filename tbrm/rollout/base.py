@@ -31,18 +31,15 @@ class Request:
 @dataclass(frozen=True)
 class Response:
     token_ids: list[int]
-    """The end-of-sequence token included, unless truncated."""
+    """As sampled, with the one that ends it (`tbrm.ends`), unless truncated."""
     truncated: bool
     weight_version: int = 0
     """The `version` of the weights that made it."""
     logprobs: list[float] | None = None
-    """Of each token, at the sampling temperature, as the engine computed it; None if greedy, or if it does not say."""
+    """Of each token, in the distribution it was drawn from, as the engine computed it; None if greedy, or if it says none."""
 
 
 class RolloutEngine(Protocol):
-    eos_ids: list[int]
-    """Every id that ends a response."""
-
     def update_weights(self, version: int) -> dict[str, float]:
         """From now on responses come from the policy's weights as they are at this moment, known as `version`: the optimiser
         steps that led to them. Does nothing if the engine has that version. Returns metrics of the transfer, if it has any."""

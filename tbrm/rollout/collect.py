@@ -9,9 +9,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from tbrm.chat import decode, encode_problems
+from tbrm.chat import Chat
 from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
@@ -70,7 +68,7 @@ class RolloutSource:
         self,
         stream: ProblemStream,
         engine: RolloutEngine,
-        tokenizer: PreTrainedTokenizerBase,
+        chat: Chat,
         config: RolloutConfig,
         seed: int,
         world: World = ALONE,
@@ -78,7 +76,7 @@ class RolloutSource:
     ) -> None:
         self.stream = stream
         self.engine = engine
-        self.tokenizer = tokenizer
+        self.chat = chat
         self.config = config
         self.seed = seed
         self.world = world
@@ -116,13 +114,12 @@ class RolloutSource:
         config = self.config
         drawn_at = self.position
         with phases("rollout"):
-            problems = self.stream.take(config.prompts)
-            prompts = encode_problems(self.tokenizer, problems)
+            problems, prompts, left_out = self._draw()
             requests = make_requests(prompts, config.samples, "rollout", self.seed, step)
             answers = self.engine.generate(requests, Sampling(config.max_new_tokens, config.temperature))
         flat = [(i, response) for i, responses in enumerate(answers) for response in responses]
         with phases("reward"):
-            texts = [decode(self.tokenizer, response.token_ids) for _, response in flat]
+            texts = [self.chat.decode(response.token_ids) for _, response in flat]
             grader = partial(grade_responses, self.stream.task, progress=Progress(step - 1, self.steps))
             ids = [response.token_ids for _, response in flat]
             grades = self.world.split(grader, [problems[i] for i, _ in flat], texts, ids)
@@ -151,4 +148,24 @@ class RolloutSource:
             "dropped": len(grades) - len(collected.trajectories),
             "generated_tokens": sum(len(response.token_ids) for _, response in flat),
         }
+        if config.max_prompt_tokens:
+            collected.metrics["prompts_dropped"] = left_out
         return collected
+
+    def _draw(self) -> tuple[list[Problem], list[list[int]], int]:
+        """The next problems whose prompts are not too long, these prompts, and how many were."""
+        problems: list[Problem] = []
+        prompts: list[list[int]] = []
+        left_out = 0
+        while len(problems) < self.config.prompts:
+            taken = self.stream.take(self.config.prompts - len(problems))
+            kept, encoded = self.chat.encode_problems(taken)
+            left_out += len(taken) - len(kept)
+            problems += kept
+            prompts += encoded
+            if left_out > 1000 * (1 + len(problems)):
+                raise ValueError(
+                    f"rollout.max_prompt_tokens: {self.config.max_prompt_tokens}, and {left_out} of {left_out + len(problems)} "
+                    "problems have longer prompts; raise it"
+                )
+        return problems, prompts, left_out

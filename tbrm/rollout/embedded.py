@@ -14,9 +14,11 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from tbrm.chat import Chat
 from tbrm.data import common_prefix
+from tbrm.ends import Ends
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
@@ -32,10 +34,11 @@ TOKENS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
 class EmbeddedEngine:
     """Writes up to `batch_size` responses at once."""
 
-    def __init__(self, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(self, policy: PolicyModel, chat: Chat, batch_size: int) -> None:
         self.policy = policy
         self.batch_size = batch_size
-        self.eos_ids = end_token_ids(policy.lm, tokenizer)
+        self.ends = chat.ends
+        self._barred = chat.barred
         self._version = 0
 
     def update_weights(self, version: int) -> dict[str, float]:
@@ -59,7 +62,7 @@ class EmbeddedEngine:
             self.policy.generation_mode(CACHED_ATTENTION) as lm,
             packed_weights(lm, self.policy.precision),
         ):
-            batch = _Batch(self.policy, lm, min(self.batch_size, len(waiting)), self.eos_ids, sampling)
+            batch = _Batch(self.policy, lm, min(self.batch_size, len(waiting)), self.ends, self._barred, sampling)
             if waiting:
                 prompts = [request.prompt for request in requests]
                 batch.read_prefix(prompts[0][: common_prefix(prompts)])
@@ -69,7 +72,7 @@ class EmbeddedEngine:
         return [[answers[sample] for sample in sorted(answers)] for answers in responses]
 
     def _response(self, ids: list[int], logprobs: list[float] | None) -> Response:
-        end = next((i for i, token in enumerate(ids, start=1) if token in self.eos_ids), None)
+        end = self.ends.length(ids)
         return Response(ids[:end], end is None, self._version, logprobs and logprobs[:end])
 
 
@@ -92,7 +95,13 @@ class _Batch:
     """
 
     def __init__(
-        self, policy: PolicyModel, lm: PreTrainedModel, capacity: int, eos_ids: list[int], sampling: Sampling
+        self,
+        policy: PolicyModel,
+        lm: PreTrainedModel,
+        capacity: int,
+        ends: Ends,
+        barred: Sequence[int],
+        sampling: Sampling,
     ) -> None:
         self.rows: list[_Row] = []
         self._policy = policy
@@ -102,7 +111,9 @@ class _Batch:
         self._device = policy.device
         self._cache = KeyValueCache(capacity)
         self._prefix = 0
-        self._eos_ids = torch.tensor(eos_ids, device=self._device)
+        self._ends = ends
+        self._end_ids = torch.tensor(ends.ids, device=self._device)
+        self._barred = torch.tensor(barred, dtype=torch.int64, device=self._device)
 
         self._token = torch.zeros(capacity, dtype=torch.int64, device=self._device)  # the one to be read next
         self._position = torch.zeros_like(self._token)  # where it stands
@@ -201,6 +212,8 @@ class _Batch:
     def _write(self, logits: Tensor) -> None:
         count = len(self.rows)
         place = self._written[:count, None]
+        if len(self._barred):
+            logits = logits.index_fill(-1, self._barred, float("-inf"))
         if self._sampling.temperature == 0:
             token = most_likely(logits)
         else:
@@ -209,15 +222,26 @@ class _Batch:
             self._logprobs[:count].scatter_(1, place, logprobs[:, None])
         self._ids[:count].scatter_(1, place, token[:, None])
         self._token[:count] = token
-        self._ended[:count] |= torch.isin(token, self._eos_ids)
+        self._ended[:count] |= torch.isin(token, self._end_ids)
         self._position[:count] += 1
         self._written[:count] += 1
         for row in self.rows:
             row.written += 1
 
+    def _ended_in_text(self) -> list[bool]:
+        """Of each row, whether a stop string has come since the last look."""
+        count = self._ends.reach + TOKENS_BETWEEN_LOOKS.get(self._device.type, 1)
+        last = self._written[: len(self.rows), None] - torch.arange(count, 0, -1, device=self._device)
+        tails = self._ids[: len(self.rows)].gather(1, last.clamp(min=0)).tolist()
+        return [
+            self._ends.in_text(tail[max(0, count - row.written) :]) for tail, row in zip(tails, self.rows, strict=True)
+        ]
+
     def _let_go(self) -> list[tuple[_Row, list[int], list[float] | None]]:
         """Takes out the rows that are finished; the last ones move to where they were."""
         ended = self._ended[: len(self.rows)].tolist()
+        if self._ends.strings:
+            ended = [ends or in_text for ends, in_text in zip(ended, self._ended_in_text(), strict=True)]
         finished = [i for i, row in enumerate(self.rows) if ended[i] or row.written == self._sampling.max_new_tokens]
         if not finished:
             return []
@@ -239,15 +263,3 @@ class _Batch:
                 self.rows[hole] = self.rows[mover]
         del self.rows[staying:]
         return list(zip(rows, ids, logprobs, strict=True))
-
-
-def end_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: all of the generation config's, else the tokenizer's one."""
-    ids = lm.generation_config.eos_token_id if lm.generation_config is not None else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        raise ValueError(
-            "model.name: the model names no end-of-sequence token, in generation_config or tokenizer; set one"
-        )
-    return [ids] if isinstance(ids, int) else list(ids)

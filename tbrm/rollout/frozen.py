@@ -22,7 +22,6 @@ class FrozenEngine:
         self._version: int | None = None
         self._closed = False
         self._copy.lm.base_model.register_forward_pre_hook(self._stop_if_closed)
-        self.eos_ids = self._engine.eos_ids
 
     def update_weights(self, version: int) -> dict[str, float]:
         """Reads the policy: nobody may write to it meanwhile."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from tbrm.chat import decode
+from tbrm.chat import Chat, make_chat
 from tbrm.config import Config, ConfigError
 from tbrm.load import load_policy
 from tbrm.metrics import Phases
@@ -27,9 +27,12 @@ def record(config: Config, out: Path, steps: int, world: World = ALONE) -> int:
     if config.task is None:
         raise ConfigError("task: missing; rollouts need problems to answer")
     policy, tokenizer = load_policy(config, world)
-    engine = make_engine(config.rollout, policy, tokenizer, world, run_dir=Path(config.run.dir))
-    stream = ProblemStream(config.task, config.seed, config.task.heldout(config.evaluation.prompts))
-    source = RolloutSource(stream, engine, tokenizer, config.rollout, config.seed, world)
+    chat = make_chat(config, policy.lm, tokenizer)
+    for note in config.task.notes() if world.is_main else []:
+        print(note, file=sys.stderr)
+    engine = make_engine(config.rollout, policy, chat, world, run_dir=Path(config.run.dir))
+    stream = ProblemStream(config.task, config.seed, config.task.withheld(config.evaluation.prompts))
+    source = RolloutSource(stream, engine, chat, config.rollout, config.seed, world)
     phases = Phases(policy.device)
     written = 0
     with closing(engine), out.open("w") if world.is_main else nullcontext() as file:
@@ -37,19 +40,21 @@ def record(config: Config, out: Path, steps: int, world: World = ALONE) -> int:
             collected = source.collect(step, phases)
             written += len(collected.trajectories)
             if file is not None:
-                file.writelines(json.dumps(row) + "\n" for row in _rows(collected, tokenizer, config))
+                file.writelines(json.dumps(row) + "\n" for row in _rows(collected, chat, config))
     return written
 
 
-def _rows(collected: Collected, tokenizer: PreTrainedTokenizerBase, config: Config) -> Iterator[dict[str, Any]]:
+def _rows(collected: Collected, chat: Chat, config: Config) -> Iterator[dict[str, Any]]:
     for problem, trajectory in zip(collected.problems, collected.trajectories, strict=True):
         yield {
             "messages": problem.messages,
-            "response": decode(tokenizer, trajectory.response_ids),
+            **({"tools": problem.tools} if problem.tools else {}),
+            "response": chat.decode(trajectory.response_ids),
             "reward": trajectory.reward,
             "truncated": trajectory.truncated,
             "answer": problem.answer,
             "temperature": config.rollout.temperature,
             "prompt_ids": trajectory.prompt_ids,
             "response_ids": trajectory.response_ids,
+            **({} if trajectory.action_mask is None else {"action_mask": trajectory.action_mask}),
         }

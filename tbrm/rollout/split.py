@@ -14,7 +14,6 @@ class SplitEngine:
     def __init__(self, engine: RolloutEngine, world: World) -> None:
         self.engine = engine
         self.world = world
-        self.eos_ids = engine.eos_ids
 
     def update_weights(self, version: int) -> dict[str, float]:
         return self.engine.update_weights(version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Message = dict[str, str]
+from tbrm.tasks.messages import Message, Tool
 
 _LARGEST_REWARD = 1e6  # beyond it, float32 has no room for what rewards differ by
 
@@ -21,11 +22,14 @@ class Problem:
     """One prompt and what its grader needs to know."""
 
     prompt: str | tuple[Message, ...]
-    """Plain text, put to the model as one user message, or a whole conversation: {"role": ..., "content": ...}."""
+    """Plain text, put to the model as one user message, or a whole conversation: {"role": ..., "content": ...}. One that ends
+    with the assistant's message is continued."""
     answer: str
     """The reference answer, as text (shown in reports; most verifiers compare with it)."""
     entry: dict[str, Any] = field(default_factory=dict)
     """The rest of the problem's row, for verifiers that want more than the answer."""
+    tools: tuple[Tool, ...] = ()
+    """What the model is told it can call."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -33,8 +37,14 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What makes two problems the same for the held-out check: all the text that the model is shown."""
-        return "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in self.messages)
+        """What makes two problems the same for the held-out check: all that the model is shown, white space aside."""
+        shown = [{**message, "content": plain(message["content"])} for message in self.messages]
+        return json.dumps([shown, self.tools], sort_keys=True, default=str)
+
+
+def plain(text: str) -> str:
+    """The text without differences of white space."""
+    return " ".join(text.split())
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,14 @@ class Task(ABC, BaseModel):
     def files(self) -> dict[str, str]:
         """The files that problems are read from, by the key that names them: a resumed run wants them as they were."""
         return {}
+
+    def withheld(self, count: int) -> Sequence[Problem]:
+        """All problems that are never trained on, where evaluations take `count` of them."""
+        return self.heldout(count)
+
+    def notes(self) -> list[str]:
+        """What a user should know of the problems before training, a line each."""
+        return []
 
     @abstractmethod
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:

@@ -12,7 +12,8 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from tbrm.paths import ExpandedPath
 from tbrm.spelling import hint
-from tbrm.tasks.base import Grade, Message, Problem, Progress, Task
+from tbrm.tasks.base import Grade, Problem, Progress, Task
+from tbrm.tasks.messages import Message, read_messages, read_tools
 from tbrm.tasks.rows import read_rows
 from tbrm.tasks.verifiers import Verifier, make_verifier
 
@@ -25,9 +26,14 @@ class FileTask(Task):
 
     path: ExpandedPath = Field(description="The problems: a .jsonl or .parquet file.")
     heldout_path: ExpandedPath | None = Field(None, description="A second file, for evaluation only.")
-    heldout_rows: int = Field(0, ge=0, description="Or: keep the last so many rows of `path` for evaluation.")
+    heldout_rows: int = Field(
+        0,
+        ge=0,
+        description="Or: keep the problems of the last so many rows of `path` for evaluation; other rows of them are left out.",
+    )
     prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
     answer_column: str = Field("answer", description="Column of the reference answers: text or a number.")
+    tools_column: str = Field("tools", description="Column, if there is one, of the tools that the model is told of.")
     system: str | None = Field(None, description="System message before each prompt.")
     verifier: str = Field(
         description="What grades a response: exact, last_number, math_verify, or package.module:function with the "
@@ -41,6 +47,7 @@ class FileTask(Task):
 
     _training: tuple[Problem, ...] = PrivateAttr()
     _heldout: tuple[Problem, ...] = PrivateAttr()
+    _repeats: int = PrivateAttr()
     _verify: Verifier = PrivateAttr()
 
     @model_validator(mode="after")
@@ -55,11 +62,22 @@ class FileTask(Task):
                 f"heldout_rows is {self.heldout_rows} and {self.path} has {len(problems)} rows: none left to train on"
             )
         split = len(problems) - self.heldout_rows
-        self._training = problems[:split]
         self._heldout = problems[split:] if self.heldout_path is None else tuple(self._problems(self.heldout_path))
+        # All of them, also those that a run does not evaluate: another evaluation may.
+        forbidden = {problem.key for problem in self._heldout}
+        self._training = tuple(problem for problem in problems[:split] if problem.key not in forbidden)
+        self._repeats = split - len(self._training)
         return self
 
+    def notes(self) -> list[str]:
+        if not self._repeats:
+            return []
+        rows = self._repeats + len(self._training)
+        return [f"task: {self._repeats} of {rows} training rows of {self.path} left out: their problems are held out"]
+
     def problem(self, index: int, seed: int) -> Problem:
+        if not self._training:
+            raise ValueError(f"every problem of {self.path} is held out: none left to train on")
         epoch, place = divmod(index, len(self._training))
         return self._training[_order(len(self._training), seed, epoch)[place]]
 
@@ -75,6 +93,9 @@ class FileTask(Task):
 
     def files(self) -> dict[str, str]:
         return {"path": self.path} | ({} if self.heldout_path is None else {"heldout_path": self.heldout_path})
+
+    def withheld(self, count: int) -> Sequence[Problem]:
+        return self._heldout
 
     def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         return self.grade_completions(problems, responses, [None] * len(responses), Progress())
@@ -93,7 +114,8 @@ class FileTask(Task):
             try:
                 answer = self._answer(row)
                 self._verify.check_answer(answer)
-                yield Problem(self._prompt(row), answer, row)
+                tools = read_tools(f"column {self.tools_column!r} (tools_column)", row.get(self.tools_column))
+                yield Problem(self._prompt(row), answer, row, tools)
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: {error}") from error
 
@@ -109,12 +131,7 @@ class FileTask(Task):
             if self.system is None:
                 return prompt
             return ({"role": "system", "content": self.system}, {"role": "user", "content": prompt})
-        if not isinstance(prompt, list) or not prompt or not all(_is_message(each) for each in prompt):
-            raise ValueError(
-                f"column {self.prompt_column!r} holds {prompt!r:.100}, and a prompt is text or a list of messages "
-                '{"role": "user", "content": "..."}'
-            )
-        messages = tuple({"role": each["role"], "content": each["content"]} for each in prompt)
+        messages = read_messages(f"column {self.prompt_column!r}", prompt)
         if self.system is None:
             return messages
         if messages[0]["role"] == "system":
@@ -126,10 +143,6 @@ class FileTask(Task):
         if column not in row:
             raise ValueError(f"no column {column!r} ({field}): {hint(column, row)}")
         return row[column]
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 @lru_cache(maxsize=2)

@@ -16,12 +16,15 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
 )
 
+from tbrm.chat import Chat, make_chat
 from tbrm.config import Config
-from tbrm.recipe import parse_config
+from tbrm.recipe import load_sections, parse_config
+from tbrm.tiny import tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VOCABULARY = 97
@@ -71,6 +74,11 @@ def make_lm(architecture: str, *, tied: bool, seed: int = 0) -> PreTrainedModel:
 def one_thread() -> None:
     """Tiny tensors: more threads only get in each other's way."""
     torch.set_num_threads(1)
+
+
+def chat_of(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **sections: dict[str, Any]) -> Chat:
+    """How a model is spoken to that has this tokenizer, or the tiny one, by `sections` of a recipe."""
+    return make_chat(load_sections(None, model={"name": "tiny"}, **sections), lm, tokenizer or tiny_tokenizer())
 
 
 def tiny_tree(run_dir: Path, **overrides: Any) -> dict[str, Any]:

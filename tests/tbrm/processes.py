@@ -128,7 +128,7 @@ def run(folder: Path, world: World) -> dict[str, Any]:
                 found[f"{what}, {count} micro-batches"] = step(batch_tokens=tokens)
             if world.mesh:
                 found[f"{what}, whole heads"] = whole_heads(config, world)
-            answers = EmbeddedEngine(step.trainer.policy, step.trainer.tokenizer, batch_size=3).generate(
+            answers = EmbeddedEngine(step.trainer.policy, step.trainer.chat, batch_size=3).generate(
                 make_requests(PROMPTS, 2), Sampling(max_new_tokens=12, temperature=0)
             )
             found[f"{what}, greedy"] = [[r.token_ids for r in responses] for responses in answers]
@@ -179,7 +179,7 @@ def run(folder: Path, world: World) -> dict[str, Any]:
 
 def sampled(step: OneStep, batch_size: int) -> list[list[list[int]]]:
     """Responses of all processes together, each of which writes so many at once."""
-    engine = SplitEngine(EmbeddedEngine(step.trainer.policy, step.trainer.tokenizer, batch_size), step.trainer.world)
+    engine = SplitEngine(EmbeddedEngine(step.trainer.policy, step.trainer.chat, batch_size), step.trainer.world)
     answers = engine.generate(make_requests(PROMPTS * 2, 3, 1), Sampling(max_new_tokens=12))
     return [[r.token_ids for r in responses] for responses in answers]
 

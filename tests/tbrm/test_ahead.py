@@ -13,6 +13,7 @@ import torch
 
 from tbrm import trainer as trainer_module
 from tbrm.config import ConfigError
+from tbrm.ends import Ends
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
 from tbrm.parallel import World
@@ -76,7 +77,7 @@ def test_running_ahead_by_no_step_is_the_synchronous_loop(tmp_path: Path) -> Non
     Trainer(tiny_config(tmp_path / "plain")).train()
     config = tiny_config(tmp_path / "thread")
     trainer = Trainer(config)
-    frozen = FrozenEngine(trainer.policy, lambda copy: EmbeddedEngine(copy, trainer.tokenizer, 64))
+    frozen = FrozenEngine(trainer.policy, lambda copy: EmbeddedEngine(copy, trainer.chat, 64))
     trainer.engine = trainer.supply.source.engine = frozen
     trainer.supply = SupplyAhead(trainer.supply.source, config.rollout, config.trainer.steps, trainer.optimizer)
     trainer.train()
@@ -146,7 +147,7 @@ def test_a_rollout_that_hangs_ends_the_run_within_the_time_limit(
 
 def test_closing_the_engine_ends_a_generation_of_another_thread(tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(tmp_path, rollout__max_staleness=1))
-    trainer.engine.engine._engine.eos_ids = [len(trainer.tokenizer)]  # a response without end
+    trainer.engine.engine._engine.ends = Ends(trainer.tokenizer, (len(trainer.tokenizer),), 0)  # a response without end
     with ThreadPoolExecutor(1) as threads:
         generation = threads.submit(trainer.engine.generate, [Request([1, 2, 3])], Sampling(max_new_tokens=1_000_000))
         time.sleep(0.5)

@@ -1,34 +1,169 @@
 from __future__ import annotations
 
 import copy
+import json
 import string
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import tbrm.trainer
-from tbrm.chat import decode, encode_messages, encode_problems, set_day
+from tbrm.chat import Chat, set_day
+from tbrm.config import ConfigError
+from tbrm.recipe import parse_config
+from tbrm.rollout.record import record
+from tbrm.score import score_file
 from tbrm.tasks import Problem
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.trainer import Trainer
-from tests.tbrm.conftest import tiny_config
+from tests.tbrm.conftest import chat_of, tiny_config, tiny_tree
 
-CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3"})
+SYSTEM = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3"})
+TOOL_TEMPLATE = (  # renders calls as Qwen's does, and drops neither names nor ids
+    "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>{{ m.name or '' }}{{ m.tool_call_id or '' }}"
+    "{{ m.content }}{% for c in (m.tool_calls or []) %}[call {{ c.function.name }}({{ c.function.arguments }})]{% endfor %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+WEATHER = (
+    {"role": "user", "content": "Weather in Paris?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "14 C"},
+)
+
+
+def tokenizer_with(template: str | None, *special: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    return tokenizer
+
+
+def chat_with(tokenizer: PreTrainedTokenizerFast | None = None, rows: int = 0, **sections: Any) -> Chat:
+    tokenizer = tokenizer or tiny_tokenizer()
+    return chat_of(tiny_model(rows or len(tokenizer), seed=0), tokenizer, **sections)
+
+
+def shown(chat: Chat, *arguments: Any) -> str:
+    return str(chat.tokenizer.decode(chat.encode(*arguments)))
 
 
 def test_a_problem_is_encoded_by_the_models_own_chat_template() -> None:
-    tokenizer = tiny_tokenizer()
-    plain, chat = encode_problems(tokenizer, [Problem("2 + 3", "5"), Problem(CHAT, "5")])
-    assert tokenizer.decode(plain) == "<|user|>2 + 3<|end|><|assistant|>"
-    assert tokenizer.decode(chat) == "<|system|>Be brief.<|end|><|user|>2 + 3<|end|><|assistant|>"
+    chat = chat_with()
+    _, [plain, system] = chat.encode_problems([Problem("2 + 3", "5"), Problem(SYSTEM, "5")])
+    assert chat.tokenizer.decode(plain) == "<|user|>2 + 3<|end|><|assistant|>"
+    assert chat.tokenizer.decode(system) == "<|system|>Be brief.<|end|><|user|>2 + 3<|end|><|assistant|>"
 
 
 def test_a_model_without_a_template_gets_the_plain_text() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    assert tokenizer.decode(encode_messages(tokenizer, CHAT)) == "Be brief.\n\n2 + 3"
+    assert shown(chat_with(tokenizer_with(None)), SYSTEM) == "Be brief.\n\n2 + 3"
+
+
+def test_a_last_message_of_the_assistant_is_continued() -> None:
+    begun = (*SYSTEM, {"role": "assistant", "content": "It is "})
+    assert shown(chat_with(), begun) == "<|system|>Be brief.<|end|><|user|>2 + 3<|end|><|assistant|>It is "
+
+
+def test_calls_names_and_tools_reach_the_template() -> None:
+    text = shown(chat_with(tokenizer_with(TOOL_TEMPLATE)), WEATHER, TOOLS)
+    assert text.startswith(f"<|system|>{json.dumps(list(TOOLS))}<|end|>")
+    assert '[call weather({"city": "Paris"})]' in text
+    assert text.endswith("<|user|>weather114 C<|end|><|assistant|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "message"),
+    [
+        (tiny_tokenizer().chat_template, WEATHER, (), "tool_calls: a message has some, and .* does not show them"),
+        (tiny_tokenizer().chat_template, SYSTEM, TOOLS, "tools: given, and .* does not show them"),
+        (None, SYSTEM, TOOLS, "it has tools or tool_calls, and the model has no chat template"),
+        (TOOL_TEMPLATE, WEATHER[:2], (), "it ends with a call of a tool, which cannot be continued"),
+        ("{{ raise_exception('no system role') }}", SYSTEM, (), "refuses messages of system, user: no system role"),
+    ],
+)
+def test_what_the_template_would_not_show_is_refused(template: Any, messages: Any, tools: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_with(tokenizer_with(template)).encode(messages, tools)
+
+
+THINKING = tiny_tokenizer().chat_template + "{% if not enable_thinking | default(true) %}[thought]{% endif %}"
+
+
+def test_arguments_reach_the_template_and_unknown_ones_are_named() -> None:
+    tokenizer = tokenizer_with(THINKING)
+    assert shown(chat_with(tokenizer), SYSTEM[1:]).endswith("<|assistant|>")
+    chat = chat_with(tokenizer, chat={"template_kwargs": {"enable_thinking": False}})
+    assert shown(chat, SYSTEM[1:]).endswith("<|assistant|>[thought]")
+    with pytest.raises(ConfigError, match=r"chat.template_kwargs.thinking: the model's chat template has no such name"):
+        chat_with(tokenizer, chat={"template_kwargs": {"thinking": False}})
+
+
+def test_the_text_of_a_response_has_its_special_tokens_but_for_the_end() -> None:
+    chat = chat_with(tokenizer_with(tiny_tokenizer().chat_template, "<answer>", "</answer>"))
+    ids = chat.encode_response("<answer>5</answer>", truncated=False)
+    assert len(ids) == 4
+    assert chat.decode(ids) == chat.decode(ids[:-1]) == "<answer>5</answer>"
+
+
+def test_prompts_that_are_too_long_are_refused_or_left_out() -> None:
+    problems = [Problem("1", ""), Problem("1" * 40, ""), Problem("2", "")]
+    with pytest.raises(ValueError, match=r"rollout.max_prompt_tokens: 20, and a prompt has 43 tokens: '1111"):
+        chat_with(rollout={"max_prompt_tokens": 20}).encode_problems(problems)
+    kept, prompts = chat_with(rollout={"max_prompt_tokens": 20, "long_prompts": "drop"}).encode_problems(problems)
+    assert kept == problems[::2]
+    assert [len(ids) for ids in prompts] == [4, 4]
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named() -> None:
+    chat = chat_with(tokenizer_with(tiny_tokenizer().chat_template, "<answer>"), rows=101)
+    with pytest.raises(ValueError, match="the prompt holds token id 101, and the model has embeddings for 0 to 100"):
+        chat.encode(({"role": "user", "content": "<answer>"},))
+    with pytest.raises(ValueError, match=r"rollout.stop_ids holds token id 200"):
+        chat_with(rollout={"stop_ids": [200]})
+
+
+def tagged(prompts: Any, completions: list[str], **_: Any) -> list[float]:
+    return [float("<answer>" in completion) for completion in completions]
+
+
+@pytest.mark.parametrize("barred", [False, True])
+def test_a_padded_vocabulary_is_trained_recorded_read_back_and_scored(tmp_path: Path, barred: bool) -> None:
+    """Of a model whose tokenizer has tags, and fewer tokens than the model has embeddings; the reward asks for a tag."""
+    tokenizer = tokenizer_with(tiny_tokenizer().chat_template, "<answer>", "</answer>")
+    rows = len(tokenizer) + 17
+    tiny_model(rows, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    problems = [{"prompt": "1" * (1 + i % 30), "answer": "1"} for i in range(60)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    task = {"name": "file", "path": str(tmp_path / "problems.jsonl"), "verifier": f"{__name__}:tagged"}
+    tree = tiny_tree(tmp_path / "run", model__name=str(tmp_path / "model"), task=task, evaluation={"prompts": 0})
+    limits = {"max_prompt_tokens": 20, "long_prompts": "drop"}
+    tree["rollout"].update(prompts=16, samples=8, max_new_tokens=12, bar_unused_ids=barred, **limits)
+    config = parse_config(tree)
+
+    trainer = Trainer(config)
+    metrics = trainer.train_step()
+    assert metrics["correct_share"] > 0  # a reward function sees the tag
+    assert metrics["prompts_dropped"] > 0
+
+    recorded = tmp_path / "recorded.jsonl"
+    record(config, recorded, steps=1)
+    read = [json.loads(line) for line in recorded.read_text().splitlines()]
+    drawn = {token for row in read for token in row["response_ids"]}
+    assert any(token >= len(tokenizer) for token in drawn) is not barred
+    again = Trainer(
+        parse_config({**tree, "run": {"dir": str(tmp_path / "again")}, "data": {"trajectories": str(recorded)}})
+    )
+    ids = [(t.prompt_ids, t.response_ids) for t in again.supply.source.trajectories]  # type: ignore[union-attr]
+    assert ids == [(row["prompt_ids"], row["response_ids"]) for row in read]
+    assert again.train_step()["loss"] > 0
+    assert len(list(score_file(again.policy, again.chat, recorded, batch_tokens=500))) == len(read)
 
 
 DATED = (  # Llama 3.2's way
@@ -38,12 +173,11 @@ DATED = (  # Llama 3.2's way
 
 
 def test_a_template_that_names_the_day_names_the_one_that_was_set() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = DATED
-    assert date.today().strftime("%d %b %Y") in tokenizer.decode(encode_messages(tokenizer, CHAT))
-    set_day(tokenizer, date(2024, 7, 26))
-    for carrier in (tokenizer, copy.deepcopy(tokenizer)):  # rollouts beside training have a copy
-        assert tokenizer.decode(encode_messages(carrier, CHAT)).startswith("Today is 26 Jul 2024.<|system|>")
+    chat = chat_with(tokenizer_with(DATED))
+    assert date.today().strftime("%d %b %Y") in shown(chat, SYSTEM)
+    set_day(chat.tokenizer, date(2024, 7, 26))
+    for carrier in (chat, copy.deepcopy(chat)):  # rollouts beside training have a copy
+        assert shown(carrier, SYSTEM).startswith("Today is 26 Jul 2024.<|system|>")
 
 
 def test_a_run_keeps_its_day_past_midnight_and_past_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,13 +212,13 @@ def test_a_run_keeps_its_day_past_midnight_and_past_a_resume(tmp_path: Path, mon
 
 
 def test_the_tiny_tokenizer_has_a_token_for_every_printable_character() -> None:
-    tokenizer = tiny_tokenizer()
+    chat = chat_with()
     text = string.printable[:95] + "\n"
-    ids = tokenizer(text).input_ids
+    ids = chat.tokenizer(text).input_ids
     assert len(set(ids)) == len(text)
-    assert tokenizer.unk_token_id not in ids
-    assert decode(tokenizer, [*ids, tokenizer.eos_token_id]) == text
-    assert tokenizer("é").input_ids == [tokenizer.unk_token_id]
+    assert chat.tokenizer.unk_token_id not in ids
+    assert chat.decode([*ids, chat.tokenizer.eos_token_id]) == text
+    assert chat.tokenizer("é").input_ids == [chat.tokenizer.unk_token_id]
 
 
 def test_the_tiny_model_depends_on_its_seed_alone() -> None:

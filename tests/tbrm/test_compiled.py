@@ -16,9 +16,8 @@ from tbrm.model import PolicyModel
 from tbrm.recipe import parse_config
 from tbrm.reference_model import ReferenceModel
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
-from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
-from tests.tbrm.conftest import make_lm, tiny_config, tiny_tree
+from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree
 from tests.tbrm.test_model import trajectories
 from tests.tbrm.test_reference_model import scored
 
@@ -79,7 +78,7 @@ def test_generation_compiles_nothing() -> None:
     plain = PolicyModel(make_lm("llama", tied=True))
     greedy = Sampling(max_new_tokens=8, temperature=0)
     answers = [
-        EmbeddedEngine(model, tiny_tokenizer(), batch_size=2).generate(make_requests([[3, 4], [5, 6, 7]], 1), greedy)
+        EmbeddedEngine(model, chat_of(model.lm), batch_size=2).generate(make_requests([[3, 4], [5, 6, 7]], 1), greedy)
         for model in (policy, plain)
     ]
     assert answers[0] == answers[1]

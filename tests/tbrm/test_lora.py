@@ -23,7 +23,7 @@ from tbrm.model import PolicyModel
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
-from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
+from tests.tbrm.conftest import ARCHITECTURES, chat_of, make_lm, tiny_config
 from tests.tbrm.test_model import trajectories
 
 TARGETS = ["q_proj", "up_proj", "lm_head"]
@@ -67,7 +67,7 @@ def test_vllm_is_handed_the_sums() -> None:
     policy, plain = with_adapters("qwen3", *TARGETS), make_lm("qwen3", tied=False)
     for weight in policy.trained_weights().values():
         torch.nn.init.normal_(weight, std=0.2)
-    handover = Handover(policy, torch.float32)
+    handover = Handover(policy, torch.float32, chat_of(policy.lm).ends)
     assert handover.folder is not None
     handover.write()
     weights = load_file(handover.folder / "model.safetensors")

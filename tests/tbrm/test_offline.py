@@ -10,16 +10,24 @@ import torch
 from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
-from tbrm.offline import FileSource, read_trajectories
-from tbrm.tiny import tiny_tokenizer
+from tbrm.offline import FileSource, RowReader, read_trajectories, write_trajectories
+from tbrm.tasks import Problem
+from tbrm.tiny import tiny_model, tiny_tokenizer
+from tests.tbrm.conftest import chat_of
 
-EOS = [0, 3]
+PADDING = 3
+"""Embeddings beyond the tokenizer's tokens."""
 
 
-def read(tmp_path: Path, *rows: object) -> list[Trajectory]:
+def reader(*heldout: Problem) -> RowReader:
+    return RowReader(chat_of(tiny_model(len(tiny_tokenizer()) + PADDING, seed=0)), None, heldout)
+
+
+def read(tmp_path: Path, *rows: object, rows_are: RowReader | None = None) -> list[Trajectory]:
     path = tmp_path / "data.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return read_trajectories(path, tiny_tokenizer(), EOS)
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return read_trajectories(path, rows_are or reader())
 
 
 def test_text_is_encoded_and_ended_and_token_ids_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -40,6 +48,48 @@ def test_text_is_encoded_and_ended_and_token_ids_are_taken_as_they_are(tmp_path:
     assert len({text.group, cut.group, ids.group}) == 3
 
 
+def test_an_action_mask_is_kept(tmp_path: Path) -> None:
+    ids = {"prompt_ids": [1, 2], "response_ids": [10, 11, 12, 101 + PADDING - 1], "reward": 1.0}
+    masked, none, all_of_them = read(
+        tmp_path, {**ids, "action_mask": [1, 0, 0, 1]}, {**ids, "action_mask": None}, {**ids, "action_mask": [True] * 4}
+    )
+    assert masked.action_mask == [True, False, False, True]
+    assert masked.actions == [0, 3]
+    assert none.actions == all_of_them.actions == [0, 1, 2, 3]
+    written = tmp_path / "written.jsonl"
+    write_trajectories(written, [masked])
+    assert [t.action_mask for t in read_trajectories(written, reader())] == [masked.action_mask]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
+    row = {"prompt": f"1{separator}1", "response": f"2{separator}", "reward": 1.0}
+    first, _ = read(tmp_path, json.dumps(row, ensure_ascii=False) + "\r", row)
+    assert len(first.response_ids) == 3
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        {"prompt": "2 + 3"},
+        {"prompt": " 2  +\n3 "},
+        {"messages": [{"role": "user", "content": "2 + 3", "name": None}]},
+        {"prompt": [{"role": "user", "content": "2 + 3"}]},
+        {"prompt_ids": tiny_tokenizer()("<|user|>2 + 3<|end|><|assistant|>").input_ids},
+        {"prompt_ids": [9], "messages": [{"role": "user", "content": "2 + 3"}]},
+    ],
+)
+def test_a_held_out_problem_is_left_out_however_it_is_shown(tmp_path: Path, shown: dict) -> None:
+    rows_are = reader(Problem("2 + 3", "5"))
+    other = {"prompt": "2 + 33", "response": "35", "reward": 1.0}
+    row = {**shown, "response": "5", "response_ids": [10], "reward": 1.0}
+    if "prompt_ids" not in shown:
+        del row["response_ids"]
+    [kept] = read(tmp_path, row, other, rows_are=rows_are)
+    assert "33" in tiny_tokenizer().decode(kept.prompt_ids)
+    assert (rows_are.seen, rows_are.left_out) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -50,14 +100,22 @@ def test_text_is_encoded_and_ended_and_token_ids_are_taken_as_they_are(tmp_path:
         ({"prompt": "1", "response": "2", "reward": float("nan")}, r":2: reward: got nan; wants a finite number"),
         ({"prompt": "1", "response": 2, "reward": 1}, r":2: response: got 2; wants text"),
         ({"response": "2", "reward": 1}, r":2: neither prompt \(text\) nor messages"),
-        ({"messages": [{"role": "user"}], "response": "2", "reward": 1}, r":2: messages: got \{'role': 'user'\}"),
+        ({"messages": [{"role": "user"}], "response": "2", "reward": 1}, r":2: messages holds \{'role': 'user'\}"),
+        ({"prompt": "1", "tools": "f", "response": "2", "reward": 1}, r":2: tools holds 'f', and tools are a list"),
         (
             {"prompt": "1", "response": "2", "reward": 1, "truncated": "no"},
             r":2: truncated: got 'no'; wants true or false",
         ),
         (
-            {"prompt_ids": [1], "response_ids": [10**6], "reward": 1},
-            r":2: response_ids: wants a list of token ids from 0",
+            {"prompt_ids": [1], "response_ids": [101 + PADDING], "reward": 1},
+            r":2: response_ids holds token id 104, and the model has embeddings for 0 to 103",
+        ),
+        ({"prompt_ids": [1], "response_ids": [True], "reward": 1}, r":2: response_ids: got \[True\]; wants a list of"),
+        ({"prompt_ids": [1], "response_ids": [5, 6], "reward": 1, "action_mask": [1]}, r":2: action_mask: got \[1\]"),
+        ({"prompt_ids": [1], "response_ids": [5], "reward": 1, "action_mask": [False]}, r":2: action_mask: all false"),
+        (
+            {"prompt": "1", "response": "5", "reward": 1, "action_mask": [True]},
+            r"action_mask: given without response_ids",
         ),
         ({"prompt_ids": [], "response_ids": [1], "reward": 1}, r":2: Trajectory.prompt_ids is empty"),
         ({"prompt": "1", "response": "", "reward": 1, "truncated": True}, r":2: response: empty"),
@@ -70,7 +128,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: object, message: str) -> None:
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        read_trajectories(tmp_path / "none.jsonl", tiny_tokenizer(), EOS)
+        read_trajectories(tmp_path / "none.jsonl", reader())
     with pytest.raises(ValueError, match="holds no trajectories"):
         read(tmp_path)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 import torch
 
@@ -13,13 +15,13 @@ from tbrm.rollout.collect import RolloutSource
 from tbrm.rollout.packed_weights import packed_weights
 from tbrm.tasks import Grade, Problem, ProblemStream, Task
 from tbrm.tiny import tiny_model, tiny_tokenizer
-from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
+from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, chat_of, make_lm
 
 PROMPTS = [[5], [5, 6, 7], [8, 9, 10, 11, 12], [5, 6]]
 
 
 def engine_of(policy: PolicyModel, batch_size: int = 64) -> EmbeddedEngine:
-    return EmbeddedEngine(policy, tiny_tokenizer(), batch_size)
+    return EmbeddedEngine(policy, chat_of(policy.lm), batch_size)
 
 
 def count_tokens(policy: PolicyModel) -> list[int]:
@@ -32,7 +34,7 @@ def count_tokens(policy: PolicyModel) -> list[int]:
 
 
 @torch.no_grad()
-def greedy_by_hand(policy: PolicyModel, prompt: list[int], eos_ids: list[int], steps: int) -> list[int]:
+def greedy_by_hand(policy: PolicyModel, prompt: list[int], eos_ids: Collection[int], steps: int) -> list[int]:
     """One prompt, no batch, no padding, no cache."""
     with policy.generation_mode() as lm:
         ids = list(prompt)
@@ -53,9 +55,9 @@ def test_greedy_responses_are_the_models_own(architecture: str, system: list[int
     prompts = [system + prompt for prompt in PROMPTS]
     answers = engine.generate(make_requests(prompts, samples), Sampling(max_new_tokens=8, temperature=0))
     for prompt, responses in zip(prompts, answers, strict=True):
-        expected = greedy_by_hand(policy, prompt, engine.eos_ids, 8)
+        expected = greedy_by_hand(policy, prompt, engine.ends.ids, 8)
         assert [r.token_ids for r in responses] == [expected] * samples
-        assert responses[0].truncated == (expected[-1] not in engine.eos_ids)
+        assert responses[0].truncated == (expected[-1] not in engine.ends.ids)
 
 
 @pytest.mark.parametrize(("samples", "expected"), [(1, [4, 0 + 1 + 2, 3]), (2, [4, 0 + 1 + 2, 6])])
@@ -72,7 +74,7 @@ def test_what_prompts_share_is_read_once(samples: int, expected: list[int]) -> N
 def test_equal_prompts_share_all_but_their_last_token(samples: int) -> None:
     policy = PolicyModel(make_lm("llama", tied=True))
     engine = engine_of(policy)
-    expected = greedy_by_hand(policy, [5, 6, 7], engine.eos_ids, 6)
+    expected = greedy_by_hand(policy, [5, 6, 7], engine.ends.ids, 6)
     for responses in engine.generate(
         make_requests([[5, 6, 7]] * 3, samples), Sampling(max_new_tokens=6, temperature=0)
     ):
@@ -99,7 +101,7 @@ def test_rows_come_and_go_without_a_trace(
     tokens = count_tokens(policy)
     answers = engine.generate(make_requests(MIXED, 2), Sampling(max_new_tokens=16, temperature=0))
     assert max(tokens) <= batch_size + max(12, len(MIXED[1]) - 1)
-    expected = {tuple(prompt): greedy_by_hand(policy, prompt, engine.eos_ids, 16) for prompt in MIXED}
+    expected = {tuple(prompt): greedy_by_hand(policy, prompt, engine.ends.ids, 16) for prompt in MIXED}
     assert len(set(map(len, expected.values()))) > 3
     for prompt, responses in zip(MIXED, answers, strict=True):
         assert [r.token_ids for r in responses] == [expected[tuple(prompt)]] * 2
@@ -195,8 +197,8 @@ def test_every_eos_id_ends_a_response() -> None:
     responses = [r for rs in engine.generate(make_requests(PROMPTS, 16, 1), Sampling(max_new_tokens=12)) for r in rs]
     assert len({r.token_ids[-1] for r in responses if not r.truncated}) > 3
     for r in responses:
-        assert not any(token in engine.eos_ids for token in r.token_ids[:-1])
-        assert r.truncated == (r.token_ids[-1] not in engine.eos_ids)
+        assert not any(token in engine.ends.ids for token in r.token_ids[:-1])
+        assert r.truncated == (r.token_ids[-1] not in engine.ends.ids)
         assert len(r.token_ids) == 12 or not r.truncated
 
 
@@ -254,12 +256,12 @@ class Echo(Task):
 
 
 def collect(**config) -> tuple[RolloutSource, list]:
-    tokenizer = tiny_tokenizer()
-    policy = PolicyModel(tiny_model(len(tokenizer), seed=0))
+    policy = PolicyModel(tiny_model(len(tiny_tokenizer()), seed=0))
     task = Echo()
     stream = ProblemStream(task, 0, task.heldout(3))
     rollout = RolloutConfig(prompts=5, samples=8, max_new_tokens=40, **config)
-    source = RolloutSource(stream, EmbeddedEngine(policy, tokenizer, 64), tokenizer, rollout, seed=0)
+    chat = chat_of(policy.lm)
+    source = RolloutSource(stream, EmbeddedEngine(policy, chat, 64), chat, rollout, seed=0)
     return source, [source.collect(step, Phases(torch.device("cpu"))) for step in (1, 2)]
 
 

@@ -220,7 +220,7 @@ def test_training_on_a_recorded_file_improves_the_model(tmp_path: Path) -> None:
 
     def sampled_accuracy() -> float:
         return evaluate(
-            trainer.engine, trainer.tokenizer, config.task, trainer.heldout, k=50, sampling=Sampling(4), seed=1
+            trainer.engine, trainer.chat, config.task, trainer.heldout, k=50, sampling=Sampling(4), seed=1
         ).accuracy
 
     before = sampled_accuracy()

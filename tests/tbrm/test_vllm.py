@@ -32,7 +32,7 @@ from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.connection import RefusedError, ServerError, _connect
 from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.same_model import SameModel
-from tbrm.rollout.vllm.server import Server, check_version
+from tbrm.rollout.vllm.server import Server, check_version, cut, sampling_params
 from tbrm.tasks import ProblemStream
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
@@ -131,7 +131,10 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     folder = tmp_path_factory.mktemp("tied")
     far = folder / ("far" * 40)
     far.mkdir()
-    trainer = Trainer(vllm_config(folder / "run", save_model(folder / "model", tied=True), weights_dir=str(far)))
+    config = vllm_config(folder / "run", save_model(folder / "model", tied=True), weights_dir=str(far))
+    # A stop string that never comes: with one, servers have the tokenizer.
+    rollout = config.rollout.model_copy(update={"stop_strings": ["@~@~@~@"]})
+    trainer = Trainer(config.model_copy(update={"rollout": rollout}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_API_KEY", "of somebody else's server")
         metrics = trainer.train_step()
@@ -175,12 +178,32 @@ def test_equal_arguments_give_equal_responses(engine: VllmEngine) -> None:
 
 
 def test_every_eos_id_ends_a_response(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "eos_ids", list(range(3, 40)))
+    monkeypatch.setattr(engine, "ends", replace(engine.ends, ids=tuple(range(3, 40))))
     responses = [r for rs in engine.generate(make_requests(PROMPTS, 8, 1), Sampling(12)) for r in rs]
     assert len({r.token_ids[-1] for r in responses if not r.truncated}) > 3
     for r in responses:
-        assert not any(token in engine.eos_ids for token in r.token_ids[:-1])
-        assert r.truncated == (r.token_ids[-1] not in engine.eos_ids)
+        assert not any(token in engine.ends.ids for token in r.token_ids[:-1])
+        assert r.truncated == (r.token_ids[-1] not in engine.ends.ids)
+
+
+def test_servers_end_responses_at_stop_strings_and_never_draw_what_is_barred(engine: VllmEngine) -> None:
+    prompt = [5, *range(6, 60)]
+    barred = range(5, 40)
+    server = engine._servers[0]
+    [(free, _)] = server.generate(prompt, sampling_params(1, 40, 1.0, 3, engine.ends))
+    strings = tuple(engine.ends.tokenizer.decode(free.token_ids[i : i + 2]) for i in (4, 9))
+    ends = replace(engine.ends, strings=strings)
+    [(ended, _)] = server.generate(prompt, sampling_params(1, 40, 1.0, 3, ends))
+    length = ends.length(free.token_ids)
+    assert length is not None
+    assert length < len(free.token_ids)
+    assert (ended.token_ids, ended.truncated) == (free.token_ids[:length], False)
+    assert len(ended.logprobs) == length
+    assert cut(free, ends).token_ids == ended.token_ids  # what a server without the tokenizer writes
+
+    answers = server.generate(prompt, sampling_params(8, 40, 1.0, 3, engine.ends, barred))
+    assert any(token in barred for token in free.token_ids)
+    assert not any(token in barred for response, _ in answers for token in response.token_ids)
 
 
 def test_a_prompt_that_leaves_no_room_is_named(engine: VllmEngine) -> None:
@@ -328,7 +351,7 @@ def test_a_server_that_answers_500_is_taken_out_and_admitted_again(
     with door_to(engine) as first, door_to(engine) as second:
         addresses = [first.address, second.address]
         config = vllm_config(tmp_path, tmp_path, addresses=addresses, start_timeout=30).rollout
-        visitor = VllmEngine(config, trainer.policy, trainer.tokenizer, tmp_path)
+        visitor = VllmEngine(config, trainer.policy, trainer.chat, tmp_path)
         try:
             second.broken = True
             with pytest.raises(ServerError, match="answered 500: out of luck"):

@@ -234,7 +234,7 @@ def engine_with(trainer: Trainer, fake: Fake, tmp_path: Path, **vllm: Any) -> Vl
     """That has sent its weights to the server."""
     settings = {"addresses": [fake.server().address], "start_timeout": 1, "request_timeout": 1, **vllm}
     config = tiny_config(tmp_path, rollout__engine="vllm", rollout__vllm=settings).rollout
-    engine = VllmEngine(config, trainer.policy, trainer.tokenizer, tmp_path)
+    engine = VllmEngine(config, trainer.policy, trainer.chat, tmp_path)
     engine._servers = [fake.server(timeout=config.vllm.request_timeout)]
     engine._max_model_len, engine._version = 512, 0
     return engine

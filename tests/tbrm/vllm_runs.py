@@ -14,7 +14,7 @@ from tbrm.data import Trajectory, pack
 from tbrm.model import PolicyModel
 from tbrm.rollout import RolloutEngine, Sampling, make_requests
 from tbrm.tiny import tiny_model, tiny_tokenizer
-from tests.tbrm.conftest import tiny_config
+from tests.tbrm.conftest import chat_of, tiny_config
 from tests.tbrm.test_rollout import greedy_by_hand
 
 # Prompts are longer than a block of the prefix cache, so that keys and values of old weights would be used again; and a
@@ -56,11 +56,12 @@ def vllm_config(
 @torch.no_grad()
 def assert_answers_are_the_policys(engine: RolloutEngine, policy: PolicyModel) -> None:
     """Greedy responses are those of the transformers model, token for token, and the log-probs of sampled ones, too."""
+    ends = chat_of(policy.lm).ends.ids
     for prompt, [response] in zip(
         PROMPTS, engine.generate(make_requests(PROMPTS, 1), Sampling(12, temperature=0)), strict=True
     ):
-        assert response.token_ids == greedy_by_hand(policy, prompt, engine.eos_ids, 12)
-        assert response.truncated == (response.token_ids[-1] not in engine.eos_ids)
+        assert response.token_ids == greedy_by_hand(policy, prompt, ends, 12)
+        assert response.truncated == (response.token_ids[-1] not in ends)
     for prompt, responses in zip(
         PROMPTS, engine.generate(make_requests(PROMPTS, 3), Sampling(12, policy.temperature)), strict=True
     ):

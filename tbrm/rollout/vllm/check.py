@@ -50,7 +50,7 @@ class SyncCheck:
         self.limit = limit
         ids: list[int] = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
         self._prompt = (ids * (1 + _PROMPT_TOKENS // len(ids)))[:_PROMPT_TOKENS]
-        self.sampling = sampling_params(1, _NEW_TOKENS, policy.temperature, seed=0, stop_ids=[])
+        self.sampling = sampling_params(1, _NEW_TOKENS, policy.temperature, seed=0)
 
     def prompt(self, max_model_len: int) -> list[int]:
         """For a model that takes so many tokens. Raises ValueError."""

@@ -13,30 +13,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
+from tbrm.chat import Chat
 from tbrm.config import RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling
-from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
 from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment, socket_folder
-from tbrm.rollout.vllm.server import room, sampling_params
+from tbrm.rollout.vllm.server import cut, room, sampling_params
 
 
 class ColocatedEngine:
     """On a GPU vLLM sleeps between calls: weights go to the CPU's memory, that of keys and values is given back."""
 
-    def __init__(self, config: RolloutConfig, policy: PolicyModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: RolloutConfig, policy: PolicyModel, chat: Chat) -> None:
         refuse_experts_on_cpu(policy, check_installed())
         self.config = config
         self.policy = policy
-        self.eos_ids = end_token_ids(policy.lm, tokenizer)
+        self.ends = chat.ends
+        self._barred = chat.barred
         self._dtype = engine_dtype(config.vllm, policy)
         self._sleeps = policy.device.type == "cuda"
-        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device, {})
-        self._check = SyncCheck(policy, tokenizer, config.vllm.max_logprob_gap)
+        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device, chat.ends, {})
+        self._check = SyncCheck(policy, chat.tokenizer, config.vllm.max_logprob_gap)
         self._handover: Handover | None = None
         self._guard: FolderGuard | None = None
         self._llm: Any = None
@@ -47,7 +47,7 @@ class ColocatedEngine:
         if version == self._version:
             return self._sync_metrics
         if self._handover is None:
-            self._handover = Handover(self.policy, self._dtype)
+            self._handover = Handover(self.policy, self._dtype, self.ends)
             self._llm = self._start(self._handover)
         with self._awake(), _process_left_as_it_was():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._handover.weights()})
@@ -63,7 +63,9 @@ class ColocatedEngine:
         params = []
         for each in requests:
             length = room(each.prompt, sampling.max_new_tokens, self._llm.model_config.max_model_len)
-            params.append(sampling_params(each.samples, length, sampling.temperature, each.seed, self.eos_ids))
+            params.append(
+                sampling_params(each.samples, length, sampling.temperature, each.seed, self.ends, self._barred)
+            )
         return self._generate([each.prompt for each in requests], params)
 
     def close(self) -> None:
@@ -86,7 +88,7 @@ class ColocatedEngine:
     def _response(self, choice: Any) -> Response:
         token_ids = list(choice.token_ids)
         logprobs = [step[token].logprob for token, step in zip(token_ids, choice.logprobs, strict=True)]
-        return Response(token_ids, choice.finish_reason == "length", self._version, logprobs)
+        return cut(Response(token_ids, choice.finish_reason == "length", self._version, logprobs), self.ends)
 
     def _start(self, handover: Handover) -> Any:
         assert handover.folder is not None

@@ -19,13 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from tbrm.chat import Chat
 from tbrm.config import ConfigError, RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import Request, Response, Sampling
-from tbrm.rollout.embedded import end_token_ids
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.connection import HungError, ServerError, headers_from_environment
@@ -41,7 +39,7 @@ from tbrm.rollout.vllm.handover import (
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options, socket_folder
 from tbrm.rollout.vllm.same_model import SameModel
-from tbrm.rollout.vllm.server import Server, room, sampling_params
+from tbrm.rollout.vllm.server import Server, cut, room, sampling_params
 
 _LIKE_A_START = 60.0
 """Seconds that a server may hang before another is started in its place, which takes as long."""
@@ -63,7 +61,7 @@ class VllmEngine:
         self,
         config: RolloutConfig,
         policy: PolicyModel,
-        tokenizer: PreTrainedTokenizerBase,
+        chat: Chat,
         log_dir: Path,
         world: World = ALONE,
     ) -> None:
@@ -72,11 +70,12 @@ class VllmEngine:
         self.policy = policy
         self.log_dir = log_dir
         self.world = world
-        self.eos_ids = end_token_ids(policy.lm, tokenizer)
-        self._check = SyncCheck(policy, tokenizer, config.vllm.max_logprob_gap)
+        self.ends = chat.ends
+        self._barred = chat.barred
+        self._check = SyncCheck(policy, chat.tokenizer, config.vllm.max_logprob_gap)
         self._dtype = engine_dtype(config.vllm, policy)
         self._options = engine_options(
-            config.vllm, self._dtype, config.batch_size, policy.device, self._options_for_transfer()
+            config.vllm, self._dtype, config.batch_size, policy.device, chat.ends, self._options_for_transfer()
         )
         self._headers = self.world.on_main(lambda: headers_from_environment(config.vllm))
         self._places: list[dict[str, str]] = []
@@ -107,6 +106,7 @@ class VllmEngine:
                 self._handover = Handover(
                     self.policy,
                     self._dtype,
+                    self.ends,
                     self.config.weights_dir,
                     owner=self.world.is_main,
                     adapters_apart=self.config.transfer == "adapters",
@@ -130,7 +130,8 @@ class VllmEngine:
                     room(each.prompt, sampling.max_new_tokens, self._max_model_len),
                     sampling.temperature,
                     each.seed + drawn,  # vLLM seeds the n-th response to a request with its seed plus n
-                    self.eos_ids,
+                    self.ends,
+                    self._barred,
                 ),
             )
             for i, each in enumerate(requests)
@@ -172,7 +173,7 @@ class VllmEngine:
             generation = keeper.restarts if keeper else 0
             try:
                 return [
-                    replace(response, weight_version=self._oldest(tags, wanted))
+                    replace(cut(response, self.ends), weight_version=self._oldest(tags, wanted))
                     for response, tags in server.generate(job.prompt, job.sampling)
                 ]
             except ServerError as error:

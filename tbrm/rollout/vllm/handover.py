@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tbrm.config import VllmConfig
+from tbrm.ends import Ends
 from tbrm.lora import WEIGHTS
 from tbrm.model import PolicyModel
 from tbrm.rollout.vllm.connection import RefusedError, ServerError
@@ -40,6 +41,7 @@ class Handover:
         self,
         policy: PolicyModel,
         dtype: torch.dtype,
+        ends: Ends,
         parent: str | None = None,
         *,
         owner: bool = True,
@@ -58,6 +60,8 @@ class Handover:
             size = sum(weight.numel() * self.dtype.itemsize for weight in self._named().values())
             self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size))).absolute()
             policy.save_config(self.folder)
+            if ends.strings:  # which vLLM looks for in the text
+                ends.tokenizer.save_pretrained(self.folder)
             if self._apart is not None:
                 self._apart.config.save_pretrained(self.folder / ADAPTERS)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tbrm.config import ConfigError, VllmConfig
+from tbrm.ends import Ends
 from tbrm.rollout.vllm import guard
 from tbrm.rollout.vllm.server import check_version
 
@@ -33,7 +34,12 @@ def check_installed() -> str:
 
 
 def engine_options(
-    config: VllmConfig, dtype: torch.dtype, batch_size: int, device: torch.device, for_transfer: dict[str, Any]
+    config: VllmConfig,
+    dtype: torch.dtype,
+    batch_size: int,
+    device: torch.device,
+    ends: Ends,
+    for_transfer: dict[str, Any],
 ) -> dict[str, Any]:
     """vLLM's engine arguments, by their names in Python, for servers and in process: ours, those that the transfer of weights
     wants, and the user's.
@@ -41,7 +47,7 @@ def engine_options(
     options: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "max_num_seqs": batch_size,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not ends.strings,
         "generation_config": "vllm",  # not the model's, whose top_k and penalties would bias the samples
         "logprobs_mode": "processed_logprobs",  # those of the distribution sampled from, temperature included
     }

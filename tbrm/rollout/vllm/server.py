@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from tbrm.ends import Ends
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.connection import Endpoint, RefusedError, ServerError
 
 SUPPORTED = ((0, 32), (0, 34))
 """Versions of vLLM from the first to before the second: its interface changes between releases."""
+
+_BARRED = -100.0
+"""Added to the logit of a token that is not to be drawn: as much as vLLM takes."""
 
 
 def check_version(version: str, where: str) -> None:
@@ -69,21 +73,35 @@ class Server(Endpoint):
 
 
 def sampling_params(
-    count: int, max_tokens: int, temperature: float, seed: int, stop_ids: Sequence[int]
+    count: int, max_tokens: int, temperature: float, seed: int, ends: Ends | None = None, barred: Sequence[int] = ()
 ) -> dict[str, Any]:
     """vLLM's SamplingParams, the same for servers and in process: no truncation, and no end but those that are named."""
-    return {
+    params = {
         "n": count,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
         "top_p": 1.0,
         "top_k": 0,
-        "stop_token_ids": list(stop_ids),
+        "stop_token_ids": list(ends.ids) if ends else [],
         "ignore_eos": True,
         "logprobs": 0,
         "detokenize": False,
     }
+    if ends and ends.strings:
+        params |= {"stop": list(ends.strings), "detokenize": True, "skip_special_tokens": False}
+    if barred:
+        params |= {"logit_bias": {str(token): _BARRED for token in barred}}
+    return params
+
+
+def cut(response: Response, ends: Ends) -> Response:
+    """The response without what a server that cannot see stop strings has written after one."""
+    length = ends.length(response.token_ids) if ends.strings else None
+    if length is None:
+        return response
+    logprobs = response.logprobs and response.logprobs[:length]
+    return replace(response, token_ids=response.token_ids[:length], logprobs=logprobs, truncated=False)
 
 
 def room(prompt: Sequence[int], wanted: int, max_model_len: int) -> int:

@@ -99,6 +99,42 @@ def test_the_last_rows_are_held_out(tmp_path: Path) -> None:
     assert not trained & {problem.key for problem in heldout}
 
 
+def test_held_out_problems_are_never_trained_on_however_their_rows_show_them(tmp_path: Path) -> None:
+    """Repeats of the last 20, as they are, in other white space, and as conversations; and whatever is evaluated."""
+    held = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    spaced = [{**row, "prompt": f" {row['prompt']}\n"} for row in held]
+    chats = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in held]
+    others = [{"prompt": f"What is {n} + 2?", "answer": str(n + 2)} for n in range(5)]
+    task = make(write(tmp_path / "data.jsonl", held + spaced + others + chats + held), heldout_rows=20)
+    assert {task.problem(index, seed=0).prompt for index in range(50)} == {row["prompt"] for row in others}
+    [note] = task.notes()
+    assert note.startswith("task: 60 of 65 training rows of ")
+    assert len(task.heldout(20)) == len({problem.key for problem in task.withheld(0)}) == 20
+    assert make(write(tmp_path / "few.jsonl", others), heldout_rows=1).notes() == []
+    all_of_them = make(write(tmp_path / "same.jsonl", held), heldout_path=str(tmp_path / "same.jsonl"))
+    assert len(all_of_them.heldout(20)) == 20
+    with pytest.raises(ValueError, match=r"every problem of .*same.jsonl is held out: none left to train on"):
+        all_of_them.problem(0, seed=0)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_calls_of_tools_are_kept(tmp_path: Path, suffix: str) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Weather?", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "14 C", "tool_call_id": "1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    path = write(tmp_path / f"data{suffix}", [{"prompt": messages, "answer": "14", "tools": tools}])
+    problem = make(path).problem(0, seed=0)
+    assert problem.prompt == (messages[0], {**messages[1], "content": ""}, messages[2])
+    assert problem.tools == tuple(tools)
+    assert make(path, tools_column="none").problem(0, seed=0).key != problem.key
+    with pytest.raises(ValueError, match=r"column 'answer' \(tools_column\) holds '14', and tools are a list of JSON"):
+        make(path, tools_column="answer")
+
+
 def test_a_held_out_file(tmp_path: Path) -> None:
     more = [{"prompt": "What is 50 + 1?", "answer": "51"}, ROWS[3], ROWS[3]]
     task = make(write(tmp_path / "data.jsonl", ROWS), heldout_path=str(write(tmp_path / "more.parquet", more)))
@@ -106,7 +142,7 @@ def test_a_held_out_file(tmp_path: Path) -> None:
     assert [problem.prompt for problem in heldout] == ["What is 50 + 1?", "What is 3 + 1?"]
     stream = ProblemStream(task, seed=0, heldout=heldout)
     trained = stream.take(19)
-    assert stream.position in (19, 20)  # the row that both files have is left out
+    assert stream.position == 19  # of 19: the row that both files have is left out
     assert ROWS[3]["prompt"] not in [problem.prompt for problem in trained]
 
 
@@ -146,11 +182,11 @@ def test_missing_columns_are_errors(tmp_path: Path, suffix: str) -> None:
     ("prompt", "system", "message"),
     [
         ([], None, r"column 'prompt' holds \[\]"),
-        (["hi"], None, r"column 'prompt' holds \['hi'\]"),
+        (["hi"], None, r"column 'prompt' holds 'hi', and a message is"),
         (
             [{"role": "user"}],
             None,
-            r"column 'prompt' holds \[\{'role': 'user'\}\].*list of messages \{\"role\": \"user\"",
+            r"column 'prompt' holds \{'role': 'user'\}, and a message is \{\"role\": \"user\"",
         ),
         ([{"role": "user", "content": 5}], None, r"column 'prompt' holds"),
         (7, None, r"column 'prompt' holds 7"),
