@@ -243,7 +243,7 @@ def test_held_out_prompts_in_a_file_are_not_trained_on(tmp_path: Path, capsys: p
     assert len(trainer.supply.source.trajectories) == 1
     assert "1 of 2 left out" in capsys.readouterr().err
     path.write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(ConfigError, match=r"every prompt .* is held out"):
+    with pytest.raises(ConfigError, match=r"every problem .* is held out"):
         Trainer(tiny_config(tmp_path / "run", data__trajectories=str(path)))
 
 
