@@ -74,6 +74,10 @@ class TrainerState:
     accuracy_before: float | None = None
     accuracy_after: float | None = None
     best_accuracy: float | None = None
+    reward_before: float | None = None
+    """Mean reward of held-out problems: what decides where accuracies are equal."""
+    reward_after: float | None = None
+    best_reward: float | None = None
     seconds_training: float = 0.0
 
 

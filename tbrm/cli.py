@@ -160,6 +160,7 @@ def _show_evaluation(args: argparse.Namespace, config: Config, result: Evaluatio
     decoding = _decoding(config.evaluation.temperature)
     shown = {"model": args.model, "task": config.task.name, "decoding": decoding, **result.summary()}
     shown["accuracy"] = f"{result.accuracy:.1%} (95% interval {result.ci_low:.1%} to {result.ci_high:.1%})"
+    shown["correct"] = f"a reward of {config.task.correct_at:g} or more"
     shown["pass_at_k"] = f"{result.pass_at_k:.1%}"
     del shown["ci_low"], shown["ci_high"]
     print(_table([(key, value if isinstance(value, str) else f"{value:.4g}") for key, value in shown.items()]))

@@ -88,7 +88,8 @@ def summary_lines(run_dir: Path) -> list[str]:
         return ", ".join(f"{label.lower()} {known[label]}" for label in labels if label in known) or "not recorded"
 
     return [
-        f"accuracy  {before} -> {after} on {_n_heldout(run) or 'the'} held-out prompts",
+        f"accuracy  {before} -> {after} on {_n_heldout(run) or 'the'} held-out prompts"
+        + (f", mean reward {known['Mean reward']}" if "Mean reward" in known else ""),
         f"training  {line('Objective', 'Beta', 'Steps', 'Seed')}",
         f"setting   {line('Model', 'Task')}",
         f"cost      {line('Training time', 'Throughput', 'Peak memory')}",
@@ -110,6 +111,10 @@ def facts(run: Run) -> dict[str, str]:
         "Task": run.setting("task.family") or run.setting("task.name") or run.result.get("task"),
         "Objective": run.setting("objective.name") or run.result.get("objective"),
         "Beta": run.setting("objective.beta"),
+        "Correct": f"a reward of {run.setting('task.correct_at'):g} or more"
+        if run.setting("task.correct_at")
+        else None,
+        "Mean reward": _mean_rewards(run),
         "Steps": _steps(run),
         "Seed": run.result.get("seed", run.setting("seed")),
         "Changed": "; ".join(f"{', '.join(row['changed'])} after step {row['step']}" for row in run.changes),
@@ -155,6 +160,16 @@ def _with_interval(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return "not evaluated"
     return f"{accuracy} ({accuracy.interval})" if accuracy.interval else str(accuracy)
+
+
+def _mean_rewards(run: Run) -> str | None:
+    """Of the held-out prompts, before training and at the last evaluation."""
+    rows = [row for row in run.evals if row.get("reward_mean") is not None]
+    if not rows:
+        return None
+    before = next((row for row in rows if row["step"] == 0), None)
+    after = next((row for row in reversed(rows) if row["step"] > 0), None)
+    return " -> ".join("not evaluated" if row is None else f"{row['reward_mean']:.4g}" for row in (before, after))
 
 
 def _n_heldout(run: Run) -> int | None:

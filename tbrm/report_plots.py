@@ -85,6 +85,8 @@ PANELS = [
     Panel("peak_memory_mib", "Peak memory", "MiB"),
 ]
 
+HELDOUT_REWARD = Panel("reward_mean", "Reward on held-out prompts", "mean over responses")
+
 
 def draw_all(metrics: Rows, evals: Rows) -> dict[str, Figure]:
     """Name to figure, in the order of the page: accuracy first, then what the metrics hold. Without rows, no figure."""
@@ -92,6 +94,8 @@ def draw_all(metrics: Rows, evals: Rows) -> dict[str, Figure]:
     with matplotlib.rc_context(_STYLE):
         if evals:
             figures["accuracy"] = _accuracy(evals)
+        if np.isfinite(series(evals, HELDOUT_REWARD.key)).any():
+            figures["heldout_reward"] = _panel(HELDOUT_REWARD, evals)
         for panel in PANELS:
             if np.isfinite(series(metrics, panel.key)).any():
                 figures[panel.key] = _panel(panel, metrics)

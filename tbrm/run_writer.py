@@ -47,6 +47,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _open(self, config: Config, step: int, resumed: bool) -> None:
         resolved = config_to_dict(config)
+        self._correct_at = config.task.correct_at if config.task else 1.0
         self._log = self._stack.enter_context(
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
         )
@@ -71,7 +72,10 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in result.samples))
         interval = f"{result.ci_low:.1%} to {result.ci_high:.1%}"
-        self._progress.say(f"step {step}: held-out accuracy {result.accuracy:.1%} (95% interval {interval})")
+        self._progress.say(
+            f"step {step}: held-out accuracy {result.accuracy:.1%} (95% interval {interval}; correct: a reward of "
+            f"{self._correct_at:g} or more), mean reward {result.reward_mean:.4g}"
+        )
 
     def result(self, result: Mapping[str, Any]) -> None:
         text = json.dumps(result, indent=2) + "\n"

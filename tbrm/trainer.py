@@ -129,7 +129,9 @@ class Trainer:
             closing(self.supply),
         ):
             if state.step == 0 and self.heldout:
-                state.accuracy_before = state.best_accuracy = self._evaluate(out)
+                state.accuracy_before, state.reward_before = state.best_accuracy, state.best_reward = self._evaluate(
+                    out
+                )
             while state.step < config.trainer.steps:
                 started = time.perf_counter()
                 metrics = self.train_step()
@@ -139,9 +141,10 @@ class Trainer:
                 finished = state.step == config.trainer.steps
                 best = False
                 if self.heldout and (finished or _due(state.step, config.evaluation.every)):
-                    state.accuracy_after = self._evaluate(out)
-                    best = state.best_accuracy is None or state.accuracy_after > state.best_accuracy
-                    state.best_accuracy = state.accuracy_after if best else state.best_accuracy
+                    state.accuracy_after, state.reward_after = after = self._evaluate(out)
+                    best = state.best_accuracy is None or after > (state.best_accuracy, state.best_reward or 0.0)
+                    if best:
+                        state.best_accuracy, state.best_reward = after
                 # Signals do not reach all processes in the same step, but all must leave after the same one.
                 stop = 0 if finished else max(self.world.gather(interruption.signal))
                 if finished or best or stop or _due(state.step, config.checkpoint.every):
@@ -290,8 +293,8 @@ class Trainer:
             f"{path}. Lower optim.learning_rate or raise objective.beta, and continue from the last checkpoint with --resume"
         )
 
-    def _evaluate(self, out: RunWriter) -> float:
-        """Held-out accuracy now; logs it and keeps the responses."""
+    def _evaluate(self, out: RunWriter) -> tuple[float, float]:
+        """Held-out accuracy and mean reward now; logs them and keeps the responses."""
         settings, step = self.config.evaluation, self.state.step
         assert self.config.task is not None
         self.supply.settle(self.phases)
@@ -308,7 +311,7 @@ class Trainer:
             progress=Progress(step, self.config.trainer.steps),
         )
         out.evaluation(step, result)
-        return result.accuracy
+        return result.accuracy, result.reward_mean
 
     def _save(self, *, best: bool) -> None:
         """Its time is in the next step's line of metrics."""
@@ -333,6 +336,8 @@ class Trainer:
         return {
             "accuracy_before": state.accuracy_before,
             "accuracy_after": state.accuracy_after,
+            "reward_before": state.reward_before,
+            "reward_after": state.reward_after,
             "n_heldout": len(self.heldout),
             "seconds_training": round(state.seconds_training, 1),
             "steps": state.step,

@@ -84,6 +84,12 @@ class Task(ABC, BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="Which task: reasoning_gym, file, or package.module:Class.")
+    correct_at: float = Field(
+        1.0, allow_inf_nan=False, description="Least reward of a response that counts as correct, in accuracy."
+    )
+
+    def is_correct(self, reward: float) -> bool:
+        return reward >= self.correct_at - 1e-6
 
     @abstractmethod
     def problem(self, index: int, seed: int) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ class FileTask(Task):
         completion_ids: Sequence[list[int] | None],
         progress: Progress,
     ) -> list[Grade]:
-        return self._verify.grade(problems, responses, completion_ids, progress)
+        grades = self._verify.grade(problems, responses, completion_ids, progress)
+        return [replace(g, correct=g.failure is None and self.is_correct(g.reward)) for g in grades]
 
     def _problems(self, path: str) -> Iterator[Problem]:
         for line, row in read_rows(Path(path)):

@@ -86,7 +86,7 @@ class ReasoningGym(Task):
         )
         if outcome.failure is not None:
             return Grade(0.0, correct=False, failure=f"{self.family}'s scorer: {outcome.failure}")
-        correct = outcome.value >= 1 - 1e-6
+        correct = self.is_correct(outcome.value)
         return Grade(outcome.value if self.partial_credit else float(correct), correct)
 
     def _make(self, position: int) -> Problem:

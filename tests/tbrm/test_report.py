@@ -73,10 +73,10 @@ def write_samples(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> N
 def make_run(run_dir: Path, steps: int = 4) -> Path:
     """A whole run: 4 of 20 held-out prompts right before it, 11 after (8 fixed, 1 broken, 3 stayed right)."""
     with MetricsLog(run_dir) as log:
-        log.log_eval(0, {"accuracy": 0.2, "ci_low": 0.081, "ci_high": 0.416, "n": 20})
+        log.log_eval(0, {"accuracy": 0.2, "ci_low": 0.081, "ci_high": 0.416, "n": 20, "reward_mean": 0.3125})
         for step in range(1, steps + 1):
             log.log(step, metrics_of(step))
-        log.log_eval(steps, {"accuracy": 0.55, "ci_low": 0.342, "ci_high": 0.742, "n": 20})
+        log.log_eval(steps, {"accuracy": 0.55, "ci_low": 0.342, "ci_high": 0.742, "n": 20, "reward_mean": 0.75})
     write_samples(run_dir, 0, [sample(i, correct=i < 4, truncated=i == 5) for i in range(20)])
     write_samples(run_dir, steps, [sample(i, correct=0 < i < 12, response=ATTACK) for i in range(20)])
     (run_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
@@ -156,7 +156,7 @@ def test_the_page_says_what_was_reached_and_how(page: Page) -> None:
 
 def test_the_page_has_every_curve(page: Page) -> None:
     panels = [f"{panel.title} {panel.unit}" for panel in PANELS]
-    titles = ["Accuracy on held-out prompts", *panels, "Seconds per step by phase"]
+    titles = ["Accuracy on held-out prompts", "Reward on held-out prompts", *panels, "Seconds per step by phase"]
     places = [page.text.find(title) for title in titles]
     assert -1 not in places and places == sorted(places)
     assert [tag for tag, _ in page.elements].count("svg") == len(titles)
@@ -197,7 +197,7 @@ def test_the_page_fetches_nothing(page: Page) -> None:
 
 def test_plots_lie_beside_the_page(page: Page, run_dir: Path) -> None:
     names = {path.name for path in (run_dir / "plots").iterdir()}
-    assert names == {"accuracy.png", "seconds.png", *(f"{panel.key}.png" for panel in PANELS)}
+    assert names == {"accuracy.png", "heldout_reward.png", "seconds.png", *(f"{panel.key}.png" for panel in PANELS)}
     for name in names:
         pixels = imread(run_dir / "plots" / name)
         assert pixels.shape[0] > 300 and pixels.shape[1] > 500
@@ -215,13 +215,22 @@ def test_the_page_takes_its_colours_from_the_style_sheet(page: Page) -> None:
     assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", plots)
 
 
+def test_the_mean_reward_and_what_counts_as_correct_stand_beside_the_accuracy(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "task": {"name": "file", "correct_at": 0.8}}))
+    page = Page(write_report(tmp_path))
+    assert "Correct a reward of 0.8 or more" in page.text
+    assert "Mean reward 0.3125 -> 0.75" in page.text
+    assert "Reward on held-out prompts" in page.text
+
+
 def test_the_same_run_gives_the_same_page(run_dir: Path, page: Page) -> None:
     assert write_report(run_dir).read_text(encoding="utf-8") == page.source
 
 
 def test_summary_is_five_plain_lines(run_dir: Path) -> None:
     assert summary_lines(run_dir) == [
-        "accuracy  20.0% (8.1–41.6%) -> 55.0% (34.2–74.2%) on 20 held-out prompts",
+        "accuracy  20.0% (8.1–41.6%) -> 55.0% (34.2–74.2%) on 20 held-out prompts, mean reward 0.3125 -> 0.75",
         "training  objective tbrm, beta 0.002, steps 4, seed 3",
         "setting   model models/small, task chain_sum",
         "cost      training time 8 min 13 s, throughput 250 tokens/s, peak memory 2,004 MiB",
@@ -240,7 +249,9 @@ def test_a_killed_run_has_a_report_of_how_far_it_came(tmp_path: Path) -> None:
     assert "This report is not complete result.json cannot be read" in page.text
     assert "Steps 3 of 4" in page.text and "Training time 5 min 00 s" in page.text
     assert "1 wrong before" in page.text
-    assert summary_lines(tmp_path)[0] == "accuracy  20.0% (8.1–41.6%) -> not evaluated on 20 held-out prompts"
+    assert summary_lines(tmp_path)[0] == (
+        "accuracy  20.0% (8.1–41.6%) -> not evaluated on 20 held-out prompts, mean reward 0.3125 -> not evaluated"
+    )
 
 
 def test_a_run_that_has_only_started_says_what_is_missing(tmp_path: Path) -> None:

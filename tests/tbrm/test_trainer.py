@@ -295,6 +295,19 @@ class Recorded:
         return self.collected
 
 
+def test_the_best_checkpoint_is_the_most_accurate_then_the_one_of_most_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_config(tmp_path, trainer__steps=5, evaluation={"prompts": 1, "every": 1}))
+    found = iter([(0.5, 0.5), (0.5, 0.6), (0.5, 0.6), (0.4, 0.9), (0.6, 0.1), (0.5, 0.9)])
+    saved = []
+    monkeypatch.setattr(trainer, "_evaluate", lambda out: next(found))
+    monkeypatch.setattr(trainer, "_save", lambda best: saved.append((trainer.state.step, best)))
+    result = trainer.train()
+    assert [step for step, best in saved if best] == [1, 4]
+    assert (result["reward_before"], result["reward_after"]) == (0.5, 0.9)
+
+
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "mine.txt").write_text("keep")

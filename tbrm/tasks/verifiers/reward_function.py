@@ -21,7 +21,7 @@ class RewardFunction(Verifier):
 
     A problem that is plain text gives a str prompt and a str completion; a conversation gives a list of messages and
     ``[{"role": "assistant", "content": response}]``. Each other column of the problems' rows is passed as a list, None
-    where a row lacks it. A reward of 1 or more counts as correct. None means that the function does not apply to the
+    where a row lacks it. Which reward counts as correct the task says. None means that the function does not apply to the
     problem: a failure, and so is a function that does not return in time.
 
     Grading raises UserCodeError if the function raises, and ValueError if it returns something else.

@@ -273,3 +273,22 @@ def test_verifier_options_reach_the_verifier(tmp_path: Path) -> None:
     task = make(path, verifier="exact", verifier_options={"answer": "boxed"})
     problem = task.problem(0, seed=0)
     assert task.grade([problem] * 2, [r"\boxed{Paris}", "Paris"]) == [Grade(1.0, True), Grade(0.0, False)]
+
+
+def by_length(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    return [len(completion) / 4 or None for completion in completions]
+
+
+def test_what_counts_as_correct_is_said_by_the_task(tmp_path: Path) -> None:
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"prompt": "1", "answer": "1"}\n')
+    responses = ["a", "ab", "abc", "abcd", ""]
+    for settings, correct in (
+        ({}, [False, False, False, True, False]),
+        ({"correct_at": 0.5}, [False, True, True, True, False]),
+        ({"correct_at": -1}, [True, True, True, True, False]),  # what could not be graded never is
+    ):
+        task = FileTask(name="file", path=str(path), verifier=f"{__name__}:by_length", **settings)
+        grades = task.grade([task.problem(0, 0)] * 5, responses)
+        assert [grade.correct for grade in grades] == correct
+        assert [grade.reward for grade in grades[:4]] == [0.25, 0.5, 0.75, 1.0]
