@@ -311,7 +311,9 @@ class OptimConfig(Section):
     learning_rate: float = Field(1e-6, gt=0, description="Of AdamW, after warm-up.")
     betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's decoupled weight decay, of matrices; norms and biases have none."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly from 0.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Learning rate after warm-up: kept, or falling to 0 at the last step."

@@ -169,7 +169,7 @@ class PolicyModel(nn.Module):
         trained = any(parameter.requires_grad for parameter in self.parameters())
         if sharding.config.vocab_parallel:
             self.vocabulary = DividedVocabulary(self.lm, sharding.weights_mesh)
-        divided = self.vocabulary.parameters if self.vocabulary else set()
+        divided = set(self.vocabulary.parameters) if self.vocabulary else set()
         sharding.apply(self, self.blocks, trained=trained, divided=divided)
         register_fsdp_forward_method(self, "own_logits")
         if on_meta:

@@ -37,6 +37,7 @@ from tbrm.metrics import Phases, peak_memory_mib
 from tbrm.objectives import Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract
 from tbrm.offline import RowReader, write_trajectories
+from tbrm.optimizer import make_optimizer
 from tbrm.parallel import ALONE, World, accumulate
 from tbrm.recorded import RecordedFiles
 from tbrm.reference_model import ReferenceModel
@@ -101,14 +102,7 @@ class Trainer:
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         rows = RowReader(self.chat, config.task, withheld if config.replay.files else [])
         self.recorded = RecordedFiles(config.replay.files, rows)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.trained_weights().values(),
-            lr=config.optim.learning_rate,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.policy.trained_weights().values(), config.optim)
         self.supply = make_supply(source, config, self.optimizer)
         if checkpoint:
             checkpoint.load(self.policy, self.optimizer, self.reference, self.replay, self.supply)
@@ -179,7 +173,8 @@ class Trainer:
                 last = number == len(unscored) + len(scored)
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(batch, len(trajectories), measured)
-            self.reference.share_scores(trajectories, [i for members in unscored for i in members], self.world)
+            if config.replay.enabled or config.data.trajectories:  # from where they come again
+                self.reference.share_scores(trajectories, [i for members in unscored for i in members], self.world)
         with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)

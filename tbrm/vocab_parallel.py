@@ -72,8 +72,9 @@ class DividedVocabulary:
             setattr(module, name, cut[whole])
 
     @property
-    def parameters(self) -> set[nn.Parameter]:
-        return {module.get_parameter(name) for module, name in self._names}
+    def parameters(self) -> list[nn.Parameter]:
+        """Each once, in the same order on all processes, which take turns by it."""
+        return list(dict.fromkeys(module.get_parameter(name) for module, name in self._names))
 
     def sum_over_copies(self) -> None:
         """Sums the gradients over the groups that hold copies of the model, once a step. Within a group they are sums."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tbrm.config import ConfigError, OptimConfig
 from tbrm.evaluate import evaluate
 from tbrm.metrics import is_timing, read_jsonl
+from tbrm.reference_model import ReferenceModel
 from tbrm.rollout import Sampling
 from tbrm.rollout.record import record
 from tbrm.run_writer import prepare_run_dir
@@ -306,6 +307,34 @@ def test_the_best_checkpoint_is_the_most_accurate_then_the_one_of_most_reward(
     result = trainer.train()
     assert [step for step, best in saved if best] == [1, 4]
     assert (result["reward_before"], result["reward_after"]) == (0.5, 0.9)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone(tmp_path: Path) -> None:
+    after = {}
+    for decay in (0.0, 0.5):
+        trainer = Trainer(tiny_config(tmp_path, optim__weight_decay=decay, evaluation={"prompts": 0}))
+        trainer.train_step()
+        after[decay] = {name: weight.detach() for name, weight in trainer.policy.trained_weights().items()}
+    changed = {name for name, weight in after[0.5].items() if not torch.equal(weight, after[0.0][name])}
+    assert changed == {name for name, weight in after[0.0].items() if weight.dim() > 1}
+    assert 0 < len(changed) < len(after[0.0])
+
+
+def test_reference_scores_are_shared_where_trajectories_come_again_and_only_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = tmp_path / "recorded.jsonl"
+    recorded.write_text('{"prompt": "1", "response": "2", "reward": 1}\n')
+    shared = []
+    monkeypatch.setattr(ReferenceModel, "share_scores", lambda *arguments: shared.append(arguments))
+    for settings, times in (
+        ({}, 0),
+        ({"data__trajectories": str(recorded)}, 1),
+        ({"replay": {"capacity": 10, "samples_per_step": 2}}, 1),
+    ):
+        shared.clear()
+        Trainer(tiny_config(tmp_path / "run", evaluation={"prompts": 0}, **settings)).train_step()
+        assert len(shared) == times
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
