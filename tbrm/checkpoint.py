@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,13 +26,14 @@ from typing import Self
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.config import CheckpointConfig
+from tbrm.files import Discards, lacks_room, save_tensors
+from tbrm.hub_folder import save_config, save_tokenizer
 from tbrm.model import PolicyModel
 from tbrm.names import path_within
 from tbrm.parallel import ALONE, World
@@ -92,6 +92,7 @@ class Checkpoints:
         self._beside = world.apart()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._discards = Discards(self.folder)
 
     def latest(self) -> Checkpoint | None:
         """The latest one, checked. Raises CheckpointError if it is damaged or not one of this version."""
@@ -128,10 +129,10 @@ class Checkpoints:
         def begin() -> dict[str, str]:
             """Of what the main process writes; returns the hashes of files that need not be read for it."""
             with self._explained(name):
-                shutil.rmtree(writing, ignore_errors=True)
+                self._discards.discard(writing)
                 (writing / _TRAINER).mkdir(parents=True)
-                policy.save_config(writing)
-                tokenizer.save_pretrained(writing)
+                save_config(policy.lm, writing)
+                save_tokenizer(tokenizer, writing)
                 if policy.adapters is not None:
                     policy.adapters.save(writing, adapters)
                 supply.save(writing / _TRAINER)
@@ -169,8 +170,7 @@ class Checkpoints:
             manifest = {name: hashes.get(name) or _hash(writing / name) for name in names}
             (writing / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             final = self.folder / name
-            if final.exists():  # the same step, saved before a resume
-                shutil.rmtree(final)
+            self._discards.discard(final)  # the same step, saved before a resume
             writing.rename(final)
             self._link("latest", name)
             if best:
@@ -179,7 +179,7 @@ class Checkpoints:
 
     def _write_tensors(self, tensors: dict[str, Tensor], folder: Path) -> None:
         if self.world.size == 1:  # from where they lie; DCP would copy them all first
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            save_tensors(tensors, folder / "model.safetensors")
             return
         storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         dcp.save(dict(tensors), storage_writer=storage, process_group=self._beside.group)
@@ -193,9 +193,10 @@ class Checkpoints:
                 [why for why, _ in error.failures.values()] if isinstance(error, dcp.CheckpointException) else [error]
             )
             reason = "; ".join(map(str, found))
+            way_out = "make room there" if any(map(lacks_room, found)) else "mend that"
             raise CheckpointError(
-                f"checkpoint {name} cannot be written to {self.folder}: {reason}. Earlier ones are as they were: make "
-                "room there, and go on from the latest with --resume"
+                f"checkpoint {name} cannot be written to {self.folder}: {reason}. Earlier ones are as they were: {way_out}, "
+                "and go on from the latest with --resume"
             ) from error
 
     def _link(self, link: str, target: str) -> None:
@@ -207,9 +208,8 @@ class Checkpoints:
     def _delete_old(self) -> None:
         linked = {(self.folder / link).resolve().name for link in ("latest", "best")}
         old = sorted(self.folder.glob("step-*"))[: -self.config.keep]
-        for folder in [*old, *self.folder.glob(f"{_UNFINISHED}*")]:
-            if folder.name not in linked:
-                shutil.rmtree(folder)
+        unlinked = [folder for folder in old if folder.name not in linked]
+        self._discards.discard(*unlinked, *self.folder.glob(f"{_UNFINISHED}*"))
 
     def __enter__(self) -> Self:
         return self

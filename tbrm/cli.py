@@ -158,7 +158,9 @@ def _show_evaluation(args: argparse.Namespace, config: Config, result: Evaluatio
         Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
     assert config.task is not None
     decoding = _decoding(config.evaluation.temperature)
-    shown = {"model": args.model, "task": config.task.name, "decoding": decoding, **result.summary()}
+    taken = config.model.name  # of a run's folder, the checkpoint
+    model = taken if taken == args.model else f"{taken}, of {args.model}"
+    shown = {"model": model, "task": config.task.name, "decoding": decoding, **result.summary()}
     shown["accuracy"] = f"{result.accuracy:.1%} (95% interval {result.ci_low:.1%} to {result.ci_high:.1%})"
     shown["correct"] = f"a reward of {config.task.correct_at:g} or more"
     shown["pass_at_k"] = f"{result.pass_at_k:.1%}"
@@ -209,10 +211,12 @@ def report(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     _load_libraries(args.source)
+    import torch
+
     from tbrm.export import export as write
 
-    write(args.source, Path(args.out))
-    print(f"{args.out} is ready: a Hugging Face folder")
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    print(write(args.source, Path(args.out), dtype, args.overrides))
 
 
 def import_gguf(args: argparse.Namespace) -> None:
@@ -319,8 +323,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=_path, help="the run's folder, such as runs/demo")
 
     sub = command("export", export, "Turn a run's checkpoint into a normal Hugging Face folder.")
-    sub.add_argument("source", type=_path, help="a run's folder (its best checkpoint is taken), or a checkpoint's")
+    sub.add_argument(
+        "source", type=_path, help="a run's folder (its best checkpoint is taken, else its latest), or a checkpoint's"
+    )
     sub.add_argument("out", type=_path, help="the folder to make")
+    sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys of model, such as trust_remote_code")
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as the model's files had them before training)",
+    )
 
     sub = command("import-gguf", import_gguf, "Turn a GGUF file into a normal Hugging Face folder.")
     sub.add_argument("file", type=_path, help="a .gguf file of an architecture that transformers reads")

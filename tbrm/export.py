@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from tbrm.checkpoint import Checkpoint
 from tbrm.config import ConfigError
-from tbrm.load import load_policy, resolve_model
+from tbrm.hub_folder import own_dtype, save_model, save_tokenizer
+from tbrm.load import find_model, load_policy
 from tbrm.recipe import load_sections
 
 
-def export(source: str, out: Path) -> None:
-    """Writes the checkpoint `source`, or the best one of the run `source`, as `out`: config, safetensors and tokenizer.
+def export(source: str, out: Path, dtype: torch.dtype | None = None, overrides: Sequence[str] = ()) -> str:
+    """Writes the checkpoint `source`, or the best one of the run `source`, as `out`: config, safetensors and tokenizer. The
+    weights are as the model's were before training, if no `dtype` is given. Returns a line that says what was written.
 
     Raises ConfigError or CheckpointError if it is no checkpoint, or a damaged one, or if `out` is there already.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; delete it, or name another folder")
-    checkpoint = Checkpoint(Path(resolve_model(source)).resolve())
-    policy, tokenizer = load_policy(load_sections(None, model={"name": str(checkpoint.folder), "device": "cpu"}))
+    name, taken = find_model(source)
+    checkpoint = Checkpoint(Path(name).resolve())
+    policy, tokenizer = load_policy(
+        load_sections(None, overrides, model={"name": str(checkpoint.folder), "device": "cpu"})
+    )
+    dtype = dtype or own_dtype(policy.lm.config)
     unfinished = out.with_name(out.name + ".unfinished")  # a kill half-way must not leave a folder that looks complete
-    policy.lm.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    save_model(policy.lm, unfinished, dtype)
+    save_tokenizer(tokenizer, unfinished)
     unfinished.rename(out)
+    kind = str(dtype).removeprefix("torch.")
+    return f"{out} is ready: a Hugging Face folder of step {checkpoint.state.step}, as {kind} ({taken})"

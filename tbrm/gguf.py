@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tbrm.hub_folder import save_model, save_tokenizer
+
 
 def import_gguf(file: Path, out: Path) -> None:
     """Writes `file`, de-quantised to float32, as `out`: config, generation config, safetensors and tokenizer.
@@ -38,6 +40,6 @@ def import_gguf(file: Path, out: Path) -> None:
 
     # A kill half-way must not leave a folder that looks complete.
     unfinished = out.with_name(out.name + ".unfinished")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    save_model(model, unfinished, torch.float32)
+    save_tokenizer(tokenizer, unfinished)
     unfinished.rename(out)

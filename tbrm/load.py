@@ -22,6 +22,7 @@ from tbrm.attention import PACKED_ATTENTION
 from tbrm.chat import set_day
 from tbrm.config import Config, ConfigError, ModelConfig
 from tbrm.flash_attention import FLASH_ATTENTION
+from tbrm.hub_folder import remember_dtype
 from tbrm.lora import Adapters, has_adapters, is_adapter, load_merged
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, Sharding, World
@@ -59,18 +60,26 @@ def load_model(
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
+        settings = AutoConfig.from_pretrained(config.name, **where)
+        remember_dtype(settings)
         if meta:
             with torch.device("meta"):
-                settings = AutoConfig.from_pretrained(config.name, **where)
                 remote_code = {"trust_remote_code": config.trust_remote_code}
                 lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **remote_code)
             with suppress(OSError):  # it has none of its own: the model's config says it all
                 lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
         else:
-            lm = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True, **where)
+            lm = AutoModelForCausalLM.from_pretrained(
+                config.name, config=settings, dtype=torch.float32, use_safetensors=True, **where
+            )
             if any(is_adapter(name) for name, _ in lm.named_parameters()):
                 raise ValueError("it holds adapters; download them to a folder, and name that")
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model.name: {config.name!r} brings Python code of its own, which is not run unasked: read it, and give "
+                "model.trust_remote_code=true"
+            ) from error
         raise ValueError(
             f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
             "(needs the network), or 'tiny'. `tbrm import-gguf FILE OUT` makes a folder of a GGUF file."
@@ -123,10 +132,19 @@ def _weights_folder(config: ModelConfig) -> Path:
     return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=["*.safetensors"]))
 
 
-def resolve_model(name: str) -> str:
-    """A model's name as it is, or, for the folder of a run, its best checkpoint, else its latest."""
-    checkpoints = Path(name) / "checkpoints"
+def find_model(name: str) -> tuple[str, str]:
+    """What to load for a model's name, and that in words: the name itself or, for the folder of a run, that of its best
+    checkpoint, else its latest. Raises ValueError."""
     for link in ("best", "latest"):
-        if (checkpoints / link).exists():
-            return str(checkpoints / link)
-    return name
+        folder = Path(name) / "checkpoints" / link
+        if folder.exists():
+            taken = str(folder.resolve())  # the link may move on while the model is read
+            return taken, f"{taken}, the {link} of {name}"
+    if (Path(name) / "metrics.jsonl").is_file():
+        raise ValueError(f"{name} is a run that has no checkpoint yet (checkpoint.every)")
+    return name, name
+
+
+def resolve_model(name: str) -> str:
+    """What to load for a model's name. Raises ValueError."""
+    return find_model(name)[0]

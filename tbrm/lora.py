@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.config import LoraConfig, ModelConfig
+from tbrm.files import save_tensors
+from tbrm.paths import is_path
 from tbrm.weights import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,7 +42,8 @@ class Adapters:
             lora_alpha=config.alpha,
             target_modules=config.targets,
             task_type="CAUSAL_LM",
-            base_model_name_or_path=model.name,
+            # Absolute, and without links such as a run's `best`, which may come to mean another model.
+            base_model_name_or_path=str(Path(model.name).resolve()) if is_path(model.name) else model.name,
             revision=model.revision,
         )
         for target in config.targets:
@@ -108,7 +111,7 @@ class Adapters:
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Writes them as peft does; `weights` under peft's names."""
         self.config.save_pretrained(folder)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+        save_tensors({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
 
 
 def is_adapter(name: str) -> bool:
@@ -143,7 +146,8 @@ def has_adapters(folder: str) -> bool:
 def load_merged(
     config: ModelConfig, load_base: Callable[[ModelConfig], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the adapters of a folder were made for, with them added to its weights. Raises ValueError."""
+    """The model that the adapters of a folder were made for, with them added to its weights, and the tokenizer that lies beside
+    them, or else the model's. Raises ValueError."""
     peft = _peft(f"model.name: {config.name!r} holds adapters, and")
     folder = Path(config.name)
     if not (folder / WEIGHTS).is_file():
@@ -154,9 +158,46 @@ def load_merged(
         raise ValueError(
             f"model.name: {config.name!r} holds adapters of type {kind} for the model {base}; wants LORA, and a model's name"
         )
-    lm, tokenizer = load_base(config.model_copy(update={"name": base, "revision": settings.get("revision")}))
+    name = _base_of(folder, base)
+    try:
+        lm, tokenizer = load_base(config.model_copy(update={"name": name, "revision": settings.get("revision")}))
+    except ValueError as error:
+        raise ValueError(f"model.name: {config.name!r} holds adapters for another model: {error}") from error
+    _resize_vocabulary(lm, folder)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     merged: PreTrainedModel = peft.PeftModel.from_pretrained(lm, config.name).merge_and_unload()
     return merged.requires_grad_(True), tokenizer
+
+
+def _base_of(folder: Path, base: str) -> str:
+    """The name of the model that adapters are for. A relative path starts at their folder, or at the working directory, as
+    peft has it."""
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(
+            f"model.name: {str(folder)!r} holds adapters for the model in {base}, which is not there: put it there again, or "
+            f"a link to it"
+        )
+    if (folder / base).is_dir():
+        return str((folder / base).resolve())
+    if is_path(base) and not Path(base).is_dir():
+        raise ValueError(
+            f"model.name: {str(folder)!r} holds adapters for the model {base!r}, a relative path, which is neither in their "
+            f"folder nor in {Path.cwd()}: make base_model_name_or_path in {CONFIG} absolute"
+        )
+    return base
+
+
+def _resize_vocabulary(lm: PreTrainedModel, folder: Path) -> None:
+    """Gives the model as many tokens as the one had that was trained: new ones come with an embedding beside the adapters."""
+    embedding: Any = lm.get_input_embeddings()
+    name = next(name for name, module in lm.named_modules() if module is embedding)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for saved in (f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"):
+            if saved in file.keys():  # noqa: SIM118
+                rows = file.get_slice(saved).get_shape()[0]
+                if rows != embedding.weight.shape[0]:
+                    lm.resize_token_embeddings(rows)
 
 
 def _linear_layers(lm: PreTrainedModel) -> list[str]:

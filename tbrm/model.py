@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -279,14 +278,6 @@ class PolicyModel(nn.Module):
     def _state(self) -> dict[str, nn.Parameter]:
         # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
         return {name.removeprefix("lm."): weight for name, weight in self.state_dict(keep_vars=True).items()}
-
-    def save_config(self, folder: Path) -> None:
-        """Writes what a Hugging Face folder holds beside weights and tokenizer."""
-        config = copy.deepcopy(self.lm.config)
-        config.architectures = [type(self.lm).__name__]
-        config.save_pretrained(folder)
-        if self.lm.generation_config is not None:
-            self.lm.generation_config.save_pretrained(folder)
 
 
 def _logit_scale(config: object) -> float:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from tbrm.chat import Chat, check_token_ids
 from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
+from tbrm.files import save_tensors
 from tbrm.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.rollout.collect import WAITING, Collected, load_collected
@@ -54,7 +54,7 @@ class FileSource:
         number = {id(trajectory): i for i, trajectory in enumerate(self.trajectories)}
         steps = [[number[id(trajectory)] for trajectory in collected.trajectories] for collected in waiting]
         said = {"of": self._fingerprint, "waiting": json.dumps(steps)}
-        save_file(score_columns(self.trajectories), folder / _SCORES, metadata=said)
+        save_tensors(score_columns(self.trajectories), folder / _SCORES, said)
 
     def restore(self, folder: Path) -> list[Collected]:
         """Takes the scores back, unless they are of other trajectories; returns what was waiting."""

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from tbrm.config import ReplayConfig
 from tbrm.data import Trajectory
+from tbrm.files import Discards, lacks_room
 from tbrm.metrics import Phases
 from tbrm.names import plain_name
 from tbrm.parallel import ALONE, World
@@ -63,8 +64,9 @@ class ReplayBuffer:
         self._world = world
         self._kept: dict[int, _Kept] = {}  # by group, the oldest first
         self._hashes: dict[str, str] = {}  # of every file
+        self._discards = Discards(folder)
         if world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; checkpoints have links of their own
+            self.close()  # of what a killed run left; checkpoints have links of their own
 
     def sample(self, step: int, phases: Phases) -> list[Trajectory]:
         """At least `replay.samples_per_step` trajectories for update `step`, as whole groups, or all there are."""
@@ -144,8 +146,9 @@ class ReplayBuffer:
             with (self.folder / file).open("rb") as written:
                 self._hashes[file] = hashlib.file_digest(written, "sha256").hexdigest()
         except (OSError, SafetensorError) as error:
+            way_out = "Make room there" if lacks_room(error) else "Mend that"
             raise OSError(
-                f"the replay buffer cannot write {self.folder / file}: {error}. Make room there, and go on with --resume"
+                f"the replay buffer cannot write {self.folder / file}: {error}. {way_out}, and go on with --resume"
             ) from error
         start = 0
         for members in groups:
@@ -182,7 +185,7 @@ class ReplayBuffer:
     def _delete_files(self) -> None:
         for file in self._hashes.keys() - {kept.file for kept in self._kept.values()}:
             del self._hashes[file]
-            (self.folder / file).unlink()
+            self._discards.discard(self.folder / file)
 
     def _size(self) -> int:
         return sum(kept.stop - kept.start for kept in self._kept.values())
@@ -228,7 +231,7 @@ class ReplayBuffer:
     def close(self) -> None:
         """Deletes the buffer's files; checkpoints have theirs."""
         if self._world.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            Discards(self.folder.parent).discard(self.folder)
 
 
 def _link(source: Path, target: Path) -> None:

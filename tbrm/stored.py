@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tbrm.data import ReferenceScore, Trajectory
+from tbrm.files import save_tensors
 
 _NONE = -1  # a weight version or a reference version that there is not
 
@@ -37,7 +37,7 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
         "groups": column([t.group for t in trajectories], torch.int64),
         "weight_versions": column(versions, torch.int64),
     }
-    save_file(tensors | score_columns(trajectories), path)
+    save_tensors(tensors | score_columns(trajectories), path)
 
 
 def score_columns(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:

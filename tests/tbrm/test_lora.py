@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.cli import main
 from tbrm.config import ConfigError, LoraConfig, ModelConfig
 from tbrm.data import pack
 from tbrm.export import export
+from tbrm.load import load_model
 from tbrm.lora import Adapters
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
@@ -180,3 +182,101 @@ def test_a_run_saves_resumes_exports_and_is_evaluated(
     recipe = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
     assert main(["eval", str(tmp_path / "run"), "--task", str(recipe), "--prompts", "2"]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def save_adapters(base: str, folder: Path, **settings: Any) -> None:
+    """As an SFT run leaves them: with a tokenizer of their own, and a chat template that the base does not have."""
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    if settings:
+        lm.resize_token_embeddings(len(tiny_tokenizer()) + 1)
+    adapted = get_peft_model(lm, PeftConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message['content'] }}!{% endfor %}"
+    if settings:
+        tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture
+def bare(base: Path, tmp_path: Path) -> Path:
+    """A model without a chat template."""
+    shutil.copytree(base, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    return tmp_path / "bare"
+
+
+def test_the_tokenizer_beside_adapters_is_theirs_and_goes_on_with_what_is_trained(bare: Path, tmp_path: Path) -> None:
+    save_adapters(str(bare), tmp_path / "adapters")
+    config = tiny_config(
+        tmp_path / "run", model__name=str(tmp_path / "adapters"), trainer__steps=1, evaluation={"prompts": 0}
+    )
+    trainer = Trainer(config)
+    [problem] = config.task.heldout(1)
+    prompt = f"<|user|>{problem.prompt}!"
+    assert trainer.chat.tokenizer.decode(trainer.chat.encode(problem.messages)) == prompt
+    trainer.train()
+    export(str(tmp_path / "run"), tmp_path / "out")
+    for folder in (tmp_path / "run" / "checkpoints" / "latest", tmp_path / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.apply_chat_template(list(problem.messages), tokenize=False) == prompt
+
+
+def test_tokens_that_came_with_adapters_have_their_embeddings(bare: Path, tmp_path: Path) -> None:
+    save_adapters(str(bare), tmp_path / "adapters", modules_to_save=["embed_tokens", "lm_head"])
+    lm, tokenizer = load_model(ModelConfig(name=str(tmp_path / "adapters")), seed=0)
+    more = tokenizer.convert_tokens_to_ids("<|more|>")
+    assert lm.get_input_embeddings().weight.shape[0] == lm.get_output_embeddings().weight.shape[0] == more + 1
+    saved = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    assert torch.equal(
+        lm.get_input_embeddings().weight[more], saved["base_model.model.model.embed_tokens.weight"][more]
+    )
+
+
+def test_adapters_name_their_base_wherever_the_work_goes_on(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    config = tiny_config(tmp_path / "run", model__name="bare", lora=lora, trainer__steps=1, evaluation={"prompts": 0})
+    trained = Trainer(config)
+    trained.train()
+    checkpoint = (tmp_path / "run" / "checkpoints" / "latest").resolve()
+    saved = json.loads((checkpoint / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "bare")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    export(str(tmp_path / "run"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+    (tmp_path / "bare").rename(tmp_path / "moved")
+    message = (
+        f"holds adapters for the model in {tmp_path}/bare, which is not there: put it there again, or a link to it"
+    )
+    with pytest.raises(ValueError, match=message):
+        export(str(tmp_path / "run"), tmp_path / "out2")
+    (tmp_path / "bare").symlink_to("moved")
+    export(str(tmp_path / "run"), tmp_path / "out2")
+
+
+@pytest.mark.parametrize("base_path", ["../bare", "./../bare", "bare"])
+def test_a_relative_base_starts_at_the_adapters_or_else_at_the_working_directory(
+    base_path: str, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapters(str(bare), tmp_path / "adapters")
+    path = tmp_path / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_path}))
+    monkeypatch.chdir(tmp_path)
+    load_model(ModelConfig(name="adapters"), seed=0)
+    if base_path != "bare":
+        monkeypatch.chdir("/")
+        load_model(ModelConfig(name=str(tmp_path / "adapters")), seed=0)
+    monkeypatch.chdir(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "../not/there"}))
+    with pytest.raises(
+        ValueError, match=r"for the model '../not/there', a relative path, which is neither in their folder"
+    ):
+        load_model(ModelConfig(name="adapters"), seed=0)

@@ -3,6 +3,7 @@ adapters apart."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tbrm.config import VllmConfig
 from tbrm.ends import Ends
+from tbrm.hub_folder import save_config, save_tokenizer
 from tbrm.lora import WEIGHTS
 from tbrm.model import PolicyModel
 from tbrm.rollout.vllm.connection import RefusedError, ServerError
@@ -58,10 +60,13 @@ class Handover:
         self.folder: Path | None = None
         if owner:
             size = sum(weight.numel() * self.dtype.itemsize for weight in self._named().values())
-            self.folder = Path(tempfile.mkdtemp(prefix="tbrm-", dir=parent or _roomy(2 * size))).absolute()
-            policy.save_config(self.folder)
+            # Not mkdtemp's, which only its owner may read: a server may run as somebody else.
+            parent = parent or _roomy(2 * size) or tempfile.gettempdir()
+            self.folder = (Path(parent) / f"tbrm-{secrets.token_hex(4)}").absolute()
+            self.folder.mkdir()
+            save_config(policy.lm, self.folder)
             if ends.strings:  # which vLLM looks for in the text
-                ends.tokenizer.save_pretrained(self.folder)
+                save_tokenizer(ends.tokenizer, self.folder)
             if self._apart is not None:
                 self._apart.config.save_pretrained(self.folder / ADAPTERS)
 
