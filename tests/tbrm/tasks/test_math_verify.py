@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import threading
 
@@ -80,3 +81,44 @@ def test_a_missing_math_verify_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match=r"verifier math_verify needs the package math-verify: pip install 'tbrm\[math\]'"
     ):
         make_verifier("math_verify", {})
+
+
+HOSTILE = [
+    "__import__('os').system('id')",
+    "$__import__('os').system('id')$",
+    r"\boxed{__import__('os').system('id')}",
+    r"\boxed{\text{exec}(1)}",
+    r"$\operatorname{eval}(x)$ and $\mathrm{exit}(1)$",
+    r"$\variable{__import__('os')}$",
+    "the final answer is 1+exec('x')",
+    "answer: 3*(1).__class__",
+    "2*3+open('x')",
+    "1 +.real(2)",
+    "(1)(2)/3 - x.y",
+    "$x=\\lambda: 1$",
+]
+
+
+@pytest.mark.parametrize("response", HOSTILE)
+def test_of_a_response_sympy_evaluates_nothing_but_numbers_and_operators(
+    response: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is evaluated, by math-verify itself or by sympy where it is given text, is written as Python first."""
+    from math_verify.parser import parse_expr_cached
+    from sympy.parsing import sympy_parser
+
+    from tbrm.tasks.verifiers.math_verify_process import equal
+
+    parse_expr_cached.cache_clear()
+    texts: list[str] = []
+    real = sympy_parser.stringify_expr
+
+    def stringify(text: str, *others: object) -> str:
+        texts.append(text)
+        return str(real(text, *others))
+
+    monkeypatch.setattr(sympy_parser, "stringify_expr", stringify)
+    equal("$x+1$", response)
+    equal("6", "2*3 = 6, so 1+5")  # that one is
+    assert texts
+    assert [text for text in texts if not re.fullmatch(r"[\d\s.+*/()-]*", text)] == []
