@@ -74,17 +74,19 @@ def _read(recipe: str | Path) -> dict[str, Any]:
 def parse_config(tree: dict[str, Any]) -> Config:
     """Checks a config given as nested dicts. Raises ConfigError."""
     kinds = {section: _kind(section, tree[section]) for section in _PLUGGABLE if isinstance(tree.get(section), dict)}
-    tree, task = dict(tree), tree.get("task")
+    outer = dict(tree)
     if "objective" in kinds:
-        tree["objective"] = _build("objective", kinds["objective"], tree["objective"])
+        outer["objective"] = _build("objective", kinds["objective"], tree["objective"])
     if "task" in kinds:
-        tree["task"] = kinds["task"].model_construct(name=task["name"])  # stands in for it
+        outer["task"] = kinds["task"].model_construct(name=tree["task"]["name"])  # stands in for it
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(outer)
     except ValidationError as error:
-        raise ConfigError(_explain(error, Config, tree)) from None
+        raise ConfigError(_explain(error, Config, outer)) from None
+    if "task" not in kinds:
+        return config
     # Last, since a task takes its time: it reads its files, or makes a first problem.
-    return config.model_copy(update={"task": _build("task", kinds["task"], task)}) if "task" in kinds else config
+    return config.model_copy(update={"task": _build("task", kinds["task"], tree["task"])})
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -300,6 +300,26 @@ def test_the_incoming_gradient_scales_all(factor: float) -> None:
         torch.testing.assert_close(grad, expected[name] * factor)
 
 
+def test_a_factor_within_the_loss_rounds_16_bit_gradients_no_more_than_once() -> None:
+    head = random_head(sum(LENGTHS), 300, 32, torch.bfloat16)
+
+    def gradient(loss_of: Callable[..., Tensor], weight: Tensor) -> Tensor:
+        loss_of(head.hidden.to(weight.dtype), weight.requires_grad_()).backward()
+        assert weight.grad is not None
+        return weight.grad.float()
+
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        third = lambda stats, *_: stats.logprobs.sum() / 3  # noqa: E731
+        return fused_linear_trajectory_loss(hidden, weight, head.targets, bounds(LENGTHS), third)[0]
+
+    def recomputed(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_token_stats(hidden, weight, head.targets).logprobs.sum() / 3
+
+    exact = gradient(recomputed, head.weight.float())
+    errors = [(gradient(f, head.weight.clone()) - exact).norm() for f in (fused, recomputed)]
+    assert 0 < errors[0] <= 1.1 * errors[1]
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     head = random_head(sum(LENGTHS), 60, 8)
     loss = simple_loss(leaves_of(head), head)
