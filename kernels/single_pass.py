@@ -148,8 +148,9 @@ def fused_linear_trajectory_loss(
 
     The gradients of hidden, weight and bias are those of `linear_token_stats` and that loss. They are computed here, in
     the forward pass, and the backward pass scales them and hands them out, once: for a second backward pass over the
-    same graph, call this function again. A factor of the loss belongs into `loss_fn`: one that is put on
-    what is returned, and is no power of 2, rounds 16-bit gradients a second time. Under torch.no_grad, or where nothing requires a gradient, none is computed.
+    same graph, call this function again. A factor of the loss belongs into `loss_fn`: one that is put on what is
+    returned, and is no power of 2, rounds 16-bit gradients a second time. Under torch.no_grad, or where nothing requires a
+    gradient, none is computed.
 
     max_chunk_bytes: of scratch memory for the logits of a chunk. If None, 1 KiB x V on a CPU (512 tokens in bfloat16, 256 in
         float32) and 16 KiB x V on a GPU (4096 tokens); but where all T tokens take no more than that and the sum that the
