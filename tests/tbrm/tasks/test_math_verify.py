@@ -104,6 +104,7 @@ def test_of_a_response_sympy_evaluates_nothing_but_numbers_and_operators(
     response: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is evaluated, by math-verify itself or by sympy where it is given text, is written as Python first."""
+    import sympy.physics.units  # noqa: F401  (which writes names of its own as Python when it is imported)
     from math_verify.parser import parse_expr_cached
     from sympy.parsing import sympy_parser
 
