@@ -155,7 +155,7 @@ class RowReader:
         else:
             assert problem is not None
             prompt_ids = self.chat.encode(problem.messages, problem.tools)
-        if self._shown(prompt_ids) in self._heldout or (problem is not None and problem.key in self._heldout):
+        if self._is_held_out(prompt_ids, problem):
             return None
         truncated = row.get("truncated", False)
         if not isinstance(truncated, bool):
@@ -169,6 +169,11 @@ class RowReader:
         reward = self._reward(row, problem)
         mask = _action_mask(row, response_ids, in_ids=in_ids)
         return Trajectory(prompt_ids, response_ids, reward, truncated, weight_version=None, action_mask=mask)
+
+    def _is_held_out(self, prompt_ids: Sequence[int], problem: Problem | None) -> bool:
+        if not self._heldout:
+            return False
+        return self._shown(prompt_ids) in self._heldout or (problem is not None and problem.key in self._heldout)
 
     def _reward(self, row: dict[str, Any], problem: Problem | None) -> float:
         if "reward" not in row and self.task is not None:

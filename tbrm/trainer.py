@@ -93,8 +93,14 @@ class Trainer:
         self.objective = Contract(config.objective)
         beside = world.apart()  # rollouts may be made while training uses the other
         self.chat = make_chat(config, self.policy.lm, self.tokenizer)
-        self.heldout, _ = self.chat.encode_problems(self.heldout)
-        for note in config.task.notes() if config.task and world.is_main else []:
+        notes = list(config.task.notes()) if config.task else []
+        short, _ = self.chat.encode_problems(self.heldout)
+        if left_out := len(self.heldout) - len(short):
+            notes.append(
+                f"evaluation: {left_out} of {len(self.heldout)} problems left out, by rollout.max_prompt_tokens"
+            )
+        self.heldout = short
+        for note in notes if world.is_main else []:
             print(note, file=sys.stderr)
         withheld = config.task.withheld(config.evaluation.prompts) if config.task else []
         self.engine = make_engine(config.rollout, self.policy, self.chat, beside, run_dir=self.run_dir)

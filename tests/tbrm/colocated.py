@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tbrm.rollout import Request, Sampling
 from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.colocated import ColocatedEngine
 from tbrm.trainer import Trainer
-from tests.tbrm.vllm_runs import assert_answers_are_the_policys, save_model, vllm_config
+from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 
 def state_of_process() -> dict[str, object]:
@@ -36,7 +38,9 @@ def main(folder: Path, head: str) -> None:
     torch.set_num_threads(1)
     model = save_model(folder / "model", tied=head == "tied")
     adapters = ("q_proj", "down_proj", "lm_head") if head == "adapted" else ()
-    trainer = Trainer(vllm_config(folder / "run", model, "vllm_colocated", adapters=adapters))
+    config = vllm_config(folder / "run", model, "vllm_colocated", adapters=adapters)
+    rollout = config.rollout.model_copy(update={"stop_strings": ["@~@~@~@"]})  # which never comes
+    trainer = Trainer(config.model_copy(update={"rollout": rollout}))
     engine: ColocatedEngine = trainer.engine.engine
     torch.manual_seed(5)
     before = state_of_process()
@@ -52,6 +56,16 @@ def main(folder: Path, head: str) -> None:
     assert metrics["sync/logprob_gap_max"] < 1e-4
     assert trainer.engine.update_weights(1)["sync/logprob_gap_max"] < 1e-4
     assert_answers_are_the_policys(trainer.engine, trainer.policy)
+
+    request = [Request(PROMPTS[0], 1, seed=3)]
+    [[free]] = engine.generate(request, Sampling(40))
+    plain = engine.ends
+    engine.ends = replace(plain, strings=(plain.tokenizer.decode(free.token_ids[4:6]),))
+    length = engine.ends.length(free.token_ids)
+    [[ended]] = engine.generate(request, Sampling(40))
+    assert (ended.token_ids, ended.truncated) == (free.token_ids[:length], False)
+    assert length < len(free.token_ids)
+    engine.ends = plain
 
     rpc = engine._llm.collective_rpc
     engine._llm.collective_rpc = lambda *_, **__: None

@@ -133,7 +133,9 @@ def tagged(prompts: Any, completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("barred", [False, True])
-def test_a_padded_vocabulary_is_trained_recorded_read_back_and_scored(tmp_path: Path, barred: bool) -> None:
+def test_a_padded_vocabulary_is_trained_recorded_read_back_and_scored(
+    tmp_path: Path, barred: bool, capsys: pytest.CaptureFixture
+) -> None:
     """Of a model whose tokenizer has tags, and fewer tokens than the model has embeddings; the reward asks for a tag."""
     tokenizer = tokenizer_with(tiny_tokenizer().chat_template, "<answer>", "</answer>")
     rows = len(tokenizer) + 17
@@ -142,12 +144,17 @@ def test_a_padded_vocabulary_is_trained_recorded_read_back_and_scored(tmp_path: 
     problems = [{"prompt": "1" * (1 + i % 30), "answer": "1"} for i in range(60)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     task = {"name": "file", "path": str(tmp_path / "problems.jsonl"), "verifier": f"{__name__}:tagged"}
-    tree = tiny_tree(tmp_path / "run", model__name=str(tmp_path / "model"), task=task, evaluation={"prompts": 0})
+    task["heldout_rows"] = 6  # whose prompts are all too long
+    tree = tiny_tree(tmp_path / "run", model__name=str(tmp_path / "model"), task=task, evaluation={"prompts": 4})
     limits = {"max_prompt_tokens": 20, "long_prompts": "drop"}
     tree["rollout"].update(prompts=16, samples=8, max_new_tokens=12, bar_unused_ids=barred, **limits)
     config = parse_config(tree)
 
     trainer = Trainer(config)
+    said = capsys.readouterr().err
+    assert "responses end at '<|end|>' = 0 (generation_config, tokenizer, chat template)" in said
+    assert "task: 6 of 54 training rows of " in said
+    assert "evaluation: 4 of 4 problems left out, by rollout.max_prompt_tokens" in said
     metrics = trainer.train_step()
     assert metrics["correct_share"] > 0  # a reward function sees the tag
     assert metrics["prompts_dropped"] > 0
