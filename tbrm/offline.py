@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import safe_open
 
@@ -117,21 +117,29 @@ def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
 
 
 class RowReader:
-    """What the lines of a file are to one model: trajectories, and none of the problems that are `heldout`. `seen` and
-    `left_out` count them."""
+    """What the lines of a file are to one model: trajectories, and none of the problems that are `heldout`, nor of what could
+    not be graded, unless that has reward 0. `seen`, `left_out` and `ungraded` count them."""
 
-    def __init__(self, chat: Chat, task: Task | None = None, heldout: Sequence[Problem] = ()) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        task: Task | None = None,
+        heldout: Sequence[Problem] = (),
+        ungraded: Literal["drop", "zero"] = "drop",
+    ) -> None:
         self.chat = chat
         self.task = task
+        self.drops_ungraded = ungraded == "drop"
         self.seen = 0
         self.left_out = 0
+        self.ungraded = 0
         # A row shows its problem in words, in token ids, or in both.
         self._heldout = {problem.key for problem in heldout}
         self._heldout |= {self._shown(chat.encode(problem.messages, problem.tools)) for problem in heldout}
 
     def read(self, line: bytes, where: str) -> Trajectory | None:
-        """One line's; None if the line is blank, or its problem held out. Raises ValueError with `where` the line is, and the
-        field."""
+        """One line's; None if the line is blank, its problem held out, or it could not be graded. Raises ValueError with
+        `where` the line is, and the field."""
         if not line.strip():
             return None
         try:
@@ -144,8 +152,12 @@ class RowReader:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
         self.seen += 1
-        self.left_out += trajectory is None
         return trajectory
+
+    def counts(self) -> list[str]:
+        """What became of lines that are no trajectories, a phrase each."""
+        held_out = [f"{self.left_out} of {self.seen} left out: their problems are held out"] * (self.left_out > 0)
+        return held_out + [f"{self.ungraded} of {self.seen} could not be graded"] * (self.ungraded > 0)
 
     def _trajectory(self, row: dict[str, Any]) -> Trajectory | None:
         in_ids = "prompt_ids" in row or "response_ids" in row
@@ -156,6 +168,7 @@ class RowReader:
             assert problem is not None
             prompt_ids = self.chat.encode(problem.messages, problem.tools)
         if self._is_held_out(prompt_ids, problem):
+            self.left_out += 1
             return None
         truncated = row.get("truncated", False)
         if not isinstance(truncated, bool):
@@ -167,6 +180,8 @@ class RowReader:
         if not response_ids:
             raise ValueError("response: empty; there is no action to learn from")
         reward = self._reward(row, problem)
+        if reward is None:
+            return None
         mask = _action_mask(row, response_ids, in_ids=in_ids)
         return Trajectory(prompt_ids, response_ids, reward, truncated, weight_version=None, action_mask=mask)
 
@@ -175,7 +190,7 @@ class RowReader:
             return False
         return self._shown(prompt_ids) in self._heldout or (problem is not None and problem.key in self._heldout)
 
-    def _reward(self, row: dict[str, Any], problem: Problem | None) -> float:
+    def _reward(self, row: dict[str, Any], problem: Problem | None) -> float | None:
         if "reward" not in row and self.task is not None:
             return self._grade(row, problem, self.task)
         reward = row.get("reward")
@@ -185,7 +200,7 @@ class RowReader:
             raise ValueError(f"reward: got {reward!r}; wants a finite number")
         return float(reward)
 
-    def _grade(self, row: dict[str, Any], problem: Problem | None, task: Task) -> float:
+    def _grade(self, row: dict[str, Any], problem: Problem | None, task: Task) -> float | None:
         response, answer = (_text(row, field, ", to grade a line without reward") for field in ("response", "answer"))
         if problem is None:
             raise ValueError("prompt: missing, to grade a line without reward")
@@ -195,7 +210,10 @@ class RowReader:
             raise ValueError(
                 f"entry: holds no {error}, which task {task.name} grades a line without reward by"
             ) from error
-        return grade.reward
+        if grade.failure is None:
+            return grade.reward
+        self.ungraded += 1
+        return None if self.drops_ungraded else 0.0
 
     def _token_ids(self, row: dict[str, Any], field: str) -> list[int]:
         ids = row.get(field)

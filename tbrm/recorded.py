@@ -41,11 +41,10 @@ class RecordedFiles:
             return {"recorded": self._feed(replay, step)}
 
     def _feed(self, replay: ReplayBuffer, step: int) -> int:
-        seen, left_out = self.rows.seen, self.rows.left_out
+        self.rows.seen = self.rows.left_out = self.rows.ungraded = 0
         usable = [t for path in self._paths() for t in self._read(path)]
-        seen, left_out = self.rows.seen - seen, self.rows.left_out - left_out
-        if left_out:
-            print(f"replay.files: {left_out} of {seen} left out: their problems are held out", file=sys.stderr)
+        for count in self.rows.counts():
+            print(f"replay.files: {count}", file=sys.stderr)
         groups: dict[tuple[int, ...], list[Trajectory]] = {}
         for trajectory in usable:
             groups.setdefault(tuple(trajectory.prompt_ids), []).append(trajectory)

@@ -30,13 +30,13 @@ def trajectory_source(
         assert config.task is not None  # the config's validation saw to it
         stream = ProblemStream(config.task, config.seed, heldout)
         return RolloutSource(stream, engine, chat, config.rollout, config.seed, world, config.trainer.steps)
-    rows = RowReader(chat, config.task, heldout)
+    rows = RowReader(chat, config.task, heldout, config.rollout.ungraded)
     usable = read_trajectories(config.data.trajectories, rows)
+    for count in rows.counts() if world.is_main else []:
+        print(f"data.trajectories: {count}", file=sys.stderr)
     if not usable:
-        raise ConfigError(f"data.trajectories: every problem of {config.data.trajectories} is held out for evaluation")
-    if rows.left_out and world.is_main:
-        print(
-            f"data.trajectories: {rows.left_out} of {rows.seen} left out: their problems are held out", file=sys.stderr
+        raise ConfigError(
+            f"data.trajectories: every problem of {config.data.trajectories} is held out for evaluation, or could not be graded"
         )
     if (key := config.objective.wants_several_responses) and len({t.group for t in usable}) == len(usable):
         raise ConfigError(

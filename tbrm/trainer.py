@@ -106,7 +106,7 @@ class Trainer:
         self.engine = make_engine(config.rollout, self.policy, self.chat, beside, run_dir=self.run_dir)
         source = trajectory_source(config, self.engine, self.chat, withheld, beside)
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
-        rows = RowReader(self.chat, config.task, withheld if config.replay.files else [])
+        rows = RowReader(self.chat, config.task, withheld if config.replay.files else [], config.rollout.ungraded)
         self.recorded = RecordedFiles(config.replay.files, rows)
         self.optimizer = make_optimizer(self.policy.trained_weights().values(), config.optim)
         self.supply = make_supply(source, config, self.optimizer)

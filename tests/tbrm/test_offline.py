@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.offline import FileSource, RowReader, read_trajectories, write_trajectories
 from tbrm.tasks import Problem
+from tbrm.tasks.file import FileTask
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import chat_of
 
@@ -88,6 +90,24 @@ def test_a_held_out_problem_is_left_out_however_it_is_shown(tmp_path: Path, show
     [kept] = read(tmp_path, row, other, rows_are=rows_are)
     assert "33" in tiny_tokenizer().decode(kept.prompt_ids)
     assert (rows_are.seen, rows_are.left_out) == (2, 1)
+
+
+def none_for_odd_ones(completions: list[str], **_: object) -> list[float | None]:
+    return [None if int(each) % 2 else 0.5 for each in completions]
+
+
+@pytest.mark.parametrize(("ungraded", "rewards"), [("drop", [0.5, 1.0]), ("zero", [0.0, 0.5, 1.0])])
+def test_lines_that_cannot_be_graded_are_left_out_and_counted(
+    tmp_path: Path, ungraded: Literal["drop", "zero"], rewards: list[float]
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "a", "answer": "1"}))
+    task = FileTask(name="file", path=str(problems), verifier=f"{__name__}:none_for_odd_ones")
+    rows_are = RowReader(reader().chat, task, ungraded=ungraded)
+    asked = {"prompt": "a", "answer": "1"}
+    rows = [{**asked, "response": "3"}, {**asked, "response": "4"}, {"prompt": "a", "response": "5", "reward": 1.0}]
+    assert [t.reward for t in read(tmp_path, *rows, rows_are=rows_are)] == rewards
+    assert rows_are.counts() == ["1 of 3 could not be graded"]
 
 
 @pytest.mark.parametrize(
