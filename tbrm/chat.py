@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.config import Config, ConfigError
 from tbrm.ends import Ends, find_ends
+from tbrm.positions import positions_of
 from tbrm.tasks import Problem
 from tbrm.tasks.messages import Message, Tool
 
@@ -26,6 +27,10 @@ class Chat:
     ends: Ends
     vocabulary: int
     """Rows of the model's embedding; there may be more of them than tokens of the tokenizer."""
+    positions: int | None = None
+    """Tokens of prompt and response together, at most; None: no limit."""
+    max_new_tokens: int = 0
+    """That a prompt must leave room for."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     barred: Sequence[int] = ()
     """Token ids that are never sampled."""
@@ -43,12 +48,13 @@ class Chat:
 
     def encode_problems(self, problems: Sequence[Problem]) -> tuple[list[Problem], list[list[int]]]:
         """The problems whose prompts are no longer than `rollout.max_prompt_tokens`, and these prompts. Raises ValueError for
-        a longer one, unless those are dropped."""
+        a longer one, unless those are dropped, and for one that leaves the model no room for a response."""
         kept: list[Problem] = []
         prompts: list[list[int]] = []
         for problem in problems:
             ids = self.encode(problem.messages, problem.tools)
             if not self.max_prompt_tokens or len(ids) <= self.max_prompt_tokens:
+                self.check_length("rollout.max_new_tokens", ids, self.max_new_tokens)
                 kept.append(problem)
                 prompts.append(ids)
             elif not self.drops_long:
@@ -57,6 +63,15 @@ class Chat:
                     f"{problem.messages[-1]['content']!r:.80}. Raise it, or set rollout.long_prompts to drop"
                 )
         return kept, prompts
+
+    def check_length(self, where: str, prompt_ids: Sequence[int], response: int) -> None:
+        """Raises ValueError where prompt and response have more tokens than the model has positions."""
+        if self.positions is not None and len(prompt_ids) + response > self.positions:
+            shown = self.tokenizer.decode(list(prompt_ids))
+            raise ValueError(
+                f"{where}: {response} tokens after a prompt of {len(prompt_ids)} are more than the model's {self.positions} "
+                f"positions (max_position_embeddings); shorten either. The prompt: {shown!r:.80}"
+            )
 
     def encode_response(self, text: str, *, truncated: bool) -> list[int]:
         """As the model would have written it, with the end of its turn, unless it was cut off."""
@@ -137,7 +152,8 @@ def make_chat(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenize
         barred = [token for token in range(vocabulary) if token not in used]
         said += f"; {len(barred)} token ids without text are never sampled"
     drops_long = rollout.long_prompts == "drop"
-    return Chat(tokenizer, ends, vocabulary, kwargs, barred, rollout.max_prompt_tokens, drops_long, said)
+    room = (positions_of(lm.config), rollout.max_new_tokens)
+    return Chat(tokenizer, ends, vocabulary, *room, kwargs, barred, rollout.max_prompt_tokens, drops_long, said)
 
 
 def set_day(tokenizer: Any, day: date) -> None:

@@ -179,6 +179,7 @@ class RowReader:
             response_ids = self.chat.encode_response(_text(row, "response"), truncated=truncated)
         if not response_ids:
             raise ValueError("response: empty; there is no action to learn from")
+        self.chat.check_length("response", prompt_ids, len(response_ids))
         reward = self._reward(row, problem)
         if reward is None:
             return None
