@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
 from types import FrameType
 from typing import Any, Self
@@ -10,6 +12,8 @@ from typing import Any, Self
 AGAIN_SECONDS = {signal.SIGINT: 1.0, signal.SIGTERM: 10.0}
 """After the first signal, from when on another one is a second. Sooner it is the first once more: a scheduler that signals
 every process of a job reaches each directly and through its launcher. SIGINT is a person's, at a terminal."""
+
+_SAID = b"\ntbrm: the step is finished and saved before the run is left; Ctrl-C once more stops at once\n"
 
 
 class Interrupted(InterruptedError):
@@ -40,6 +44,8 @@ class Interruption:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self.signal:
             self.signal, self._noted_at = number, time.monotonic()
+            if number == signal.SIGINT and sys.stderr.isatty():  # a person's
+                os.write(sys.stderr.fileno(), _SAID)  # as print may not in the middle of another print
         elif time.monotonic() - self._noted_at >= AGAIN_SECONDS[signal.Signals(number)]:
             self.__exit__()
             signal.raise_signal(number)

@@ -158,7 +158,7 @@ def load_merged(
         raise ValueError(
             f"model.name: {config.name!r} holds adapters of type {kind} for the model {base}; wants LORA, and a model's name"
         )
-    name = _base_of(folder, base)
+    name = base_of(folder, base)
     try:
         lm, tokenizer = load_base(config.model_copy(update={"name": name, "revision": settings.get("revision")}))
     except ValueError as error:
@@ -170,7 +170,7 @@ def load_merged(
     return merged.requires_grad_(True), tokenizer
 
 
-def _base_of(folder: Path, base: str) -> str:
+def base_of(folder: Path, base: str) -> str:
     """The name of the model that adapters are for. A relative path starts at their folder, or at the working directory, as
     peft has it."""
     if Path(base).is_absolute() and not Path(base).is_dir():

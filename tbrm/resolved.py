@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from tbrm.config import Config, ConfigError, ModelConfig
 from tbrm.lora import CONFIG as ADAPTERS
-from tbrm.lora import has_adapters
+from tbrm.lora import base_of, has_adapters
 
 _MODEL_FILES = (
     "*.safetensors",
@@ -29,11 +29,11 @@ _PLACES, _PLACE_BYTES = 64, 2**16
 
 
 def resolve(config: Config) -> dict[str, str]:
-    """By key, and for a model by file: what it is. To be called when the model is loaded, and a hub's with it."""
+    """By key, and for a model by file: what it is. To be called once the model is loaded: a hub's lies in the cache then."""
     found = {
         "model.precision": str(config.model.resolve_precision()).removeprefix("torch."),
         "rollout.temperature": str(config.rollout.temperature),  # as scores of the reference depend on it
-        **{f"model.name/{path.name}": _digest(path) for path in _model_files(config.model)},
+        **{f"model.name/{file}": _digest(path) for file, path in _model_files(config.model)},
     }
     if config.data.trajectories:
         found["data.trajectories"] = _digest(Path(config.data.trajectories))
@@ -62,18 +62,18 @@ def _said(key: str, was: str | None, now: str | None) -> str:
     return f"{key} is not the file that it was" if digests else f"{key} was {was} and is {now} here (set it to {was})"
 
 
-def _model_files(config: ModelConfig) -> Iterator[Path]:
+def _model_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
     if config.name == "tiny":
         return
     folder = Path(config.name)
     if not folder.is_dir():
-        revision = config.revision
-        folder = Path(snapshot_download(config.name, revision=revision, local_files_only=True))
-    yield from sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+        folder = Path(snapshot_download(config.name, revision=config.revision, local_files_only=True))
+    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}):
+        yield path.name, path
     if has_adapters(config.name):
-        settings = json.loads((folder / ADAPTERS).read_text())
-        base = {"name": settings["base_model_name_or_path"], "revision": settings.get("revision")}
-        yield from _model_files(config.model_copy(update=base))
+        base = base_of(folder, json.loads((folder / ADAPTERS).read_text())["base_model_name_or_path"])
+        if Path(base).is_dir():  # a hub's may not be here yet
+            yield from ((f"base/{file}", path) for file, path in _model_files(config.model_copy(update={"name": base})))
 
 
 def _digest(path: Path) -> str:

@@ -35,6 +35,20 @@ def test_a_persons_second_ctrl_c_acts_at_once(clock: list[float]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_person_at_a_terminal_is_told_that_a_second_one_acts_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == ""  # a job's log needs no such advice
+    terminal, stderr = os.openpty()
+    with os.fdopen(stderr, "w") as shown, Interruption():
+        monkeypatch.setattr("sys.stderr", shown)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert b"Ctrl-C once more stops at once" in os.read(terminal, 200)
+    os.close(terminal)
+
+
 def test_a_second_sigterm_acts_after_ten_seconds(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     acted: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: acted.append(number))
