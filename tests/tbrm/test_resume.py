@@ -59,7 +59,8 @@ def back_to(run: Path, step: int) -> None:
 
 
 def contents(run: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(run.rglob("*")) if p.is_file()}
+    files = (path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def recipe(tmp_path: Path, run: Path, **settings: Any) -> str:
