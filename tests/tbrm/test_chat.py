@@ -128,6 +128,19 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named() -> None:
         chat_with(rollout={"stop_ids": [200]})
 
 
+def test_a_template_that_refuses_a_role_is_named_before_anything_is_generated(tmp_path: Path) -> None:
+    """As Gemma's refuses a system prompt."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = tokenizer_with(refuses + str(tiny_tokenizer().chat_template))
+    tiny_model(len(tokenizer), seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tree = tiny_tree(tmp_path / "run", model__name=str(tmp_path / "model"), task__system="Be brief.")
+    with pytest.raises(
+        ValueError, match=r"refuses messages of system, user: System role not supported\. .*task\.system"
+    ):
+        Trainer(parse_config(tree))
+
+
 def tagged(prompts: Any, completions: list[str], **_: Any) -> list[float]:
     return [float("<answer>" in completion) for completion in completions]
 
