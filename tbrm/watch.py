@@ -56,6 +56,8 @@ class Watch:
     def culprit(self, timeout: int) -> str:
         """Once a collective, which may take `timeout` seconds, has failed: what another process says it failed of, or those
         that say nothing within some seconds; "" if all have failed of the same."""
+        if not self._others:
+            return ""
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
         try:
             self._store.set(f"failed/{self._rank}", "")
@@ -84,14 +86,23 @@ class Watch:
         return self._store.get(_FIRST).decode() if self._store.check([_FIRST]) else ""
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store is gone: nobody is left to watch
-            while not self._ended.wait(_LOOK_SECONDS):
-                if self._parent is not None and os.getppid() != self._parent:
-                    self._parent = None
-                    os.kill(os.getpid(), signal.SIGTERM)  # as the launcher would: what is done is saved
-                if failure := self._failure():
-                    self._store.set(f"knows/{self._rank}", "")
-                    self._leave(failure)
+        heard = True
+        while not self._ended.wait(_LOOK_SECONDS):
+            if self._parent is not None and os.getppid() != self._parent:
+                self._parent = None
+                os.kill(os.getpid(), signal.SIGTERM)  # as the launcher would: what is done is saved
+            heard = heard and self._listen()
+
+    def _listen(self) -> bool:
+        """False: the store is gone, and with it whoever could say something."""
+        try:
+            if failure := self._failure():
+                self._store.set(f"knows/{self._rank}", "")
+        except RuntimeError:
+            return False
+        if failure:
+            self._leave(failure)
+        return True
 
     def _leave(self, failure: str) -> None:
         if not self._ended.wait(GRACE_SECONDS):

@@ -40,6 +40,11 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"{run} never came to step {step}")
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a launcher has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: int, processes: int) -> None:
     recipe = write_recipe(tmp_path, trainer__steps=100_000)
@@ -50,7 +55,9 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: int
     command = [sys.executable, "-m", *launcher, "tbrm", "train", str(recipe)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     wait_for_step(run, 3, process)
-    process.send_signal(number)
+    # To all of them at once, as SLURM and systemd do: the workers get it from torchrun once more.
+    for pid in [process.pid, *(children(process.pid) if processes > 1 else [])]:
+        os.kill(pid, number)
     _, errors = process.communicate(timeout=60)
     last = read_jsonl(run / "metrics.jsonl")[-1]["step"]
     line = f"tbrm train: {signal.Signals(number).name}: stopped after step {last}, which is saved; go on with --resume"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.cli import main
 from tbrm.config import ConfigError, LoraConfig, ModelConfig
-from tbrm.data import pack
+from tbrm.data import Trajectory, pack
 from tbrm.export import export
 from tbrm.load import load_model
 from tbrm.lora import Adapters
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
+from tbrm.reference_model import ReferenceModel
+from tbrm.rollout import Response
+from tbrm.rollout.vllm.check import StaleWeightsError, SyncCheck
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
@@ -38,6 +44,42 @@ def with_adapters(architecture: str, *targets: str, tied: bool = False) -> Polic
     policy.adapters = adapters
     adapters.reset()
     return policy
+
+
+def test_a_check_beside_training_sees_the_adapters_though_the_reference_is_scored_without_them() -> None:
+    policy = with_adapters("llama", *TARGETS)
+    with torch.no_grad():
+        for name, weight in policy.trained_weights().items():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    check = SyncCheck(policy, tiny_tokenizer(), limit=None)
+    prompt, answer = check.prompt(64), list(range(5, 13))
+    truth = policy(pack([Trajectory(prompt, answer, 0.0)])).logprobs.tolist()
+    stop, gaps = threading.Event(), []
+
+    def check_again_and_again() -> None:
+        while not stop.is_set():
+            gaps.append(gap_of(lambda: check([Response(answer, False, 0, truth)], torch.float32, 64)))
+
+    thread = threading.Thread(target=check_again_and_again)
+    thread.start()
+    reference, work = (
+        ReferenceModel(policy),
+        [Trajectory(list(range(5, 60)), list(range(5, 45)), 0.0) for _ in range(8)],
+    )
+    for _ in range(20):
+        reference.score(pack(work), work)
+    stop.set()
+    thread.join()
+    assert len(gaps) > 5
+    assert max(gaps) <= 1e-3
+
+
+def gap_of(check: Callable[[], dict[str, float]]) -> float:
+    try:
+        return check()["sync/logprob_gap_max"]
+    except StaleWeightsError:
+        return math.inf
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -368,3 +368,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 def test_learning_rate(schedule: str, rates: list[float]) -> None:
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2, schedule=schedule)
     assert [learning_rate_at(step, optim, 6) for step in range(1, 7)] == pytest.approx(rates, abs=1e-4)
+
+
+def test_the_norm_of_no_gradients_lies_on_the_models_device(tmp_path: Path) -> None:
+    """Of a step whose trajectories were all dropped; it joins sums that are there."""
+    trainer = Trainer(tiny_config(tmp_path, evaluation={"prompts": 0}))
+    trainer.device = torch.device("meta")
+    assert trainer._clip_gradients().device.type == "meta"
