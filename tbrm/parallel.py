@@ -33,7 +33,7 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    """(replicate, shard); None for a run of one process without torchrun, which is not sharded."""
+    """(replicate, shard); None for a run of one process without a launcher, which is not sharded."""
     timeout: timedelta = timedelta(minutes=30)
     group: dist.ProcessGroup | None = None
     """What objects travel over; None: the default one."""
