@@ -32,7 +32,7 @@ def write_recipe(folder: Path, run: str = "run", **settings: object) -> Path:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    for _ in range(600):
+    for _ in range(1800):
         if (run / "metrics.jsonl").exists() and len(read_jsonl(run / "metrics.jsonl")) >= step:
             return
         assert process.poll() is None

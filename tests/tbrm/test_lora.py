@@ -53,6 +53,7 @@ def test_a_check_beside_training_sees_the_adapters_though_the_reference_is_score
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     check = SyncCheck(policy, tiny_tokenizer(), limit=None)
+    check._prompt = list(range(5, 85))  # of this model's vocabulary
     prompt, answer = check.prompt(64), list(range(5, 13))
     truth = policy(pack([Trajectory(prompt, answer, 0.0)])).logprobs.tolist()
     stop, gaps = threading.Event(), []
