@@ -63,7 +63,7 @@ class Grade:
 
 def _number(reward: Any) -> float:
     value = reward.item() if hasattr(reward, "item") else reward
-    if not isinstance(value, Real | Decimal) or not abs(value) <= _LARGEST_REWARD:
+    if not isinstance(value, Real | Decimal) or not abs(value) <= _LARGEST_REWARD:  # type: ignore[operator]
         raise ValueError(f"a reward must be a finite number of at most {_LARGEST_REWARD:g}, got {reward!r:.200}")
     return float(value)
 
