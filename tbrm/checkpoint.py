@@ -34,13 +34,14 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.config import CheckpointConfig
 from tbrm.files import Discards, lacks_room, save_tensors
 from tbrm.hub_folder import save_config, save_tokenizer
+from tbrm.lora import WEIGHTS as ADAPTERS
 from tbrm.model import PolicyModel
 from tbrm.names import path_within
 from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
 from tbrm.replay import ReplayBuffer
 from tbrm.supply import Supply
-from tbrm.weights import read_weights, whole
+from tbrm.weights import read_weights, stored_tensors, whole
 
 FORMAT = 3
 _UNFINISHED = ".writing-"
@@ -120,9 +121,9 @@ class Checkpoints:
         tensors = {_OPTIMIZER: _optimizer_tensors(policy, optimizer)}
         adapters = {}
         if policy.adapters is None:
-            tensors["."] = _detached(policy.weights())
+            tensors["."] = _detached(policy.saved_weights())
         else:
-            adapters = {name: whole(tensor) for name, tensor in _detached(policy.trained_weights()).items()}
+            adapters = {name: whole(tensor) for name, tensor in _detached(policy.saved_weights()).items()}
         if reference.version > 0:
             tensors[_REFERENCE] = _detached(reference.model.weights())
 
@@ -259,10 +260,13 @@ class Checkpoint:
         # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
         if self.state.reference_version > 0:
             reference.load(self.folder / _REFERENCE, self.state.reference_version)
-        read_weights(policy.trained_weights(), self.folder)
+        read_weights(policy.saved_weights(), self.folder / ADAPTERS if policy.adapters else self.folder)
         if not (self.folder / _OPTIMIZER).exists():  # no step was ever taken
             return
-        for parameter in policy.trained_weights().values():
+        stored = stored_tensors(self.folder / _OPTIMIZER)
+        for name, parameter in policy.trained_weights().items():
+            if f"{name}/step" not in stored:  # it never had a gradient
+                continue
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         read_weights(_optimizer_tensors(policy, optimizer), self.folder / _OPTIMIZER)

@@ -261,19 +261,23 @@ class PolicyModel(nn.Module):
             )
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Every weight of the transformers model once, by the first of its names: a tied head goes by the embedding's. Adapters
-        are none of them."""
+        """Every weight of the transformers model once, by the first of its names: a tied head goes by the embedding's. Buffers
+        that are saved (a router's correction bias) are among them, adapters are not."""
         named: dict[int, tuple[str, nn.Parameter]] = {}
         for name, weight in self._state().items():
             if not is_adapter(name):
                 named.setdefault(id(weight), (name.replace(".base_layer.", "."), weight))
         return dict(named.values())
 
-    def trained_weights(self) -> dict[str, nn.Parameter]:
-        """All weights or, where there are adapters, those of the adapters alone, by the names that peft gives them."""
+    def saved_weights(self) -> dict[str, nn.Parameter]:
+        """What a checkpoint holds: all weights or, where there are adapters, those of the adapters alone, by peft's names."""
         if self.adapters is None:
             return self.weights()
         return {saved_name(name): weight for name, weight in self._state().items() if is_adapter(name)}
+
+    def trained_weights(self) -> dict[str, nn.Parameter]:
+        """Those of them that learn."""
+        return {name: weight for name, weight in self.saved_weights().items() if weight.requires_grad}
 
     def _state(self) -> dict[str, nn.Parameter]:
         # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
