@@ -61,7 +61,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The signature is that of transformers' attention functions; returns ([1, T, heads, head_dim], None)."""
     if query.device.type == "cpu":
-        value = value.to(query.dtype)
+        key, value = key.to(query.dtype), value.to(query.dtype)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

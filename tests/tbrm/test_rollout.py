@@ -15,7 +15,7 @@ from tbrm.rollout.collect import RolloutSource
 from tbrm.rollout.packed_weights import packed_weights
 from tbrm.tasks import Grade, Problem, ProblemStream, Task
 from tbrm.tiny import tiny_model, tiny_tokenizer
-from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, chat_of, make_lm
+from tests.tbrm.conftest import ARCHITECTURES, DENSE, VOCABULARY, chat_of, make_lm
 
 PROMPTS = [[5], [5, 6, 7], [8, 9, 10, 11, 12], [5, 6]]
 
@@ -86,7 +86,7 @@ MIXED = [[5], list(range(3, 43)), [9, 8, 7], [9, 8, 7], [5, 6], [5, 6, 7, 8, 9, 
 
 @pytest.mark.parametrize("looks", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_rows_come_and_go_without_a_trace(
     architecture: str, batch_size: int, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
