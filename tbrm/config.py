@@ -34,6 +34,11 @@ class ModelConfig(Section):
         description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
+    ignore_weights: list[str] = Field(
+        [],
+        description="Patterns (*, ?) of tensors in its files to read past, such as a vision tower. What is missing there, or "
+        "has no place in the model, is an error.",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Of the products; weights are float32. auto: bfloat16 where the processor has it (GPUs, AVX512-BF16, AMX).",

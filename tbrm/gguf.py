@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,11 +26,15 @@ def import_gguf(file: Path, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} exists already; delete it, or name another folder")
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    read: Any  # the types of transformers do not know that there are two things
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as GGUF: {error}") from error
+    quantised, found = read
+    if wrong := {what: sorted(map(str, names)) for what, names in found.items() if names}:
+        raise ValueError(f"{file} is not the {type(quantised).__name__} that it says it is: {wrong}")
 
     # transformers will not save a model that it de-quantised, so the weights move to a fresh one of the same class.
     values = quantised.config.to_dict()

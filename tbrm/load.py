@@ -23,12 +23,14 @@ from tbrm.chat import set_day
 from tbrm.config import Config, ConfigError, ModelConfig
 from tbrm.flash_attention import FLASH_ATTENTION
 from tbrm.hub_folder import remember_dtype
-from tbrm.lora import Adapters, has_adapters, is_adapter, load_merged
+from tbrm.lora import CONFIG as ADAPTER_CONFIG
+from tbrm.lora import Adapters, has_adapters, load_merged
 from tbrm.model import PolicyModel
+from tbrm.model_files import ModelFiles
 from tbrm.parallel import ALONE, Sharding, World
 from tbrm.paths import is_path
 from tbrm.tiny import tiny_model, tiny_tokenizer
-from tbrm.weights import materialise, read_weights
+from tbrm.weights import materialise
 
 
 def load_model(
@@ -62,29 +64,48 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(config.name, **where)
         settings = AutoConfig.from_pretrained(config.name, **where)
         remember_dtype(settings)
-        if meta:
-            with torch.device("meta"):
-                remote_code = {"trust_remote_code": config.trust_remote_code}
-                lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **remote_code)
-            with suppress(OSError):  # it has none of its own: the model's config says it all
-                lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
-        else:
-            lm = AutoModelForCausalLM.from_pretrained(
-                config.name, config=settings, dtype=torch.float32, use_safetensors=True, **where
-            )
-            if any(is_adapter(name) for name, _ in lm.named_parameters()):
-                raise ValueError("it holds adapters; download them to a folder, and name that")
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
+        if getattr(settings, "quantization_config", None):
             raise ValueError(
-                f"model.name: {config.name!r} brings Python code of its own, which is not run unasked: read it, and give "
-                "model.trust_remote_code=true"
-            ) from error
-        raise ValueError(
-            f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
-            "(needs the network), or 'tiny'. `tbrm import-gguf FILE OUT` makes a folder of a GGUF file."
-        ) from error
+                "its weights are quantised (quantization_config in config.json): de-quantise and save them first"
+            )
+        with torch.device("meta"):
+            remote_code = {"trust_remote_code": config.trust_remote_code}
+            lm = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **remote_code)
+        with suppress(OSError):  # it has none of its own: the model's config says it all
+            lm.generation_config = GenerationConfig.from_pretrained(config.name, revision=config.revision or "main")
+    except (OSError, ValueError) as error:
+        raise _cannot_be_loaded(config, error) from error
+    if not meta:
+        files = weight_files(config, lm)
+        materialise(lm, torch.device("cpu"), torch.device("cpu"))
+        files.read(lm.state_dict(keep_vars=True))
     return lm, tokenizer
+
+
+def weight_files(config: ModelConfig, lm: PreTrainedModel) -> ModelFiles:
+    """Those that hold the weights of `lm`, which is on the meta device. Raises ValueError if they do not."""
+    try:
+        folder = Path(config.name)
+        if not folder.is_dir():
+            patterns = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG]
+            folder = Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+            if has_adapters(str(folder)):
+                raise ValueError("it holds adapters; download them to a folder, and name that")
+        return ModelFiles(lm, folder, config.ignore_weights)
+    except (OSError, ValueError) as error:
+        raise _cannot_be_loaded(config, error) from error
+
+
+def _cannot_be_loaded(config: ModelConfig, error: Exception) -> ValueError:
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"model.name: {config.name!r} brings Python code of its own, which is not run unasked: read it, and give "
+            "model.trust_remote_code=true"
+        )
+    return ValueError(
+        f"model.name: {config.name!r} cannot be loaded: {error}\nGive a Hugging Face folder with safetensors, a hub name "
+        "(needs the network), or 'tiny'. `tbrm import-gguf FILE OUT` makes a folder of a GGUF file."
+    )
 
 
 def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
@@ -96,9 +117,9 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     flash = config.model.resolve_attention() == "flash"
     if config.model.liger and device.type != "cuda":
         raise ConfigError(f"model.liger: true; wants a GPU, and this is {device}: set it to false")
-    in_slices = any(Path(config.model.name).glob("shard-*.safetensors"))  # a checkpoint of several processes
-    lm, tokenizer = load_model(config.model, config.seed, meta=in_slices or world.mesh is not None)
-    unread = lm.device.type == "meta"
+    alone = world.mesh is None
+    lm, tokenizer = load_model(config.model, config.seed, meta=not (alone and has_adapters(config.model.name)))
+    files = weight_files(config.model, lm) if lm.device.type == "meta" else None
     adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
     policy = PolicyModel(
         lm,
@@ -113,23 +134,17 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
         policy.checkpoint_activations()
     if world.mesh is not None:
         policy.shard(Sharding(world.mesh, config.parallel, precision))
-    elif unread:
+    elif files is not None:
         materialise(lm, device, device)
     else:
         policy = policy.to(device)
-    if unread:
-        read_weights(policy.weights(), _weights_folder(config.model))
+    if files is not None:
+        files.read(policy.weights())
     if adapters is not None:
         adapters.reset()
     policy.check_architecture()
     set_day(tokenizer, date.today())
     return policy, tokenizer
-
-
-def _weights_folder(config: ModelConfig) -> Path:
-    if Path(config.name).is_dir():
-        return Path(config.name)
-    return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=["*.safetensors"]))
 
 
 def find_model(name: str) -> tuple[str, str]:

@@ -166,7 +166,16 @@ def load_merged(
     _resize_vocabulary(lm, folder)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    merged: PreTrainedModel = peft.PeftModel.from_pretrained(lm, config.name).merge_and_unload()
+    adapted = peft.PeftModel.from_pretrained(lm, config.name)
+    wanted = {name for name in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False) if "lora_" in name}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        found = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (it is no mapping)
+    if wanted != found:
+        raise ValueError(
+            f"model.name: {config.name!r}: {WEIGHTS} does not hold the adapters that {CONFIG} describes for {base}: "
+            f"missing {sorted(wanted - found)}, without a place {sorted(found - wanted)}"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload()
     return merged.requires_grad_(True), tokenizer
 
 

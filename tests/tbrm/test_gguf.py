@@ -15,7 +15,7 @@ gguf = pytest.importorskip("gguf")
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "ab", "cd"]
 
 
-def write_llama(path: Path) -> LlamaForCausalLM:
+def write_llama(path: Path, left_out: str = "lm_head.weight") -> LlamaForCausalLM:
     torch.manual_seed(0)
     lm = LlamaForCausalLM(
         LlamaConfig(
@@ -55,7 +55,7 @@ def write_llama(path: Path) -> LlamaForCausalLM:
         "model.layers": "blk",
     }
     for name, tensor in lm.state_dict().items():
-        if name == "lm_head.weight":
+        if name in ("lm_head.weight", left_out):
             continue
         tensor = tensor.detach()
         if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of the rotary embedding
@@ -82,6 +82,13 @@ def test_an_imported_model_is_a_plain_folder_with_the_same_weights(tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template is not None
     assert tokenizer.decode(tokenizer("abcd").input_ids, skip_special_tokens=True) == "abcd"
+
+
+def test_a_file_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    write_llama(tmp_path / "model.gguf", left_out="model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match=r"is not the LlamaForCausalLM .*missing_keys.*layers\.0\.mlp\.up_proj"):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:

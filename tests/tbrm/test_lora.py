@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.cli import main
@@ -31,7 +31,7 @@ from tbrm.rollout.vllm.check import StaleWeightsError, SyncCheck
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
-from tests.tbrm.conftest import ARCHITECTURES, chat_of, make_lm, tiny_config
+from tests.tbrm.conftest import ARCHITECTURES, DENSE, chat_of, make_lm, tiny_config
 from tests.tbrm.test_model import trajectories
 
 TARGETS = ["q_proj", "up_proj", "lm_head"]
@@ -83,7 +83,7 @@ def gap_of(check: Callable[[], dict[str, float]]) -> float:
         return math.inf
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", DENSE)
 def test_gradients_are_those_of_the_adapted_model_itself(architecture: str) -> None:
     policy = with_adapters(architecture, *TARGETS)
     lm, items = policy.lm, trajectories()
@@ -179,6 +179,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_file_that_lacks_adapters_of_its_config_is_refused(base: Path, tmp_path: Path) -> None:
+    lm = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), PeftConfig(r=2, target_modules=["q_proj", "v_proj"])
+    )
+    lm.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    gone = next(name for name in weights if "layers.1.self_attn.v_proj.lora_B" in name)
+    weights["base_model.model.model.layers.9.self_attn.v_proj.lora_B.weight"] = weights.pop(gone)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"missing \['.*layers\.1\.\S*v_proj\.lora_B.*, without a place \['.*layers\.9\."
+    ):
+        load_model(ModelConfig(name=str(tmp_path)), seed=0)
 
 
 def test_a_run_saves_resumes_exports_and_is_evaluated(

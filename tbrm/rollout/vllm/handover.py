@@ -76,8 +76,8 @@ class Handover:
             self._replace("model.safetensors", self._named(), (weight for _, weight in self.weights()))
             self._has_model = True
         if self._apart is not None:
-            trained = self.policy.trained_weights()
-            self._replace(f"{ADAPTERS}/{WEIGHTS}", trained, (whole(weight.detach()) for weight in trained.values()))
+            adapters = self.policy.saved_weights()
+            self._replace(f"{ADAPTERS}/{WEIGHTS}", adapters, (whole(weight.detach()) for weight in adapters.values()))
 
     def _replace(self, name: str, weights: Mapping[str, Tensor], gathered: Iterator[Tensor]) -> None:
         unfinished = self.folder / "unfinished" if self.folder else None
@@ -90,7 +90,7 @@ class Handover:
         """What vLLM must be sent, by its names in the transformers model: one weight at a time, whole, and with what an adapter
         adds to it, unless they go apart. All processes go through them together."""
         adapters = None if self._apart else self.policy.adapters
-        added = self.policy.trained_weights() if adapters else {}
+        added = self.policy.saved_weights() if adapters else {}
         for name, weight in self._named().items():
             gathered = whole(weight.detach())
             yield name, adapters.merged(name, gathered, added) if adapters else gathered
