@@ -34,9 +34,8 @@ class VocabSlice:
     """This process's part of the vocabulary, and the targets [T] as it sees them."""
 
     def __init__(self, weight: Tensor, targets: Tensor, ignore_index: int, group: dist.ProcessGroup) -> None:
-        sizes = [0] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, len(weight), group=group)
         self.group = group
+        sizes = _everybodys(len(weight), targets.device, group)
         self.vocab = sum(sizes)
         first = sum(sizes[: dist.get_rank(group)])
         self.kept = targets != ignore_index
@@ -50,9 +49,7 @@ class VocabSlice:
 
     def fewest(self, number: int) -> int:
         """The smallest of the numbers that the processes give."""
-        numbers = [0] * dist.get_world_size(self.group)
-        dist.all_gather_object(numbers, number, group=self.group)
-        return min(numbers)
+        return min(_everybodys(number, self.targets.device, self.group))
 
     def combine(
         self, logprobs: Tensor, lse: Tensor, entropy: Tensor | None, tokens: slice | None = None
@@ -60,6 +57,13 @@ class VocabSlice:
         """The statistics over the whole vocabulary from those over this slice, of the given tokens (all if None)."""
         tokens = tokens or slice(None)
         return _Combine.apply(logprobs, lse, entropy, self.owned[tokens], self.kept[tokens], self.group)
+
+
+def _everybodys(number: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    """The number of each process, in the order of ranks: a tensor of one entry takes one collective, an object two."""
+    numbers = torch.full((dist.get_world_size(group),), number, device=device)
+    dist.all_gather(list(numbers.split(1)), numbers[:1].clone(), group=group)
+    return numbers.tolist()
 
 
 class _Combine(torch.autograd.Function):
