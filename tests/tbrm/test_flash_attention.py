@@ -64,7 +64,7 @@ def test_stats_and_gradients_are_those_of_the_other_attention(
         (stats.logprobs.sum() + stats.lse.sum()).backward()
         found.append([stats.logprobs, stats.lse, *(p.grad for p in policy.parameters() if p.grad is not None)])
     for ours, expected in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        assert (ours - expected).norm() <= 1e-4 * expected.norm() + 1e-6
 
 
 def test_a_response_sees_its_prompt_and_no_other_response() -> None:
