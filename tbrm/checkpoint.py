@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -218,9 +219,10 @@ class Checkpoints:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-        except CheckpointError:
+        except CheckpointError as error:
             if error_type is None:
                 raise
+            print(error, file=sys.stderr)  # beside what ends the run
 
 
 def latest_step(run_dir: Path) -> int | None:
@@ -277,16 +279,22 @@ _WRONG = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def _checked_state(folder: Path, world: World) -> TrainerState:
-    values = json.loads((folder / _STATE).read_text())
-    found = values.pop("format")
-    if found != FORMAT:
-        raise ValueError(f"state.json: format {found!r}, this version reads {FORMAT}")
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    # Read once for all: a process whose file system is late would leave the others waiting.
+    values, manifest = world.on_main(lambda: _read_state(folder))
     names = list(map(path_within, manifest))
     damaged = world.split(lambda names: [_check(folder, name, manifest[name]) for name in names], names)
     if any(damaged):
         raise ValueError("; ".join(filter(None, damaged)))
     return TrainerState(**values)
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The counters and the manifest."""
+    values = json.loads((folder / _STATE).read_text())
+    found = values.pop("format")
+    if found != FORMAT:
+        raise ValueError(f"state.json: format {found!r}, this version reads {FORMAT}")
+    return values, json.loads((folder / _MANIFEST).read_text())
 
 
 def _good_one_before(folder: Path, world: World) -> Path | None:

@@ -58,8 +58,12 @@ class FileSource:
 
     def restore(self, folder: Path) -> list[Collected]:
         """Takes the scores back, unless they are of other trajectories; returns what was waiting."""
-        if not (folder / _SCORES).exists():  # an earlier version's
-            return load_collected(folder / WAITING)
+        if not (folder / _SCORES).exists():  # an earlier version's, which has copies of those that wait
+            ours = {_content(t): t for t in self.trajectories}
+            waiting = load_collected(folder / WAITING)
+            if not all(_content(t) in ours for collected in waiting for t in collected.trajectories):
+                return []
+            return [Collected([ours[_content(t)] for t in collected.trajectories]) for collected in waiting]
         with safe_open(folder / _SCORES, framework="pt") as file:
             said, columns = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if said["of"] != self._fingerprint:
@@ -89,6 +93,11 @@ class FileSource:
                 taken += [self.trajectories[i] for i in part]
                 self.position += len(part)
         return Collected(taken)
+
+
+def _content(trajectory: Trajectory) -> tuple[object, ...]:
+    """What makes two of a file's trajectories the same."""
+    return *trajectory.prompt_ids, -1, *trajectory.response_ids, -1, *trajectory.actions, trajectory.reward
 
 
 def read_trajectories(path: str | Path, rows: RowReader) -> list[Trajectory]:
@@ -126,9 +135,13 @@ class RowReader:
         task: Task | None = None,
         heldout: Sequence[Problem] = (),
         ungraded: Literal["drop", "zero"] = "drop",
+        *,
+        grades: bool = True,
     ) -> None:
+        """Unless it `grades`, a line without reward has reward 0, for who wants no rewards."""
         self.chat = chat
         self.task = task
+        self.grades = grades
         self.drops_ungraded = ungraded == "drop"
         self.seen = 0
         self.left_out = 0
@@ -149,7 +162,7 @@ class RowReader:
                     f"got {type(row).__name__}; wants an object with prompt or messages, response and reward"
                 )
             trajectory = self._trajectory(row)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:  # numbers and nesting without end, too
             raise ValueError(f"{where}: {error}") from error
         self.seen += 1
         return trajectory
@@ -193,7 +206,7 @@ class RowReader:
 
     def _reward(self, row: dict[str, Any], problem: Problem | None) -> float | None:
         if "reward" not in row and self.task is not None:
-            return self._grade(row, problem, self.task)
+            return self._grade(row, problem, self.task) if self.grades else 0.0
         reward = row.get("reward")
         if isinstance(reward, bool) or not isinstance(reward, int | float):
             raise ValueError(f"reward: got {reward!r}; wants a number")

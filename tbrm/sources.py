@@ -31,8 +31,10 @@ def trajectory_source(
         stream = ProblemStream(config.task, config.seed, heldout)
         return RolloutSource(stream, engine, chat, config.rollout, config.seed, world, config.trainer.steps)
     rows = RowReader(chat, config.task, heldout, config.rollout.ungraded)
-    usable = read_trajectories(config.data.trajectories, rows)
-    for count in rows.counts() if world.is_main else []:
+    path = config.data.trajectories
+    # Once for all: what grades a line may draw, or ask somebody.
+    usable = world.on_main(lambda: read_trajectories(path, rows))
+    for count in rows.counts():  # of the main process
         print(f"data.trajectories: {count}", file=sys.stderr)
     if not usable:
         raise ConfigError(

@@ -150,6 +150,7 @@ class Trainer:
                 if finished or best or stop or _due(state.step, config.checkpoint.every):
                     self._save(best=best)
                 if stop:
+                    self.checkpoints.wait()
                     raise Interrupted(stop, f"stopped after step {state.step}, which is saved; go on with --resume")
             result = self._result()
             out.result(result)

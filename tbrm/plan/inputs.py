@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import make_chat
-from tbrm.config import Config
+from tbrm.config import Config, ConfigError
 from tbrm.data import Trajectory, common_prefix, pack
 from tbrm.deal import deal
 from tbrm.load import load_model
@@ -123,11 +123,15 @@ def trajectories_of(config: Config, policy: PolicyModel, tokenizer: PreTrainedTo
     count = rollout.prompts * rollout.samples
     chat = make_chat(config, policy.lm, tokenizer)
     if config.data.trajectories is not None:
-        recorded = read_trajectories(config.data.trajectories, RowReader(chat, config.task))
+        recorded = read_trajectories(config.data.trajectories, RowReader(chat, config.task, grades=False))
         recorded.sort(key=lambda t: len(t.prompt_ids) + len(t.response_ids), reverse=True)
         return (recorded * -(-count // len(recorded)))[:count]
     assert config.task is not None  # the config's validation saw to it
     _, prompts = chat.encode_problems(ProblemStream(config.task, config.seed, []).take(rollout.prompts))
+    if not prompts:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens: {rollout.max_prompt_tokens} is less than each prompt of the first step has; raise it"
+        )
     response = [0] * rollout.max_new_tokens
     fresh = [Trajectory(prompt, response, reward=0.0) for prompt in prompts for _ in range(rollout.samples)]
     replayed = config.replay.samples_per_step

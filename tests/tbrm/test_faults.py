@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbrm.checkpoint import Checkpoint, CheckpointError
+from tbrm.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tbrm.metrics import read_jsonl
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
@@ -143,6 +144,24 @@ def test_checkpoints_written_while_training_goes_on_are_the_same(tmp_path: Path)
         Trainer(tiny_config(tmp_path / str(asynchronous), checkpoint=checkpoint)).train()
     assert_same_weights(tmp_path / "True", tmp_path / "False")
     assert Checkpoint((tmp_path / "True" / "checkpoints" / "latest").resolve()).state.step == 4
+
+
+def test_a_signals_checkpoint_that_cannot_be_written_is_not_called_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def train_step(self: Trainer) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    real = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(Checkpoints, "_write_tensors", full)
+    trainer = Trainer(tiny_config(tmp_path, evaluation={"prompts": 0}, checkpoint={"asynchronous": True}))
+    with pytest.raises(CheckpointError, match=r"No space left on device.*make room there"):
+        trainer.train()
 
 
 HANGS = textwrap.dedent(

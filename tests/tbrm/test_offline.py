@@ -12,6 +12,8 @@ from tbrm.config import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.offline import FileSource, RowReader, read_trajectories, write_trajectories
+from tbrm.rollout.collect import WAITING, save_collected
+from tbrm.supply import Supply
 from tbrm.tasks import Problem
 from tbrm.tasks.file import FileTask
 from tbrm.tiny import tiny_model, tiny_tokenizer
@@ -118,6 +120,8 @@ def test_lines_that_cannot_be_graded_are_left_out_and_counted(
         ({"prompt": "1", "response": "2"}, r":2: reward: got None; wants a number"),
         ({"prompt": "1", "response": "2", "reward": True}, r":2: reward: got True; wants a number"),
         ({"prompt": "1", "response": "2", "reward": float("nan")}, r":2: reward: got nan; wants a finite number"),
+        ({"prompt": "1", "response": "2", "reward": 10**400}, r":2: int too large"),
+        ("[" * 100_000, r":2: maximum recursion depth"),
         ({"prompt": "1", "response": 2, "reward": 1}, r":2: response: got 2; wants text"),
         ({"response": "2", "reward": 1}, r":2: neither prompt \(text\) nor messages"),
         ({"messages": [{"role": "user"}], "response": "2", "reward": 1}, r":2: messages holds \{'role': 'user'\}"),
@@ -178,3 +182,18 @@ def test_a_step_may_take_more_than_one_epoch() -> None:
     dealt = [t.response_ids[0] for t in source.collect(1, Phases(torch.device("cpu"))).trajectories]
     assert sorted(dealt[:3]) == sorted(dealt[3:6]) == [0, 1, 2]
     assert len(dealt) == 8
+
+
+def test_what_waited_in_a_checkpoint_of_an_earlier_version_can_be_saved_again(tmp_path: Path) -> None:
+    def supply() -> Supply:
+        trajectories = [Trajectory([1, i], [2, 3], 1.0, group=i) for i in range(8)]
+        return Supply(FileSource(trajectories, RolloutConfig(prompts=4, samples=1, updates=4), seed=0), updates=4)
+
+    phases = Phases(torch.device("cpu"))
+    before, after = supply(), supply()
+    before.collect(1, phases)
+    save_collected(tmp_path / WAITING, before.waiting)
+    after.restore(tmp_path)
+    assert [c.trajectories for c in after.waiting] == [c.trajectories for c in before.waiting]
+    (tmp_path / "again").mkdir()
+    after.save(tmp_path / "again")

@@ -199,6 +199,24 @@ def test_what_cannot_be_launched_is_refused(tmp_path: Path, settings: dict[str, 
         make_plan(tiny_config(tmp_path, **settings), 4)
 
 
+def judge(**_: Any) -> list[float]:
+    raise AssertionError("lengths want no grades")
+
+
+def test_recorded_lines_are_planned_for_without_grading_them(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "1", "response": "2", "answer": "3"}) + "\n")
+    task = {"name": "file", "path": str(data), "verifier": f"{__name__}:judge"}
+    config = tiny_config(tmp_path, task=task, data__trajectories=str(data), evaluation={"prompts": 0})
+    assert make_plan(config, 1).peak() > 0
+
+
+def test_prompts_that_are_all_too_long_are_named(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rollout__max_prompt_tokens=1, rollout__long_prompts="drop")
+    with pytest.raises(ConfigError, match=r"rollout.max_prompt_tokens: 1 is less than each prompt"):
+        make_plan(config, 1)
+
+
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(tiny_config(tmp_path).model_dump_json())
 

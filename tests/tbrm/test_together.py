@@ -47,6 +47,14 @@ def test_what_fails_on_one_process_fails_on_all_with_its_own_error(found: list[d
         assert failures["none"] == []
 
 
+def test_a_checkpoint_is_read_once_for_all_processes(found: list[dict[str, Any]]) -> None:
+    assert [found[rank]["late file system"] for rank in RANKS] == [[], [], []]
+
+
+def test_recorded_lines_are_graded_once_for_all_processes(found: list[dict[str, Any]]) -> None:
+    assert [found[rank]["recorded"] for rank in RANKS] == [[0.0]] * 3
+
+
 @pytest.mark.parametrize(
     ("what", "named"),
     [

@@ -8,6 +8,7 @@ Each writes what it found to FOLDER/RANK.json.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -18,15 +19,18 @@ import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from tbrm.agreement import facts_of, require_agreement
+from tbrm.checkpoint import FORMAT, Checkpoint
 from tbrm.config import Config, ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.launch import launched
 from tbrm.load import load_policy
 from tbrm.model import PolicyModel
+from tbrm.offline import FileSource
 from tbrm.parallel import World
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
-from tests.tbrm.conftest import tiny_config
+from tbrm.sources import trajectory_source
+from tests.tbrm.conftest import chat_of, tiny_config
 
 PROMPTS = (1, 2, 3, 5)
 
@@ -62,7 +66,7 @@ def gathers_of_a_step(policy: PolicyModel) -> int:
 def generate_and_step(config: Config, world: World) -> dict[str, Any]:
     """Generation with fewer requests than processes, with as many, and with some that have two; a step after each."""
     policy, tokenizer = load_policy(config, world)
-    engine = make_engine(config.rollout, policy, tokenizer, world)
+    engine = make_engine(config.rollout, policy, chat_of(policy.lm, tokenizer), world)
     gathers_of_a_step(policy)  # the first one sets FSDP2 up
     found: dict[str, Any] = {"plain": gathers_of_a_step(policy)}
     for count in PROMPTS:
@@ -103,6 +107,36 @@ def failures(world: World) -> dict[str, list[str]]:
     }
 
 
+def grade_by_rank(prompts: Sequence[str], **_: Any) -> list[float]:
+    """As one that draws, or asks a judge, does: another reward on each process."""
+    return [float(os.environ["RANK"]) for _ in prompts]
+
+
+def recorded(folder: Path, world: World) -> list[float]:
+    """The rewards of lines that the task grades."""
+    data = folder / "ungraded.jsonl"
+    if world.is_main:
+        data.write_text(json.dumps({"prompt": "1", "response": "2", "answer": "3"}) + "\n")
+    world.gather(None)  # it is written
+    task = {"name": "file", "path": str(data), "verifier": f"{__spec__.name}:grade_by_rank"}
+    config = tiny_config(folder, data__trajectories=str(data), task=task, evaluation={"prompts": 0})
+    policy, tokenizer = load_policy(config, world)
+    chat = chat_of(policy.lm, tokenizer)
+    source = trajectory_source(config, make_engine(config.rollout, policy, chat, world), chat, [], world)
+    assert isinstance(source, FileSource)
+    return [trajectory.reward for trajectory in source.trajectories]
+
+
+def late_file_system(folder: Path, world: World) -> list[str]:
+    """A checkpoint of which one process does not see a file."""
+    checkpoint = folder / f"machine-{world.rank}" / "step-000002"
+    (checkpoint / "trainer").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    if world.rank != 1:
+        (checkpoint / "trainer" / "state.json").write_text(json.dumps({"format": FORMAT, "step": 2}))
+    return failure_of(lambda: Checkpoint(checkpoint, world))
+
+
 def disagreements(folder: Path, world: World) -> dict[str, list[str]]:
     data = folder / f"data-{world.rank // 2}.jsonl"  # of two machines
     data.write_text(json.dumps({"prompt_ids": [1], "response_ids": [2], "reward": world.rank // 2}) + "\n")
@@ -136,6 +170,8 @@ def main(folder: Path) -> None:
         found = {
             "generated": generate_and_step(config, world),
             "failures": failures(world),
+            "recorded": recorded(folder, world),
+            "late file system": late_file_system(folder, world),
             "disagreements": disagreements(folder, world),
         }
         (folder / f"{world.rank}.json").write_text(json.dumps(found))

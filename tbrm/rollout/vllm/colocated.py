@@ -35,7 +35,9 @@ class ColocatedEngine:
         self._barred = chat.barred
         self._dtype = engine_dtype(config.vllm, policy)
         self._sleeps = policy.device.type == "cuda"
-        self._options = engine_options(config.vllm, self._dtype, config.batch_size, policy.device, chat.ends, {})
+        self._options = engine_options(
+            config.vllm, self._dtype, config.batch_size, policy.device, {}, decodes=bool(chat.ends.strings)
+        )
         self._check = SyncCheck(policy, chat.tokenizer, config.vllm.max_logprob_gap)
         self._handover: Handover | None = None
         self._guard: FolderGuard | None = None

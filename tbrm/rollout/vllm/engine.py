@@ -75,7 +75,12 @@ class VllmEngine:
         self._check = SyncCheck(policy, chat.tokenizer, config.vllm.max_logprob_gap)
         self._dtype = engine_dtype(config.vllm, policy)
         self._options = engine_options(
-            config.vllm, self._dtype, config.batch_size, policy.device, chat.ends, self._options_for_transfer()
+            config.vllm,
+            self._dtype,
+            config.batch_size,
+            policy.device,
+            self._options_for_transfer(),
+            decodes=bool(chat.ends.strings),
         )
         self._headers = self.world.on_main(lambda: headers_from_environment(config.vllm))
         self._places: list[dict[str, str]] = []

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from tbrm.config import ConfigError, VllmConfig
-from tbrm.ends import Ends
 from tbrm.rollout.vllm import guard
 from tbrm.rollout.vllm.server import check_version
 
@@ -38,16 +37,17 @@ def engine_options(
     dtype: torch.dtype,
     batch_size: int,
     device: torch.device,
-    ends: Ends,
     for_transfer: dict[str, Any],
+    *,
+    decodes: bool = False,
 ) -> dict[str, Any]:
     """vLLM's engine arguments, by their names in Python, for servers and in process: ours, those that the transfer of weights
-    wants, and the user's.
+    wants, and the user's. `decodes`: it must know the text of its tokens, for strings that end a response.
     """
     options: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),
         "max_num_seqs": batch_size,
-        "skip_tokenizer_init": not ends.strings,
+        "skip_tokenizer_init": not decodes,
         "generation_config": "vllm",  # not the model's, whose top_k and penalties would bias the samples
         "logprobs_mode": "processed_logprobs",  # those of the distribution sampled from, temperature included
     }
