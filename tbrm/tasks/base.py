@@ -37,9 +37,16 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What makes two problems the same for the held-out check: all that the model is shown, white space aside."""
-        shown = [{**message, "content": plain(message["content"])} for message in self.messages]
-        return json.dumps([shown, self.tools], sort_keys=True, default=str)
+        """What makes two problems the same for the held-out check: who said and called what, and with which tools, white space
+        aside. Ids, earlier turns' reasoning and whatever else messages hold do not count, as templates need not show them: to
+        take two problems for one only holds out more."""
+        return json.dumps([[_said(message) for message in self.messages], self.tools], sort_keys=True, default=str)
+
+
+def _said(message: Message) -> Message:
+    calls = [{key: part for key, part in call.items() if key != "id"} for call in message.get("tool_calls") or ()]
+    said = {"role": message["role"], "content": plain(message["content"]), "name": message.get("name"), "calls": calls}
+    return {key: part for key, part in said.items() if part}
 
 
 def plain(text: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbrm.tasks import Grade, ProblemStream
+from tbrm.tasks import Grade, Problem, ProblemStream
 from tbrm.tasks.file import FileTask
 
 ROWS = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1), "level": n % 3} for n in range(20)]
@@ -115,6 +115,26 @@ def test_held_out_problems_are_never_trained_on_however_their_rows_show_them(tmp
     assert len(all_of_them.heldout(20)) == 20
     with pytest.raises(ValueError, match=r"every problem of .*same.jsonl is held out: none left to train on"):
         all_of_them.problem(0, seed=0)
+
+
+def test_what_no_template_shows_of_a_message_makes_no_other_problem(tmp_path: Path) -> None:
+    def conversation(n: int, row: int) -> list[dict[str, Any]]:
+        call = {"id": f"call-{row}", "type": "function", "function": {"name": "add", "arguments": f"{n}, 1"}}
+        return [
+            {"role": "user", "content": f"What is {n} + 1?", "id": row, "timestamp": row / 7, "tool_calls": []},
+            {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": f"Thought {row}."},
+            {"role": "tool", "content": str(n + 1), "tool_call_id": f"call-{row}", "weight": row},
+        ]
+
+    rows = [{"prompt": conversation(row % 4, row), "answer": str(row % 4 + 1)} for row in range(12)]
+    task = make(write(tmp_path / "data.jsonl", rows), heldout_rows=2)  # whose questions are 2 + 1 and 3 + 1
+    [note] = task.notes()
+    assert note.startswith("task: 4 of 10 training rows of ")
+    stream = ProblemStream(make(write(tmp_path / "all.jsonl", rows)), seed=0, heldout=task.withheld(2))
+    assert {problem.answer for problem in stream.take(12)} == {"1", "2"}
+    [user, calls, tool] = conversation(2, 0)
+    others = [[{**user, "name": "Ann"}, calls, tool], [user, {**calls, "tool_calls": []}, tool], [user, calls]]
+    assert len({Problem(tuple(messages), "").key for messages in [conversation(2, 0), *others]}) == 4
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
