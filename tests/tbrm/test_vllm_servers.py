@@ -33,6 +33,10 @@ HTML = 200, "<html>please log in</html>"
 Answer = tuple[int, str]
 
 
+class Drip(str):
+    """A body that comes a byte at a time."""
+
+
 class Fake(ThreadingHTTPServer):
     """Answers each path with what `answers` has for it, or that gives; 404 where there is none."""
 
@@ -59,8 +63,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-length", str(len(text)))
         self.end_headers()
-        with suppress(BrokenPipeError):  # who asked waits no longer
-            self.wfile.write(text.encode())
+        with suppress(ConnectionError):  # who asked waits no longer
+            for piece in text if isinstance(text, Drip) else [text]:
+                self.wfile.write(piece.encode())
+                time.sleep(0.1 * isinstance(text, Drip))
 
     do_POST = do_GET
 
@@ -204,6 +210,22 @@ def test_a_server_that_does_not_count_tokens_is_late_and_does_not_hang() -> None
     ) as caught:
         busy(lambda: 5, seconds=8, metrics=NOT_FOUND).server(timeout=0.8).generate([1], {})
     assert not isinstance(caught.value, HungError)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda server: server.weights(timeout=0.8), "/weight_info: no answer within 0.8 s"),
+        (lambda server: server.generate([1], {}), r"is late: .*request_timeout \(0.8 s\), and it has made no token"),
+    ],
+)
+def test_a_server_whose_answer_drips_is_late(ask: Callable[[Server], object], message: str) -> None:
+    drip = 200, Drip(" " * 60)
+    server = busy(lambda: 5, seconds=0, **{"weight_info": drip, "inference/v1/generate": drip}).server(timeout=0.8)
+    begun = time.monotonic()
+    with pytest.raises(LateError, match=message):
+        ask(server)
+    assert time.monotonic() - begun < 4
 
 
 def test_a_server_that_is_not_well_is_left_at_once_by_all_who_wait() -> None:

@@ -96,9 +96,8 @@ class Endpoint:
         try:
             headers = {"content-type": "application/json", **self.headers}
             connection.request(method, prefix + path, None if body is None else json.dumps(body), headers)
-            patience = _Patience(connection.sock, lambda begun: self._is_late(where, begun, timeout))
             every = min(_LOOK_SECONDS, (timeout or self.timeout) / 4)
-            connection.sock.settimeout(every)
+            patience = _Patience(connection.sock, every, lambda begun: self._is_late(where, begun, timeout))
             reply = http.client.HTTPResponse(patience, method=method)  # type: ignore[arg-type]
             reply.begin()
             status, text = reply.status, reply.read().decode(errors="replace")
@@ -169,12 +168,13 @@ def headers_from_environment(config: VllmConfig) -> dict[str, str]:
 
 
 class _Patience(io.RawIOBase):
-    """Reads from a socket that has a time limit; whenever nothing came within it, `check` is given the time of what came last,
-    and may raise."""
+    """Reads from a socket, and has `check` look `every` so many seconds, whether or not anything came: it is given the time of
+    the request, and may raise."""
 
-    def __init__(self, sock: socket.socket, check: Callable[[float], None]) -> None:
-        self._sock, self._check = sock, check
-        self._last = time.monotonic()
+    def __init__(self, sock: socket.socket, every: float, check: Callable[[float], None]) -> None:
+        self._sock, self._every, self._check = sock, every, check
+        self._begun = self._looked = time.monotonic()
+        sock.settimeout(every)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -184,13 +184,11 @@ class _Patience(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while True:
-            try:
-                count = self._sock.recv_into(buffer)
-            except TimeoutError:
-                self._check(self._last)
-            else:
-                self._last = time.monotonic()
-                return count
+            if time.monotonic() >= self._looked + self._every:
+                self._check(self._begun)
+                self._looked = time.monotonic()
+            with suppress(TimeoutError):
+                return self._sock.recv_into(buffer)
 
 
 def _failure(status: int, path: str, said: str) -> ServerError | RefusedError:
@@ -205,7 +203,7 @@ def _failure(status: int, path: str, said: str) -> ServerError | RefusedError:
 
 def _connect(address: str, timeout: float) -> tuple[http.client.HTTPConnection, str]:
     """A connection, and what comes before the path of each request."""
-    if not address.startswith("http"):
+    if address.startswith("/"):
         return _UnixConnection(address, timeout), ""
     parts = urlsplit(address)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
