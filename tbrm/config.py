@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -312,9 +312,12 @@ class ReplayConfig(Section):
         return self.capacity > 0 or self.capacity_tokens > 0
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     learning_rate: float = Field(1e-6, gt=0, description="Of AdamW, after warm-up.")
-    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas.")
+    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
         0.0, ge=0, description="AdamW's decoupled weight decay, of matrices; norms and biases have none."

@@ -38,7 +38,7 @@ class Objective(ABC, BaseModel):
     does not depend on how the step was dealt out. The trainer checks that at the first step.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     name: str = Field(description="Which loss: tbrm, reval, brm, tba, reinforce, or package.module:Class.")
     beta: float = Field(

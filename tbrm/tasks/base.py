@@ -88,12 +88,10 @@ class Progress:
 class Task(ABC, BaseModel):
     """Base of all tasks. The fields are the keys of the recipe's `task` section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(description="Which task: reasoning_gym, file, or package.module:Class.")
-    correct_at: float = Field(
-        1.0, allow_inf_nan=False, description="Least reward of a response that counts as correct, in accuracy."
-    )
+    correct_at: float = Field(1.0, description="Least reward of a response that counts as correct, in accuracy.")
 
     def is_correct(self, reward: float) -> bool:
         return reward >= self.correct_at - 1e-6

@@ -14,7 +14,7 @@ from tbrm.tasks.user_code import explained
 class Verifier(ABC, BaseModel):
     """Base of all verifiers. The fields are its options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @abstractmethod
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:

@@ -163,6 +163,7 @@ def test_a_reward_function_that_misbehaves_is_an_error(
         ("last_number", {"x": 1}, r"verifier_options\.x: last_number has no such option: Known: none"),
         ("exact", {"answer": "box"}, r"verifier_options\.answer: Input should be 'last_number'"),
         ("math_verify", {"timeout_seconds": 0}, r"verifier_options\.timeout_seconds: Input should be greater than 0"),
+        ("math_verify", {"timeout_seconds": float("inf")}, r"\.timeout_seconds: Input should be a finite number"),
         ("math:pi", {}, r"verifier: math:pi is 3\.14.*a verifier is a function or a Verifier class"),
         ("math:no", {}, r"'math:no' cannot be imported"),
         ("no_such:f", {}, r"'no_such:f' cannot be imported: No module named 'no_such'"),
