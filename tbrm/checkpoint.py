@@ -98,9 +98,8 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """The latest one, checked. Raises CheckpointError if it is damaged or not one of this version."""
-        link = self.folder / "latest"
         # All processes must go on from the same one, whatever their file systems say.
-        target = self.world.gather(link.resolve() if link.exists() else None)[0]
+        target = self.world.on_main(lambda: latest_folder(self.folder.parent))
         return None if target is None else Checkpoint(target, self.world)
 
     def save(
@@ -225,10 +224,20 @@ class Checkpoints:
             print(error, file=sys.stderr)  # beside what ends the run
 
 
+def latest_folder(run_dir: Path) -> Path | None:
+    """The checkpoint that a run goes on from: where `latest` leads or, where that is nowhere (a copy has lost its links, the
+    newest one was deleted), the newest that there is. Under its name each is complete."""
+    checkpoints = run_dir / "checkpoints"
+    if (checkpoints / "latest").exists():
+        return (checkpoints / "latest").resolve()
+    return max((folder.resolve() for folder in checkpoints.glob("step-*")), default=None)
+
+
 def latest_step(run_dir: Path) -> int | None:
     """That of a run's latest checkpoint, which is not checked; None if there is none, or it does not say."""
+    folder = latest_folder(run_dir)
     try:
-        step = json.loads((run_dir / "checkpoints" / "latest" / _STATE).read_text())["step"]
+        step = None if folder is None else json.loads((folder / _STATE).read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tbrm.config import Config
     from tbrm.evaluate import Evaluation
     from tbrm.parallel import World
+    from tbrm.tasks import Problem, Task
 
 # Everything heavy is imported inside the command that needs it: `tbrm --help` must not wait for torch.
 
@@ -139,6 +140,7 @@ def eval_model(args: argparse.Namespace) -> None:
     task, chosen = config.task, config.evaluation
     assert task is not None  # --task is required
     problems = task.heldout(chosen.prompts)
+    _warn_of_trained_problems(args.model, task, problems)
     config = _of_checkpoint(config)
     sampling = Sampling(config.rollout.max_new_tokens, chosen.temperature)
     with _processes(config) as world:
@@ -151,6 +153,23 @@ def eval_model(args: argparse.Namespace) -> None:
             )
         if world.is_main:
             _show_evaluation(args, config, result)
+
+
+def _warn_of_trained_problems(model: str, task: Task, problems: Sequence[Problem]) -> None:
+    """A run holds out what its own evaluations take; of what is asked for beyond it may have been trained on."""
+    from tbrm.resume import read_recipe
+
+    recipe = read_recipe(Path(model))
+    if recipe is None or (recipe.get("task") or {}).get("name") != task.name:
+        return
+    count = recipe["evaluation"]["prompts"]
+    held_out = {problem.key for problem in task.withheld(count)}
+    if others := sum(problem.key not in held_out for problem in problems):
+        print(
+            f"{others} of these {len(problems)} problems were not held out in {model}, whose evaluation.prompts was {count}, "
+            "and may have been trained on",
+            file=sys.stderr,
+        )
 
 
 def _show_evaluation(args: argparse.Namespace, config: Config, result: Evaluation) -> None:

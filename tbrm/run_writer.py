@@ -52,6 +52,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
         )
         self._progress = self._stack.enter_context(Progress(config.trainer.steps, done=step))
+        if resumed:
+            self._progress.say(f"goes on after step {step} of {config.trainer.steps}")
         write_recipe(self.run_dir, config, resumed_at=step if resumed else None)
         (self.run_dir / "result.json").unlink(missing_ok=True)  # of a run that goes on from its end
 
@@ -61,6 +63,12 @@ class RunWriter(AbstractContextManager["RunWriter"]):
     def _step(self, step: int, metrics: Mapping[str, Metric]) -> None:
         self._log.log(step, metrics)
         self._progress.advance(metrics)
+        if metrics.get("trajectories") == 0:
+            lost = {name: metrics.get(name, 0) for name in ("ungraded", "dropped")}
+            self._progress.say(
+                f"step {step}: nothing to train on: of its responses {lost['ungraded']} could not be graded, and "
+                f"{lost['dropped']} were left out in all"
+            )
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """The figures, and all responses, of the evaluation after `step` updates."""
@@ -72,9 +80,10 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in result.samples))
         interval = f"{result.ci_low:.1%} to {result.ci_high:.1%}"
+        ungraded = f"; {result.ungraded} responses could not be graded, and count as wrong" if result.ungraded else ""
         self._progress.say(
             f"step {step}: held-out accuracy {result.accuracy:.1%} (95% interval {interval}; correct: a reward of "
-            f"{self._correct_at:g} or more), mean reward {result.reward_mean:.4g}"
+            f"{self._correct_at:g} or more), mean reward {result.reward_mean:.4g}{ungraded}"
         )
 
     def result(self, result: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ def record(config: Config, out: Path, steps: int, world: World = ALONE) -> int:
             collected = source.collect(step, phases)
             written += len(collected.trajectories)
             if file is not None:
-                file.writelines(json.dumps(row) + "\n" for row in _rows(collected, chat, config))
+                file.writelines(json.dumps(row, default=str) + "\n" for row in _rows(collected, chat, config))
     return written
 
 
@@ -53,6 +53,7 @@ def _rows(collected: Collected, chat: Chat, config: Config) -> Iterator[dict[str
             "reward": trajectory.reward,
             "truncated": trajectory.truncated,
             "answer": problem.answer,
+            "entry": problem.entry,
             "temperature": config.rollout.temperature,
             "prompt_ids": trajectory.prompt_ids,
             "response_ids": trajectory.response_ids,

@@ -100,6 +100,15 @@ def test_eval_takes_a_runs_best_checkpoint(trained: Path) -> None:
     assert result["pass_at_k"] == sum(count > 0 for count in right) / 4
 
 
+def test_problems_that_a_run_did_not_hold_out_are_told_of(trained: Path) -> None:
+    evaluate = ("eval", "run", "--task", "recipe.yaml", "rollout.max_new_tokens=1", "--prompts")
+    assert "not held out" not in tbrm(*evaluate, "5", cwd=trained).stderr
+    said = (
+        "3 of these 8 problems were not held out in run, whose evaluation.prompts was 5, and may have been trained on"
+    )
+    assert said in tbrm(*evaluate, "8", cwd=trained).stderr
+
+
 def test_a_checkpoint_is_a_hugging_face_folder_and_so_is_what_export_makes_of_it(trained: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ import pytest
 from tbrm.config import Config, ConfigError
 from tbrm.metrics import Phases
 from tbrm.rollout.record import record
+from tbrm.tasks import Problem
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_trainer import assert_same_run
@@ -85,7 +86,11 @@ def test_lines_without_reward_are_graded_by_the_task(tmp_path: Path) -> None:
 
 def test_rollouts_of_another_model_are_read_once_also_after_a_resume(tmp_path: Path) -> None:
     recorded = tmp_path / "recorded.jsonl"
-    assert record(tiny_config(tmp_path / "other", seed=3), recorded, steps=2) == 16
+    other = tiny_config(tmp_path / "other", seed=3)
+    assert record(other, recorded, steps=2) == 16
+    for row in map(json.loads, recorded.read_text().splitlines()):  # each can be graded anew
+        [grade] = other.task.grade([Problem(tuple(row["messages"]), row["answer"], row["entry"])], [row["response"]])
+        assert grade.reward == row["reward"]
     settings = {"trainer__steps": 4, "checkpoint": {"every": 2}, "rollout__max_staleness": 1}
     Trainer(config_of(tmp_path, [str(recorded)], **settings)).train()
     resumed = tmp_path / "resumed"

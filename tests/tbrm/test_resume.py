@@ -129,6 +129,25 @@ def test_a_finished_run_says_so_and_nothing_of_it_is_written_again(
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("links", ["lost", "leading nowhere"])
+def test_where_latest_leads_nowhere_the_newest_checkpoint_is_gone_on_from(
+    finished: Path, run: Path, tmp_path: Path, links: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = run / "checkpoints"
+    for link in ("best", "latest"):
+        (checkpoints / link).unlink(missing_ok=True)
+    longer = recipe(tmp_path, run, **of(finished, trainer__steps=3))
+    if links == "lost":
+        assert main(["train", longer, "--resume", "trainer.steps=2"]) == 0
+        assert "is finished: 2 of 2 steps are done" in capsys.readouterr().out
+    else:
+        (checkpoints / "latest").symlink_to("step-000003")
+    assert main(["train", longer, "--resume"]) == 0
+    assert "goes on after step 2 of 3" in capsys.readouterr().out
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3]
+    assert (checkpoints / "latest").resolve() == checkpoints.resolve() / "step-000003"
+
+
 def test_what_was_changed_is_kept_beside_the_recipe(
     finished: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

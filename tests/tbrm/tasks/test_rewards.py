@@ -227,6 +227,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
             assert trainer_state.max_steps == 2 and all(completion_ids)
             return [None if each % 2 else 1.0 for each in level]
 
+        def none(level, **_):
+            return [None] * len(level)
+
         def broken(level, **_):
             return [1 / (each - 3) for each in level]
 
@@ -246,6 +249,14 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
         return path
 
     return write
+
+
+def test_a_step_with_nothing_to_train_on_says_why(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe("none"))]) == 0
+    said = "nothing to train on: of its responses 8 could not be graded, and 8 were left out in all"
+    assert capsys.readouterr().out.count(said) == 2
 
 
 def test_what_is_ungraded_is_left_out_of_the_loss_and_counted(recipe: Callable[..., Path], tmp_path: Path) -> None:
