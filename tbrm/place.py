@@ -1,4 +1,4 @@
-"""Which of how many processes this one is, as its environment says: torchrun, srun, mpirun, a PyTorchJob, or none of them.
+"""Which of how many processes this one is, as its environment says: torchrun, srun, an MPI, a PyTorchJob, or none of them.
 
 Imports no torch: commands that run in one process ask here too.
 """
@@ -13,7 +13,12 @@ from dataclasses import dataclass
 _NAMES = (
     # rank, how many, rank on its machine
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # PyTorch's own: torchrun, a PyTorchJob, or by hand
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI's mpirun
+    (
+        "PMI_RANK",
+        "PMI_SIZE",
+        "MPI_LOCALRANKID",
+    ),  # mpiexec of MPICH or Intel MPI, which SLURM may start once on each machine
     # srun. Not SLURM_NTASKS: a batch script has that too, and runs once.
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
@@ -62,10 +67,10 @@ def find_place(env: Mapping[str, str] = os.environ) -> Place | None:
         return _place(env, *_NAMES[0], torchrun=True)
     for names in _NAMES:
         rank, size, _ = names
-        if env.get(rank) and _number(env, size, default=1) > 1:
+        if env.get(rank) and _number(env, size, default=1) > 1 and not (rank == "PMI_RANK" and _is_of_srun(env)):
             return _place(env, *names)
     # A batch script of SLURM has a rank, 0, though it is alone.
-    for rank, size, _ in _NAMES[:2]:
+    for rank, size, _ in _NAMES[:-1]:
         for one, other in ((rank, size), (size, rank)):
             if env.get(one) and not env.get(other) and (one, env[one]) != (size, "1"):
                 raise PlaceError(
@@ -105,6 +110,11 @@ def _place(env: Mapping[str, str], rank_name: str, size_name: str, local_name: s
             f"the processes meet{how}. To run one process alone, unset {rank_name} and {size_name}"
         )
     return Place(rank, size, local, meeting["MASTER_ADDR"], _number(meeting, "MASTER_PORT"), size_name, torchrun)
+
+
+def _is_of_srun(env: Mapping[str, str]) -> bool:
+    """Of MPICH's variables: `srun --mpi=pmi2` sets them to what its own say, which know more."""
+    return all(env.get(mpich) == env.get(own) for mpich, own in zip(_NAMES[-2][:2], _NAMES[-1][:2], strict=True))
 
 
 def _slurm_meeting(env: Mapping[str, str]) -> dict[str, str]:

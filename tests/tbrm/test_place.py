@@ -17,6 +17,8 @@ SRUN = {
 }
 MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}
+
 
 @pytest.mark.parametrize(
     ("env", "place"),
@@ -24,7 +26,15 @@ MPIRUN = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_W
         ({"RANK": "1", "WORLD_SIZE": "2", **MEETING}, Place(1, 2, None, "node7", 29511, "WORLD_SIZE")),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MEETING}, Place(0, 2, 0, "node7", 29511, "WORLD_SIZE")),
         ({**MPIRUN, **MEETING}, Place(1, 2, 1, "node7", 29511, "OMPI_COMM_WORLD_SIZE")),
+        ({**MPICH, **MEETING}, Place(5, 8, 1, "node7", 29511, "PMI_SIZE")),
+        # Within a job of SLURM, srun starts MPICH's own helper, once on each machine.
+        ({**MPICH, **SRUN, **MEETING}, Place(5, 8, 1, "node7", 29511, "PMI_SIZE")),
         ({**SRUN, **MEETING}, Place(3, 4, 1, "node7", 29511, "SLURM_STEP_NUM_TASKS")),
+        # srun --mpi=pmi2
+        (
+            {**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4", **MEETING},
+            Place(3, 4, 1, "node7", 29511, "SLURM_STEP_NUM_TASKS"),
+        ),
         # A batch script that sets the size for all, and srun that gives each its rank.
         ({**SRUN, "WORLD_SIZE": "4", **MEETING}, Place(3, 4, 1, "node7", 29511, "SLURM_STEP_NUM_TASKS")),
         (
@@ -69,6 +79,8 @@ def test_a_process_by_itself_has_none(env: dict[str, str]) -> None:
     [
         ({"WORLD_SIZE": "2", **MEETING}, "WORLD_SIZE is 2 and RANK is missing: .* unset WORLD_SIZE"),
         ({"RANK": "0", **MEETING}, "RANK is 0 and WORLD_SIZE is missing"),
+        ({"PMI_RANK": "1", **MEETING}, "PMI_RANK is 1 and PMI_SIZE is missing"),
+        (MPICH, "MASTER_ADDR and MASTER_PORT missing, with PMI_RANK 5 and PMI_SIZE 8"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT missing, with RANK 1 and WORLD_SIZE 2"),
         ({**MPIRUN, "MASTER_ADDR": "a"}, r"MASTER_PORT missing, .* -x MASTER_ADDR=HOST -x MASTER_PORT=29500\. To run"),
         ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, "RANK is 2 and WORLD_SIZE is 2: ranks go from 0 to 1"),
