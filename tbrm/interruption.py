@@ -24,12 +24,22 @@ class Interrupted(InterruptedError):
         self.exit_code = 128 + number
 
 
+def ask_this_process() -> None:
+    """SIGTERM, of this process to itself: what it finds out by itself is never a second signal, nor makes another one that."""
+    Interruption.asks_itself = True
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Interruption:
     """Within it the first such signal is only noted, in `signal`; a second one acts as it always does."""
 
+    asks_itself = False
+    """Whether the next signal is this process's own."""
+
     def __init__(self) -> None:
         self.signal = 0
-        self._noted_at = 0.0
+        self._noted_at: float | None = None
+        """When the first one from outside was."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -42,8 +52,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if not self.signal:
-            self.signal, self._noted_at = number, time.monotonic()
+        self.signal = self.signal or number
+        if Interruption.asks_itself:
+            Interruption.asks_itself = False
+        elif self._noted_at is None:
+            self._noted_at = time.monotonic()
             if number == signal.SIGINT and sys.stderr.isatty():  # a person's
                 os.write(sys.stderr.fileno(), _SAID)  # as print may not in the middle of another print
         elif time.monotonic() - self._noted_at >= AGAIN_SECONDS[signal.Signals(number)]:

@@ -7,7 +7,6 @@ it ends too, whatever its main thread waits in: NCCL, for one, waits for as long
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -15,6 +14,8 @@ import time
 from contextlib import suppress
 
 import torch.distributed as dist
+
+from tbrm.interruption import ask_this_process
 
 GRACE_SECONDS = 60.0
 """What a process has to end by itself, once another one has failed."""
@@ -90,7 +91,7 @@ class Watch:
         while not self._ended.wait(_LOOK_SECONDS):
             if self._parent is not None and os.getppid() != self._parent:
                 self._parent = None
-                os.kill(os.getpid(), signal.SIGTERM)  # as the launcher would: what is done is saved
+                ask_this_process()  # as the launcher would: what is done is saved
             heard = heard and self._listen()
 
     def _listen(self) -> bool:

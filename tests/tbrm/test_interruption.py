@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
+import torch.distributed as dist
 
-from tbrm import interruption
+from tbrm import interruption, watch
 from tbrm.interruption import Interruption
+from tbrm.watch import Watch
 
 
 @pytest.fixture
@@ -62,4 +65,40 @@ def test_a_second_sigterm_acts_after_ten_seconds(clock: list[float], monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
             assert acted == [signal.SIGTERM]
     finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("launcher_goes_first", [False, True])
+def test_a_launcher_that_goes_away_is_never_one_of_two_signals(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, launcher_goes_first: bool
+) -> None:
+    acted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: acted.append(number))
+    parents, sent, really_kill = [1], threading.Event(), os.kill
+
+    def kill(pid: int, number: int) -> None:
+        really_kill(pid, number)
+        sent.set()
+
+    monkeypatch.setattr(watch, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(os, "getppid", lambda: parents[0])
+    monkeypatch.setattr(os, "kill", kill)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watching = Watch(store, 0, 1, under_launcher=True, hosts_store=False)
+    try:
+        with Interruption() as noted:
+            for launchers in (launcher_goes_first, not launcher_goes_first):
+                if launchers:
+                    sent.clear()
+                    parents[0] = 2
+                    assert sent.wait(10)
+                else:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                assert (noted.signal, acted) == (signal.SIGTERM, [])
+                clock[0] += 11
+            if launcher_goes_first:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert acted == [signal.SIGTERM]
+    finally:
+        watching.end()
         signal.signal(signal.SIGTERM, before)
