@@ -35,7 +35,7 @@ class Objective(ABC, BaseModel):
 
     A step's trajectories are dealt out to processes, micro-batches and chunks of the head, and `__call__` is given one such
     part. What is to look at other trajectories (a baseline, a group's mean) is a column, made of the whole step: so a loss
-    does not depend on how the step was dealt out. The trainer checks that at the first step.
+    does not depend on how the step was dealt out. The trainer checks that as a run begins.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tbrm.config import ConfigError
-from tbrm.data import ScoredBatch
+from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.objectives import Objective, Step, TrajectoryLoss
-from tbrm.objectives.contract import ObjectiveError
+from tbrm.objectives.contract import Contract, ObjectiveError
 from tbrm.trainer import Trainer
 from tbrm_kernels import TokenStats, segment_sums
 from tests.tbrm.conftest import tiny_config
@@ -47,6 +47,18 @@ class OfTheBatch(Objective):
         error = residual(self, stats, batch)
         error = error - error.detach().mean()
         return TrajectoryLoss(error.square(), error)
+
+
+class RewardsOfTheBatch(Objective):
+    """Rewards less their mean, over their spread, in whatever it is called with."""
+
+    spread: bool
+
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        advantage = batch.rewards - batch.rewards.mean()
+        if self.spread:
+            advantage = advantage / (batch.rewards.std() + 1e-6)
+        return TrajectoryLoss(-advantage * segment_sums(stats.logprobs, batch.cu_seqlens), advantage)
 
 
 class Broken(Objective):
@@ -107,6 +119,39 @@ def test_a_loss_that_depends_on_the_micro_batch_is_refused_at_the_first_step(tmp
     rule = r"test_contract:OfTheBatch cannot be used: its loss of a trajectory changes by .* trainer.batch_tokens.*`columns`"
     with pytest.raises(ObjectiveError, match=rule):
         first_step(tmp_path, {"name": f"{__name__}:OfTheBatch"}, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:std")  # of a single reward
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("rewards", [[0.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+def test_a_loss_that_depends_on_the_micro_batch_is_refused_at_the_first_rewards_that_differ(
+    rewards: list[float], spread: bool
+) -> None:
+    """No answer of a task may be right in its first steps; later, the halves of a batch may have the same mean."""
+    contract = Contract(RewardsOfTheBatch(name="mine", beta=0.1, spread=spread))
+    check(contract, [0.0] * 4)
+    with pytest.raises(ObjectiveError, match=r"its loss of a trajectory changes by .* trainer.batch_tokens"):
+        check(contract, rewards)
+
+
+def test_an_objective_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    real = Baseline.__call__
+    monkeypatch.setattr(Baseline, "__call__", lambda *given: called.append(1) or real(*given))
+    contract = Contract(Baseline(name="mine", beta=0.1))
+    for rewards, calls in (([0.0] * 4, 3), ([1.0, 0.0, 0.0, 0.0], 6), ([1.0, 0.0, 0.0, 0.0], 6)):
+        check(contract, rewards)
+        assert len(called) == calls
+
+
+def check(contract: Contract, rewards: list[float]) -> None:
+    """In a micro-batch with these rewards."""
+    torch.manual_seed(0)
+    batch = pack([Trajectory([1, 2], [3, 4, 5], reward) for reward in rewards])
+    columns = {"rewards": torch.tensor(rewards), "baseline": torch.zeros(len(rewards))}
+    ref = torch.randn(len(batch.targets))
+    scored = ScoredBatch(**vars(batch), ref_logprobs=ref, ref_values=torch.zeros(len(rewards)), columns=columns)
+    contract.check(TokenStats(-torch.rand(len(ref)), torch.randn(len(ref)), None), scored)
 
 
 @pytest.mark.parametrize(
