@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from tbrm.config import OptimConfig
+from tbrm.model import PolicyModel
 
 
-def make_optimizer(weights: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(policy: PolicyModel, config: OptimConfig) -> torch.optim.AdamW:
     """A norm's gain belongs near 1 and a bias where it is: neither is drawn to 0."""
-    weights = list(weights)
-    matrices = {"params": [weight for weight in weights if weight.dim() > 1]}
-    vectors = {"params": [weight for weight in weights if weight.dim() <= 1], "weight_decay": 0.0}
+    left_alone = set(_gains_and_biases(policy))
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for weight in policy.trained_weights().values():
+        groups[weight in left_alone or weight.dim() <= 1].append(weight)
+    decays = (config.weight_decay, 0.0)
     return torch.optim.AdamW(
-        [group for group in (matrices, vectors) if group["params"]],
+        [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True) if group],
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
-        weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def _gains_and_biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    """By their names, since their dimensions do not tell: a gain may be [heads, D], the biases of experts are [experts, D]."""
+    for module in model.modules():
+        is_norm = "norm" in type(module).__name__.lower()
+        for name, weight in module.named_parameters(recurse=False):
+            if is_norm or name.endswith("bias"):
+                yield weight

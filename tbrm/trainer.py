@@ -108,7 +108,7 @@ class Trainer:
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         rows = RowReader(self.chat, config.task, withheld if config.replay.files else [], config.rollout.ungraded)
         self.recorded = RecordedFiles(config.replay.files, rows)
-        self.optimizer = make_optimizer(self.policy.trained_weights().values(), config.optim)
+        self.optimizer = make_optimizer(self.policy, config.optim)
         self.supply = make_supply(source, config, self.optimizer)
         if checkpoint:
             checkpoint.load(self.policy, self.optimizer, self.reference, self.replay, self.supply)

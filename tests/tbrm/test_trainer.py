@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -11,12 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, GptOssConfig
 
-from tbrm.config import ConfigError, OptimConfig
+from tbrm.config import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from tbrm.evaluate import evaluate
+from tbrm.lora import Adapters
 from tbrm.metrics import is_timing, read_jsonl
+from tbrm.model import PolicyModel
+from tbrm.optimizer import make_optimizer
+from tbrm.parallel import Sharding
 from tbrm.reference_model import ReferenceModel
 from tbrm.rollout import Sampling
 from tbrm.rollout.record import record
@@ -24,7 +32,7 @@ from tbrm.run_writer import prepare_run_dir
 from tbrm.schedule import learning_rate_at
 from tbrm.trainer import Trainer
 from tbrm_kernels import single_pass
-from tests.tbrm.conftest import tiny_config, tiny_tree
+from tests.tbrm.conftest import ARCHITECTURES, tiny_config, tiny_tree
 
 REPLAY = {
     "objective": {"name": "reval", "beta": 0.05, "centre_rewards": True, "reset_reference_every": 3},
@@ -318,6 +326,39 @@ def test_weight_decay_leaves_norms_and_biases_alone(tmp_path: Path) -> None:
     changed = {name for name, weight in after[0.5].items() if not torch.equal(weight, after[0.0][name])}
     assert changed == {name for name, weight in after[0.0].items() if weight.dim() > 1}
     assert 0 < len(changed) < len(after[0.0])
+
+
+def undecayed(policy: PolicyModel) -> set[str]:
+    names = {weight: name for name, weight in policy.trained_weights().items()}
+    groups = make_optimizer(policy, OptimConfig(weight_decay=0.1)).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    return {names[weight] for group in groups if group["weight_decay"] == 0 for weight in group["params"]}
+
+
+def test_gains_and_biases_of_two_dimensions_are_not_decayed_either() -> None:
+    """The gain of each head, [heads, D], and the bias of each expert, [experts, D]; whole, in slices, and beside adapters."""
+    gains = copy.deepcopy(ARCHITECTURES["cohere"])
+    gains.use_qk_norm = True
+    width = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "vocab_size": 97, "num_hidden_layers": 2}
+    biases = GptOssConfig(**width, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+        for config, wide in ((gains, ("q_norm.weight", "k_norm.weight")), (biases, ("_proj_bias",))):
+            policy = PolicyModel(AutoModelForCausalLM.from_config(config))
+            weights = policy.trained_weights()
+            expected = {name for name, weight in weights.items() if weight.dim() == 1 or name.endswith(wide)}
+            assert undecayed(policy) == expected
+            assert any(weights[name].dim() == 2 for name in expected)
+            policy.shard(Sharding(mesh, ParallelConfig(), torch.float32))
+            assert undecayed(policy) == expected
+    finally:
+        dist.destroy_process_group()
+    lm = AutoModelForCausalLM.from_config(gains)
+    adapters = Adapters(lm, LoraConfig(rank=2, targets=["q_proj"]), ModelConfig(name="base"), seed=0)
+    policy = PolicyModel(lm)
+    policy.adapters = adapters
+    assert policy.trained_weights() and not undecayed(policy)
 
 
 def test_reference_scores_are_shared_where_trajectories_come_again_and_only_there(
