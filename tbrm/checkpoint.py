@@ -124,7 +124,7 @@ class Checkpoints:
             tensors["."] = _detached(policy.saved_weights())
         else:
             adapters = {name: whole(tensor) for name, tensor in _detached(policy.saved_weights()).items()}
-        if reference.version > 0:
+        if reference.moved:
             tensors[_REFERENCE] = _detached(reference.model.weights())
 
         def begin() -> dict[str, str]:
@@ -268,9 +268,10 @@ class Checkpoint:
         """Takes all that was saved from it, whatever number of processes wrote it."""
         replay.restore(self.folder / _REPLAY)
         supply.restore(self.folder / _TRAINER)
-        # The reference's version 0 is the model as it was first loaded, which is what it holds by now.
-        if self.state.reference_version > 0:
-            reference.load(self.folder / _REFERENCE, self.state.reference_version)
+        reference.version = self.state.reference_version
+        # One that was never reset is the model as it was first loaded, which it holds by now.
+        if (self.folder / _REFERENCE).exists() and policy.adapters is None:
+            reference.load(self.folder / _REFERENCE)
         read_weights(policy.saved_weights(), self.folder / ADAPTERS if policy.adapters else self.folder)
         if not (self.folder / _OPTIMIZER).exists():  # no step was ever taken
             return

@@ -27,16 +27,20 @@ class ReferenceModel:
         self._adapters = policy.adapters
         self.model = policy.frozen_copy() if policy.adapters is None else policy
         self.version = 0
+        """Of its scores."""
+        self.moved = False
+        """Whether its weights are others than those that the policy was loaded with."""
 
     def reset(self, policy: PolicyModel) -> None:
         """Makes the policy of this moment the reference; earlier scores become stale."""
         self.model.load_state_dict(policy.state_dict())
         self.version += 1
+        self.moved = True
 
-    def load(self, folder: Path, version: int) -> None:
+    def load(self, folder: Path) -> None:
         """Takes the weights that a checkpoint kept of the reference."""
         read_weights(self.model.weights(), folder)
-        self.version = version
+        self.moved = True
 
     def has_scored(self, trajectory: Trajectory) -> bool:
         return trajectory.reference is not None and trajectory.reference.version == self.version

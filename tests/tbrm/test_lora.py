@@ -242,6 +242,27 @@ def test_a_run_saves_resumes_exports_and_is_evaluated(
     assert "accuracy" in capsys.readouterr().out
 
 
+def test_the_model_itself_is_in_no_checkpoint_though_scores_are_of_another_version(base: Path, tmp_path: Path) -> None:
+    def config(**changed: Any) -> Any:
+        lora = {"rank": 2, "targets": ["q_proj"]}
+        return tiny_config(tmp_path, model__name=str(base), lora=lora, evaluation={"prompts": 0}, **changed)
+
+    Trainer(config(trainer__steps=1)).train()
+    resumed = Trainer(config(trainer__steps=2, rollout__temperature=0.9), resume=True, anyway=True)
+    assert resumed.reference.version == 1
+    resumed.train()
+    latest = tmp_path / "checkpoints" / "latest"
+    files = {str(path.relative_to(latest.resolve())) for path in latest.resolve().rglob("*.safetensors")}
+    assert files == {"adapter_model.safetensors", "trainer/optimizer/model.safetensors"}
+    again = Trainer(config(trainer__steps=3, rollout__temperature=0.9), resume=True)
+    assert (again.reference.version, again.reference.moved) == (1, False)
+    again.reference.moved = True  # an earlier version kept the model
+    again.train()
+    assert (latest / "trainer" / "reference").exists()
+    once_more = Trainer(config(trainer__steps=4, rollout__temperature=0.9), resume=True)
+    assert (once_more.reference.version, once_more.reference.moved) == (1, False)
+
+
 def save_adapters(base: str, folder: Path, **settings: Any) -> None:
     """As an SFT run leaves them: with a tokenizer of their own, and a chat template that the base does not have."""
     lm = AutoModelForCausalLM.from_pretrained(base)
