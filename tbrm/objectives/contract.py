@@ -62,6 +62,7 @@ class Contract:
             return
         cut = _first_other(batch.columns)
         self._checked = cut > 0 or not batch.columns
+        stats = _moved(stats)
         whole = self(stats, batch)
         cut = cut or n // 2
         parts = [self(*_some(stats, batch, first, last)) for first, last in ((0, cut), (cut, n))]
@@ -86,6 +87,12 @@ class Contract:
 
     def _broken(self, rule: str) -> ObjectiveError:
         return ObjectiveError(f"objective.name: {self.objective.name} cannot be used: {rule}")
+
+
+def _moved(stats: TokenStats) -> TokenStats:
+    """Others: at the first step all log-ratios are 0, and so is whatever is made of them."""
+    by = torch.arange(len(stats.lse), device=stats.lse.device).mul(0.618).frac()
+    return TokenStats(stats.logprobs - by, stats.lse + by, None if stats.entropy is None else stats.entropy + by)
 
 
 def _some(stats: TokenStats, batch: ScoredBatch, first: int, last: int) -> tuple[TokenStats, ScoredBatch]:

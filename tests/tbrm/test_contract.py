@@ -134,6 +134,20 @@ def test_a_loss_that_depends_on_the_micro_batch_is_refused_at_the_first_rewards_
         check(contract, rewards)
 
 
+class RatiosOfTheBatch(Objective):
+    """A baseline of log-ratios, which are all 0 while the policy is the reference."""
+
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
+        error = ratio - ratio.detach().mean() - batch.rewards / self.beta
+        return TrajectoryLoss(error.square(), error)
+
+
+def test_a_loss_that_looks_at_others_log_ratios_is_refused_though_they_are_all_zero(tmp_path: Path) -> None:
+    with pytest.raises(ObjectiveError, match=r"its loss of a trajectory changes by .* trainer.batch_tokens"):
+        first_step(tmp_path, {"name": f"{__name__}:RatiosOfTheBatch"}, 4096)
+
+
 def test_an_objective_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     real = Baseline.__call__
