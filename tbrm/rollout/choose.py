@@ -9,9 +9,10 @@ from torch.nn.functional import pad
 _BLOCK = 128  # divides the vocabulary of nearly every model
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """[R] from logits [R, V]."""
-    return logits.max(dim=-1).indices
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [R] of logits [R, V], and their logits; NaN where a row has one."""
+    values, indices = logits.max(dim=-1)
+    return indices, values
 
 
 def draw(
@@ -23,11 +24,12 @@ def draw(
 
     The inverse of the cumulative distribution, found in two steps: in which block of the vocabulary, then where in it. So
     the vocabulary is gone through once, and only the sums of blocks and a single block are summed up, in float64. Float32
-    logits are overwritten.
+    logits are overwritten. Of a row that has NaN or inf the log-prob is NaN, and the token any.
     """
     scores = logits.float().div_(temperature)
+    vocabulary = logits.shape[1]
     exps = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-    if missing := -exps.shape[1] % _BLOCK:
+    if missing := -vocabulary % _BLOCK:
         exps = pad(exps, (0, missing))
     exps = exps.unflatten(1, (-1, _BLOCK))
     sums = exps.sum(dim=-1)
@@ -40,7 +42,7 @@ def draw(
     cumulative = within.cumsum(dim=-1, dtype=torch.float64)
     place, _ = _invert(cumulative, share.clamp(max=1 - 2**-53) * cumulative[:, -1:])
     logprobs = (within.gather(1, place) / total).log()
-    return (block * _BLOCK + place)[:, 0], logprobs[:, 0].float()
+    return (block * _BLOCK + place)[:, 0].clamp(max=vocabulary - 1), logprobs[:, 0].float()
 
 
 def _invert(cumulative: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,7 @@ class _Batch:
         self._position = torch.zeros_like(self._token)  # where it stands
         self._written = torch.zeros_like(self._token)  # tokens of the response so far
         self._ended = torch.zeros_like(self._token, dtype=torch.bool)
+        self._broken = torch.zeros((), dtype=torch.bool, device=self._device)  # whether logits were NaN
         self._ids = self._token.new_zeros(capacity, sampling.max_new_tokens)
         self._logprobs = torch.zeros_like(self._ids, dtype=torch.float32)
         self._uniforms = torch.zeros_like(self._ids, dtype=torch.float64)
@@ -215,11 +216,12 @@ class _Batch:
         if len(self._barred):
             logits = logits.index_fill(-1, self._barred, float("-inf"))
         if self._sampling.temperature == 0:
-            token = most_likely(logits)
+            token, scores = most_likely(logits)
         else:
             noise = self._uniforms[:count].gather(1, place)[:, 0]
-            token, logprobs = draw(logits, self._sampling.temperature, noise)
-            self._logprobs[:count].scatter_(1, place, logprobs[:, None])
+            token, scores = draw(logits, self._sampling.temperature, noise)
+            self._logprobs[:count].scatter_(1, place, scores[:, None])
+        self._broken |= scores.isnan().any()
         self._ids[:count].scatter_(1, place, token[:, None])
         self._token[:count] = token
         self._ended[:count] |= torch.isin(token, self._end_ids)
@@ -245,6 +247,11 @@ class _Batch:
         finished = [i for i, row in enumerate(self.rows) if ended[i] or row.written == self._sampling.max_new_tokens]
         if not finished:
             return []
+        if self._broken:
+            raise FloatingPointError(
+                "rollout: the model's logits are NaN or infinite, and nothing can be drawn from them: its weights are broken, or "
+                f"its products overflow in {self._policy.precision} (model.precision)"
+            )
         rows = [self.rows[i] for i in finished]
         ids = [x[: row.written] for x, row in zip(self._ids[finished].tolist(), rows, strict=True)]
         logprobs: list[list[float] | None] = [None] * len(rows)

@@ -190,6 +190,24 @@ def test_a_uniform_number_chooses_by_the_cumulative_distribution(vocabulary: int
     assert (above - probabilities.gather(1, chosen)[:, 0] < 1e-6).all()
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_give_ids_of_the_vocabulary_and_log_probs_that_tell(broken: float) -> None:
+    logits = torch.zeros(2, 101)
+    logits[0, 50] = broken
+    tokens, logprobs = draw(logits, 1.0, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    assert 0 <= tokens[0] < 101
+    assert logprobs.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_whose_logits_are_not_numbers_is_named(temperature: float) -> None:
+    lm = make_lm("llama", tied=True)
+    with torch.no_grad():
+        lm.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"the model's logits are NaN or infinite.*overflow in torch.float32"):
+        engine_of(PolicyModel(lm)).generate(make_requests([[5, 6]], 2), Sampling(4, temperature=temperature))
+
+
 def test_every_eos_id_ends_a_response() -> None:
     lm = make_lm("llama", tied=True)
     lm.generation_config.eos_token_id = list(range(3, 40))
