@@ -144,6 +144,9 @@ class DataConfig(Section):
     )
 
 
+_OUR_HEADERS = ("accept-encoding", "content-length", "content-type", "transfer-encoding")
+
+
 class VllmConfig(Section):
     addresses: list[str] = Field(
         [],
@@ -198,6 +201,16 @@ class VllmConfig(Section):
             raise ValueError(f"{twice[0]} is there twice: name each server once")
         return known
 
+    @field_validator("headers_env")
+    @classmethod
+    def _are_headers(cls, headers: dict[str, str]) -> dict[str, str]:
+        for name in headers:
+            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+                raise ValueError(f"{name!r} is no name of a header; wants letters, digits and -: X-Team")
+            if name.lower() in _OUR_HEADERS:
+                raise ValueError(f"{name} is set by tbrm: leave it out")
+        return headers
+
     @model_validator(mode="after")
     def _servers_of_others(self) -> VllmConfig:
         for key in ("api_key_env", "headers_env"):
@@ -205,6 +218,8 @@ class VllmConfig(Section):
                 raise ValueError(
                     f"{key} is set but addresses is not, and servers that we start want no key: leave it out"
                 )
+        if self.api_key_env and "authorization" in map(str.lower, self.headers_env):
+            raise ValueError("api_key_env is set, and Authorization in headers_env, too: they are one; leave one out")
         if self.addresses and self.devices:
             raise ValueError(
                 "devices is set, and addresses, too: it is for servers that we start; leave one of the two out"
@@ -230,7 +245,8 @@ def _server_address(given: str) -> str:
             f"{parts.hostname}: an address has neither a user, ? nor #, and is written into the run's folder: see api_key_env "
             "and headers_env"
         )
-    return given.rstrip("/").removesuffix("/v1").rstrip("/")
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return parts._replace(netloc=parts.netloc.lower(), path=path).geturl()  # the scheme is lower-case already
 
 
 class RolloutConfig(Section):

@@ -249,8 +249,8 @@ class _Batch:
             return []
         if self._broken:
             raise FloatingPointError(
-                "rollout: the model's logits are NaN or infinite, and nothing can be drawn from them: its weights are broken, or "
-                f"its products overflow in {self._policy.precision} (model.precision)"
+                "rollout: the model's logits are NaN or infinite, and nothing can be drawn from them: its weights are broken, "
+                f"or its products overflow in {self._policy.precision} (model.precision)"
             )
         rows = [self.rows[i] for i in finished]
         ids = [x[: row.written] for x, row in zip(self._ids[finished].tolist(), rows, strict=True)]

@@ -75,6 +75,16 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("rollout.vllm.addresses=['http://a:port']", r"'http://a:port' is no address"),
         ("rollout.vllm.addresses=['https://me:secret@a']", r"vllm.addresses: a: an address has neither a user"),
         ("rollout.vllm.addresses=['http://a:1', 'http://a:1/v1']", r"http://a:1 is there twice: name each server once"),
+        (
+            "rollout.vllm.headers_env={X Team: T}",
+            r"headers_env: 'X Team' is no name of a header; wants letters, digits",
+        ),
+        ("rollout.vllm.headers_env={'X-Team\\n': T}", r"headers_env: .* is no name of a header"),
+        ("rollout.vllm.headers_env={Content-Length: T}", r"headers_env: Content-Length is set by tbrm: leave it out"),
+        (
+            "rollout.vllm={addresses: ['http://a:1'], api_key_env: KEY, headers_env: {authorization: T}}",
+            r"rollout.vllm: api_key_env is set, and Authorization in headers_env, too",
+        ),
         ("rollout.vllm.api_key_env=KEY", r"rollout.vllm: api_key_env is set but addresses is not"),
         ("rollout.vllm={addresses: ['http://a:1'], devices: [0]}", r"rollout.vllm: devices is set, and addresses, too"),
         (
@@ -108,9 +118,8 @@ def test_bad_keys_and_values_are_named(override: str, message: str, tmp_path: Pa
 
 
 def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
-    written = (
-        "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1, /run/v]"
-    )
+    written = "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1, "
+        "/run/V, HTTP://Up:1/Team, http://v1]"
     config = load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={written}"])
     known = [
         "http://10.0.0.7:8000",
@@ -119,7 +128,9 @@ def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
         "http://h:2",
         "http://[::1]:8",
         "https://h/team",
-        "/run/v",
+        "/run/V",
+        "http://up:1/Team",
+        "http://v1",
     ]
     assert config.rollout.vllm.addresses == known
     assert load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={known}"]) == config

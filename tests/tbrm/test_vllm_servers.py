@@ -17,7 +17,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from tbrm.config import ConfigError, VllmConfig
 from tbrm.parallel import World
 from tbrm.recipe import config_to_dict
-from tbrm.rollout import Request, Sampling
+from tbrm.rollout import Request, Response, Sampling
 from tbrm.rollout.vllm.connection import HungError, LateError, RefusedError, ServerError, headers_from_environment
 from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.keeper import Keeper, publish
@@ -30,6 +30,12 @@ from tests.tbrm.vllm_runs import vllm_config
 
 NOT_FOUND = 404, '{"detail":"Not Found"}'
 HTML = 200, "<html>please log in</html>"
+CHOICE = {
+    "token_ids": [7, 8],
+    "finish_reason": "stop",
+    "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}]},
+    "weight_versions": [{"version": "run-1"}],
+}
 Answer = tuple[int, str]
 
 
@@ -173,6 +179,35 @@ def test_too_many_requests_are_of_the_moment() -> None:
         Fake(version=(429, "not now")).server().max_model_len()
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([], r"gave 0 responses for 2: \[\]"),
+        ([CHOICE], r"gave 1 responses for 2: \[\{'token_ids': \[7, 8\]"),
+        (None, r"gave no response \(TypeError: 'NoneType' object is not iterable\): None"),
+        (
+            [{**CHOICE, "weight_versions": []}] * 2,
+            r"without the versions of the weights .* its weight_versions is \[\]",
+        ),
+        ([{**CHOICE, "token_ids": [7]}] * 2, "a response came with 1 token_ids and 2 logprobs"),
+        (
+            [{**CHOICE, "logprobs": {"content": [{"logprob": None}]}}] * 2,
+            r"gave no response \(TypeError: float.. argument",
+        ),
+    ],
+)
+def test_answers_that_are_not_what_was_asked_for_are_shown(choices: object, message: str) -> None:
+    fake = Fake(**{"inference/v1/generate": (200, json.dumps({"choices": choices}))})
+    with pytest.raises(ServerError, match=message):
+        fake.server().generate([1], {"n": 2})
+
+
+def test_a_server_that_does_not_say_how_long_its_model_is_is_shown() -> None:
+    models = 200, '{"data": [{"max_model_len": null}]}'
+    with pytest.raises(ServerError, match="/v1/models answered max_model_len None; wants a number of tokens"):
+        Fake(**{"version": (200, '{"version": "0.32.0"}'), "v1/models": models}).server().max_model_len()
+
+
 # A server that is slow is not dead.
 
 
@@ -181,7 +216,7 @@ def busy(progress: Callable[[], object], seconds: float, **answers: Any) -> Fake
 
     def generate(_: Any) -> Answer:
         time.sleep(seconds)
-        return 200, '{"choices": []}'
+        return 200, json.dumps({"choices": [CHOICE]})
 
     def metrics(_: Any) -> Answer:
         return (
@@ -194,7 +229,9 @@ def busy(progress: Callable[[], object], seconds: float, **answers: Any) -> Fake
 
 def test_an_answer_is_not_late_while_the_server_makes_tokens_for_others() -> None:
     begun = time.monotonic()
-    assert busy(lambda: time.monotonic() - begun, seconds=2.5).server(timeout=0.8).generate([1], {}) == []
+    assert busy(lambda: time.monotonic() - begun, seconds=2.5).server(timeout=0.8).generate([1], {}) == [
+        (Response([7, 8], truncated=False, logprobs=[-1.0, -2.0]), {"run-1"})
+    ]
 
 
 def test_a_server_that_makes_no_token_hangs() -> None:

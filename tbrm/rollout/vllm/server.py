@@ -33,7 +33,10 @@ class Server(Endpoint):
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its response together. Raises RefusedError if it is no server that we can use."""
         check_version(str(self.ask("/version", "version")), self.address)
-        return int(self.ask("/v1/models", "data", 0, "max_model_len"))
+        length = self.ask("/v1/models", "data", 0, "max_model_len")
+        if not isinstance(length, int) or length < 1:
+            raise ServerError(f"{self.address}/v1/models answered max_model_len {length!r}; wants a number of tokens")
+        return length
 
     def weights(self, *, timeout: float) -> str:
         """The tag of the weights that it has."""
@@ -67,9 +70,16 @@ class Server(Endpoint):
                 raise ServerError(str(error)) from error
             raise
         try:
-            return [(_response(choice), {span["version"] for span in choice["weight_versions"]}) for choice in choices]
-        except (TypeError, LookupError) as error:
-            raise ServerError(f"{self.address} gave a response without {error}: {str(choices)[:200]}") from error
+            answers = [(_response(choice), _versions(choice)) for choice in choices]
+        except (TypeError, ValueError, LookupError) as error:
+            raise ServerError(
+                f"{self.address} gave no response ({type(error).__name__}: {error}): {str(choices)[:200]}"
+            ) from error
+        if len(answers) != sampling.get("n", 1):
+            raise ServerError(
+                f"{self.address} gave {len(answers)} responses for {sampling.get('n', 1)}: {str(choices)[:200]}"
+            )
+        return answers
 
 
 def sampling_params(
@@ -115,8 +125,18 @@ def room(prompt: Sequence[int], wanted: int, max_model_len: int) -> int:
     return min(wanted, left)
 
 
+def _versions(choice: dict[str, Any]) -> set[str]:
+    """The tags of the weights that made a response: some did."""
+    versions = {span["version"] for span in choice["weight_versions"]}
+    if not versions:
+        raise ServerError("a response came without the versions of the weights that made it: its weight_versions is []")
+    return versions
+
+
 def _response(choice: dict[str, Any]) -> Response:
     if choice["finish_reason"] not in ("stop", "length"):
         raise ServerError(f"a response ended with finish_reason {choice['finish_reason']!r}")
-    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return Response(choice["token_ids"], truncated=choice["finish_reason"] == "length", logprobs=logprobs)
+    ids, logprobs = list(choice["token_ids"]), [float(token["logprob"]) for token in choice["logprobs"]["content"]]
+    if len(ids) != len(logprobs):
+        raise ServerError(f"a response came with {len(ids)} token_ids and {len(logprobs)} logprobs")
+    return Response(ids, truncated=choice["finish_reason"] == "length", logprobs=logprobs)
