@@ -118,8 +118,10 @@ def test_bad_keys_and_values_are_named(override: str, message: str, tmp_path: Pa
 
 
 def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
-    written = "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1, "
+    written = (
+        "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1, "
         "/run/V, HTTP://Up:1/Team, http://v1]"
+    )
     config = load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={written}"])
     known = [
         "http://10.0.0.7:8000",
