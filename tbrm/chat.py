@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from inspect import signature
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -39,6 +40,8 @@ class Chat:
     drops_long: bool = False
     said: str = ""
     """What was chosen, in a line."""
+    _checked: set[Any] = field(default_factory=set, repr=False, compare=False)
+    """Shapes of prompts that the template was seen to show all of."""
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The prompt's token ids: through the chat template, or, for a model without one, the plain text. Raises ValueError
@@ -74,32 +77,32 @@ class Chat:
             )
 
     def encode_response(self, text: str, *, truncated: bool) -> list[int]:
-        """As the model would have written it, with the end of its turn, unless it was cut off."""
+        """As the model would have written it, with the end of its turn, unless it was cut off or has an end."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids if truncated else [*ids, self.ends.turn]
+        return ids if truncated or self.ends.length(ids) == len(ids) else [*ids, self.ends.turn]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A response's text: without the token that ended it, and with all other special tokens, for tags may be such."""
         ids = list(token_ids)
         if ids and ids[-1] in self.ends.ids:
             del ids[-1]
-        return str(self.tokenizer.decode(ids))
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _encode(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
-        calls = any(message.get("tool_calls") for message in messages)
-        if self.tokenizer.chat_template is None:
-            if tools or calls:
-                raise ValueError(
-                    "prompt: it has tools or tool_calls, and the model has no chat template that shows them"
-                )
-            return list(self.tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
         ids = self._render(messages, tools)
-        if tools and not self._differs(ids, messages, ()):
-            raise ValueError("tools: given, and the model's chat template does not show them; leave them out")
-        without = [{key: part for key, part in message.items() if key != "tool_calls"} for message in messages]
-        if calls and not self._differs(ids, without, tools):
-            raise ValueError("tool_calls: a message has some, and the model's chat template does not show them")
+        shape = (bool(tools), *map(_shape, messages))
+        if shape not in self._checked:
+            self._check_shown(ids, messages, tools)
+            self._checked.add(shape)
         return ids
+
+    def _check_shown(self, ids: list[int], messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Raises ValueError where the template makes the same of another prompt."""
+        none = "the model has no chat template to show it"
+        unshown = none if self.tokenizer.chat_template is None else "the model's chat template does not show it"
+        for given, *other in _others(messages, tools):
+            if not self._differs(ids, *other):
+                raise ValueError(f"{given}, and {unshown}; leave it out")
 
     def _differs(self, ids: list[int], messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
         """Whether the template makes something else of these, if anything."""
@@ -109,6 +112,8 @@ class Chat:
             return True
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer("\n\n".join(message["content"] for message in messages)).input_ids)
         continued = messages[-1]["role"] == "assistant"
         if continued and messages[-1].get("tool_calls"):
             raise ValueError(
@@ -136,13 +141,44 @@ class Chat:
         return list(ids)
 
 
+def _shape(message: Message) -> tuple[Any, ...]:
+    """What says which parts of a message a template shows."""
+    parts = (message["content"].strip(), message.get("tool_calls"), message.get("name"))
+    return (message["role"], *map(bool, parts))
+
+
+def _others(messages: Sequence[Message], tools: Sequence[Tool]) -> Iterator[tuple[str, list[Message], Sequence[Tool]]]:
+    """Each thing that is given, and the prompt without it or with another. Ids of calls, the name of a tool that answers
+    (the call has it) and the reasoning of earlier turns are not among them: many templates leave them out on purpose."""
+    if tools:
+        yield "tools: given", list(messages), ()
+    for i, message in enumerate(messages):
+        role, content, others = message["role"], message["content"], {}
+        if message.get("tool_calls"):
+            others["tool_calls: a message has some"] = _without(message, "tool_calls")
+        elif content.strip():
+            hint = " (task.system)" * (role == "system")
+            others[f"messages: one of {role}{hint} says {content!r:.80}"] = {**message, "content": content + " x"}
+        if message.get("name") and role != "tool":
+            others[f"name: a message of {role} has {message['name']!r:.80}"] = _without(message, "name")
+        for given, other in others.items():
+            yield given, [*messages[:i], other, *messages[i + 1 :]], tools
+
+
+def _without(message: Message, field: str) -> Message:
+    return {key: part for key, part in message.items() if key != field}
+
+
 def make_chat(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Chat:
     """As the config says. Raises ConfigError."""
     ends, said = find_ends(lm, tokenizer, config.rollout)
     vocabulary = cast(nn.Embedding, lm.get_input_embeddings()).weight.shape[0]
     check_token_ids("rollout.stop_ids", config.rollout.stop_ids, vocabulary)
     kwargs = config.chat.template_kwargs
+    ours = {*signature(tokenizer.apply_chat_template).parameters, "messages", "conversations", "strftime_now"}
     for name in kwargs:
+        if name in ours:
+            raise ConfigError(f"chat.template_kwargs.{name}: not the recipe's to set; leave it out")
         if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template or "")):
             raise ConfigError(f"chat.template_kwargs.{name}: the model's chat template has no such name; leave it out")
     barred: list[int] = []

@@ -29,6 +29,10 @@ TOOL_TEMPLATE = (  # renders calls as Qwen's does, and drops neither names nor i
     "{{ m.content }}{% for c in (m.tool_calls or []) %}[call {{ c.function.name }}({{ c.function.arguments }})]{% endfor %}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+ZEPHYR = (  # knows users and assistants only
+    "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<|{{ m.role }}|>{{ m.content.strip() }}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
 WEATHER = (
@@ -36,6 +40,8 @@ WEATHER = (
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "1", "name": "weather", "content": "14 C"},
 )
+
+NAMED = ({"role": "user", "content": "2 + 3", "name": "Ann"},)
 
 
 def tokenizer_with(template: str | None, *special: str) -> PreTrainedTokenizerFast:
@@ -80,9 +86,18 @@ def test_calls_names_and_tools_reach_the_template() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "tools", "message"),
     [
-        (tiny_tokenizer().chat_template, WEATHER, (), "tool_calls: a message has some, and .* does not show them"),
-        (tiny_tokenizer().chat_template, SYSTEM, TOOLS, "tools: given, and .* does not show them"),
-        (None, SYSTEM, TOOLS, "it has tools or tool_calls, and the model has no chat template"),
+        (tiny_tokenizer().chat_template, WEATHER, (), "tool_calls: a message has some, and .* does not show it"),
+        (tiny_tokenizer().chat_template, SYSTEM, TOOLS, "tools: given, and .* does not show it"),
+        (tiny_tokenizer().chat_template, NAMED, (), "name: a message of user has 'Ann', and .* does not show it"),
+        (None, SYSTEM, TOOLS, "tools: given, and the model has no chat template to show it"),
+        (None, WEATHER, (), "tool_calls: a message has some, and the model has no chat template to show it"),
+        (
+            ZEPHYR,
+            SYSTEM,
+            (),
+            r"messages: one of system \(task.system\) says 'Be brief.', and .* does not show it; leave",
+        ),
+        (ZEPHYR, (*SYSTEM[1:], WEATHER[2]), (), "messages: one of tool says '14 C', and .* does not show it"),
         (TOOL_TEMPLATE, WEATHER[:2], (), "it ends with a call of a tool, which cannot be continued"),
         ("{{ raise_exception('no system role') }}", SYSTEM, (), "refuses messages of system, user: no system role"),
     ],
@@ -90,6 +105,25 @@ def test_calls_names_and_tools_reach_the_template() -> None:
 def test_what_the_template_would_not_show_is_refused(template: Any, messages: Any, tools: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         chat_with(tokenizer_with(template)).encode(messages, tools)
+
+
+def test_ids_names_of_tools_that_answer_and_earlier_reasoning_may_go_unshown() -> None:
+    """As Qwen's template leaves them out."""
+    answered = {"role": "assistant", "content": "5", "reasoning_content": "Two and three."}
+    prompt = ({**SYSTEM[1], "id": 7, "name": ""}, answered, {"role": "system", "content": " "}, WEATHER[2])
+    text = "<|user|>2 + 3<|end|><|assistant|>5<|end|><|system|> <|end|><|tool|>14 C<|end|><|assistant|>"
+    assert shown(chat_with(), prompt) == text
+
+
+def test_what_a_template_shows_is_looked_at_once_for_prompts_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = chat_with(tokenizer_with(TOOL_TEMPLATE))
+    rendered: list[Any] = []
+    render = chat.tokenizer.apply_chat_template
+    monkeypatch.setattr(chat.tokenizer, "apply_chat_template", lambda m, **k: (rendered.append(m), render(m, **k))[1])
+    chat.encode_problems([Problem(str(n), "") for n in range(10)])
+    assert len(rendered) == 10 + 1
+    chat.encode(NAMED)
+    assert len(rendered) == 11 + 3
 
 
 THINKING = tiny_tokenizer().chat_template + "{% if not enable_thinking | default(true) %}[thought]{% endif %}"
@@ -100,6 +134,9 @@ def test_arguments_reach_the_template_and_unknown_ones_are_named() -> None:
     assert shown(chat_with(tokenizer), SYSTEM[1:]).endswith("<|assistant|>")
     chat = chat_with(tokenizer, chat={"template_kwargs": {"enable_thinking": False}})
     assert shown(chat, SYSTEM[1:]).endswith("<|assistant|>[thought]")
+    for name in ("add_generation_prompt", "messages", "tools", "conversation", "tokenize", "documents"):
+        with pytest.raises(ConfigError, match=rf"chat.template_kwargs.{name}: not the recipe's to set; leave it out"):
+            chat_with(tokenizer, chat={"template_kwargs": {name: []}})
     with pytest.raises(ConfigError, match=r"chat.template_kwargs.thinking: the model's chat template has no such name"):
         chat_with(tokenizer, chat={"template_kwargs": {"thinking": False}})
 
@@ -109,6 +146,19 @@ def test_the_text_of_a_response_has_its_special_tokens_but_for_the_end() -> None
     ids = chat.encode_response("<answer>5</answer>", truncated=False)
     assert len(ids) == 4
     assert chat.decode(ids) == chat.decode(ids[:-1]) == "<answer>5</answer>"
+
+
+def test_the_text_of_a_response_keeps_its_white_space_whatever_the_tokenizer_would_tidy() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    chat = chat_with(tokenizer)
+    assert chat.decode(chat.encode_response("[ 1 , 2 ] do n't !", truncated=False)) == "[ 1 , 2 ] do n't !"
+
+
+def test_text_that_has_its_end_gets_no_other() -> None:
+    chat = chat_with(rollout={"stop_strings": ["</answer>"]})
+    for text, end in (("4", "<|end|>"), ("4<|end|>", ""), ("4</answer>", ""), ("</answer>4", "<|end|>")):
+        assert chat.tokenizer.decode(chat.encode_response(text, truncated=False)) == text + end
 
 
 def test_prompts_that_are_too_long_are_refused_or_left_out() -> None:
