@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from tbrm.tasks.sandbox import refused_calls
 from tbrm.tasks.workers import Workers
 
 FUNCTIONS = """
-    import os, socket, subprocess, threading
+    import ctypes, fcntl, os, socket, struct, subprocess, sys, threading
+
+    theirs = int(sys.argv[1])  # our end of the socket to the trainer
 
     def environment():
         return dict(os.environ)
@@ -42,6 +45,32 @@ FUNCTIONS = """
 
     def listen():
         socket.socket(socket.AF_UNIX)
+
+    def pair():
+        socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def send():
+        socket.socket(fileno=os.dup(theirs)).send(b"")
+
+    def own(process):
+        fcntl.fcntl(theirs, fcntl.F_SETOWN, process)
+
+    def own_extended(process):
+        fcntl.fcntl(theirs, 15, struct.pack("ii", 1, process))
+
+    def own_by_ioctl(process):
+        fcntl.ioctl(theirs, 0x8901, struct.pack("i", process))
+
+    def choose_signal(process):
+        fcntl.fcntl(theirs, 10, 9)
+
+    def slow_down(process):
+        os.sched_setaffinity(process, {0})
+
+    def call(number):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(ctypes.c_long(number), 0, 0, 0, 0, 0, 0) < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def execute():
         subprocess.run(["true"])
@@ -138,11 +167,29 @@ def test_beside_a_module_on_the_path_nothing_can_be_read(worker: Workers, missin
     refused(worker, "read", f"{folder}/.env")
 
 
-@pytest.mark.parametrize("function", ["connect", "listen", "execute", "fork", "kill"])
+@pytest.mark.parametrize("function", ["connect", "listen", "pair", "send", "execute", "fork"])
 def test_nobody_can_be_reached_and_nothing_started(worker: Workers, missing: str, function: str) -> None:
     if "seccomp" in missing:
         pytest.skip(missing)
-    refused(worker, function, *{"connect": [9], "kill": [os.getpid()]}.get(function, []))
+    refused(worker, function, *([9] if function == "connect" else []))
+
+
+@pytest.mark.parametrize("function", ["kill", "own", "own_extended", "own_by_ioctl", "choose_signal", "slow_down"])
+def test_the_trainer_cannot_be_signalled_or_slowed(worker: Workers, missing: str, function: str) -> None:
+    """Nor by a signal that the kernel sends when the trainer writes into its socket."""
+    if "seccomp" in missing:
+        pytest.skip(missing)
+    refused(worker, function, os.getpid())
+
+
+def test_each_refused_call_is_refused(worker: Workers, missing: str) -> None:
+    """Shared memory and queues among them. All arguments are 0: some would fail anyway, but not for want of permission."""
+    if "seccomp" in missing:
+        pytest.skip(missing)
+    calls = refused_calls(platform.machine())
+    assert {"shmget", "shmat", "semget", "msgget", "mq_open", "sendmsg", "bind", "setxattrat"} <= calls.keys()
+    for number in calls.values():
+        refused(worker, "call", number)
 
 
 def test_the_terminal_is_not_theirs(worker: Workers, capfd: pytest.CaptureFixture[str]) -> None:
