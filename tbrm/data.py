@@ -123,6 +123,10 @@ class ScoredBatch(TrajectoryBatch):
     @property
     def rewards(self) -> Tensor:
         """[N]: the column that most objectives have."""
+        if "rewards" not in self.columns:
+            raise ValueError(
+                f"the objective reads batch.rewards, and its `columns` gave {sorted(self.columns)}: have it give 'rewards', too"
+            )
         return self.columns["rewards"]
 
     def to(self, device: torch.device | str) -> Self:

@@ -170,6 +170,18 @@ def test_some_trajectories_of_a_batch_keep_their_own_columns_and_scores() -> Non
     assert (part.ref_logprobs.tolist(), part.ref_values.tolist()) == ([2, 3, 4], [1, 2])
 
 
+def test_rewards_that_an_objective_does_not_keep_are_asked_for() -> None:
+    columns = {"baseline": torch.zeros(1)}
+    batch = ScoredBatch(
+        **vars(pack([Trajectory([5], [10], 1.0)])),
+        ref_logprobs=torch.zeros(1),
+        ref_values=torch.zeros(1),
+        columns=columns,
+    )
+    with pytest.raises(ValueError, match=r"`columns` gave \['baseline'\]: have it give 'rewards', too"):
+        _ = batch.rewards
+
+
 def test_impossible_trajectories_are_refused() -> None:
     with pytest.raises(ValueError, match="prompt_ids is empty"):
         Trajectory([], [1], 0.0)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tbrm.config import ConfigError, VllmConfig
 from tbrm.parallel import World
 from tbrm.recipe import config_to_dict
 from tbrm.rollout import Request, Response, Sampling
+from tbrm.rollout.vllm.colocated import ColocatedEngine
 from tbrm.rollout.vllm.connection import HungError, LateError, RefusedError, ServerError, headers_from_environment
 from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.keeper import Keeper, publish
@@ -400,6 +402,18 @@ def test_a_mixture_of_experts_is_refused_where_vllm_computes_it_wrongly(tmp_path
     for engine in ("vllm", "vllm_colocated"):
         with pytest.raises(ConfigError, match=r"vLLM 0.32 on a CPU computes with wrong experts"):
             Trainer(vllm_config(tmp_path / "run", tmp_path / "model", engine))
+
+
+def test_more_barred_ids_than_vllm_takes_are_refused(trainer: Trainer, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, rollout__engine="vllm", rollout__vllm={"addresses": ["http://a:1"]}).rollout
+    most, more = (replace(trainer.chat, barred=range(number)) for number in (1024, 1025))
+    VllmEngine(config, trainer.policy, most, tmp_path)
+    for make in (
+        lambda: VllmEngine(config, trainer.policy, more, tmp_path),
+        lambda: ColocatedEngine(config, trainer.policy, more),
+    ):
+        with pytest.raises(ConfigError, match=r"rollout.bar_unused_ids: .* for 1025 ids, and vLLM bars 1024 at most"):
+            make()
 
 
 def test_processes_wait_longer_for_each_other_than_for_a_server(tmp_path: Path) -> None:

@@ -21,18 +21,18 @@ from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
 from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment, socket_folder
-from tbrm.rollout.vllm.server import cut, room, sampling_params
+from tbrm.rollout.vllm.server import barrable, cut, room, sampling_params
 
 
 class ColocatedEngine:
     """On a GPU vLLM sleeps between calls: weights go to the CPU's memory, that of keys and values is given back."""
 
     def __init__(self, config: RolloutConfig, policy: PolicyModel, chat: Chat) -> None:
+        self._barred = barrable(chat.barred)
         refuse_experts_on_cpu(policy, check_installed())
         self.config = config
         self.policy = policy
         self.ends = chat.ends
-        self._barred = chat.barred
         self._dtype = engine_dtype(config.vllm, policy)
         self._sleeps = policy.device.type == "cuda"
         self._options = engine_options(

@@ -39,7 +39,7 @@ from tbrm.rollout.vllm.handover import (
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.process import FolderGuard, ServerProcess, check_installed, engine_options, socket_folder
 from tbrm.rollout.vllm.same_model import SameModel
-from tbrm.rollout.vllm.server import Server, cut, room, sampling_params
+from tbrm.rollout.vllm.server import Server, barrable, cut, room, sampling_params
 
 _LIKE_A_START = 60.0
 """Seconds that a server may hang before another is started in its place, which takes as long."""
@@ -71,7 +71,7 @@ class VllmEngine:
         self.log_dir = log_dir
         self.world = world
         self.ends = chat.ends
-        self._barred = chat.barred
+        self._barred = barrable(chat.barred)
         self._check = SyncCheck(policy, chat.tokenizer, config.vllm.max_logprob_gap)
         self._dtype = engine_dtype(config.vllm, policy)
         self._options = engine_options(

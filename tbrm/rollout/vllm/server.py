@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tbrm.config import ConfigError
 from tbrm.ends import Ends
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.connection import Endpoint, RefusedError, ServerError
@@ -16,6 +17,8 @@ SUPPORTED = ((0, 32), (0, 34))
 
 _BARRED = -100.0
 """Added to the logit of a token that is not to be drawn: as much as vLLM takes."""
+_MOST_BARRED = 1024
+"""Tokens whose logits vLLM 0.32 changes for a request on a GPU; more end its engine. It allows as many by a list, too."""
 
 
 def check_version(version: str, where: str) -> None:
@@ -80,6 +83,16 @@ class Server(Endpoint):
                 f"{self.address} gave {len(answers)} responses for {sampling.get('n', 1)}: {str(choices)[:200]}"
             )
         return answers
+
+
+def barrable(barred: Sequence[int]) -> Sequence[int]:
+    """The same. Raises ConfigError if they are more than vLLM takes."""
+    if len(barred) > _MOST_BARRED:
+        raise ConfigError(
+            f"rollout.bar_unused_ids: the tokenizer has no text for {len(barred)} ids, and vLLM bars {_MOST_BARRED} at most: "
+            "set it to false, or rollout.engine to embedded"
+        )
+    return barred
 
 
 def sampling_params(
