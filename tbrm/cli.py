@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, "debug", False):
             traceback.print_exc()
         elif hasattr(error, "own_traceback"):  # an exception of code of the user's own
-            print(error.own_traceback(), file=sys.stderr)
+            print(error.own_traceback, file=sys.stderr)
         print(f"tbrm {args.name}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     return 0

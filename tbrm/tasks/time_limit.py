@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 _SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGUSR2)  # one that nobody else uses; alarms are left to the function
+_ALIVE_SECONDS = 1.0  # in which a loop that is not blocked answers
 
 
 class TooLateError(Exception):
@@ -34,28 +35,42 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
         return result
     # One loop for all calls: what a function keeps between them, such as a client of a server, belongs to a loop.
     future = asyncio.run_coroutine_threadsafe(_awaited(result), _loop())
-    return _result(future, seconds)
+    try:
+        return _result(future, seconds)
+    except TooLateError:
+        _leave_blocked_loop()
+        raise
 
 
 def _interrupted(seconds: float, function: Callable[[], Any]) -> Any:
     """In this thread: functions with alarms of their own, as math-verify has, work in the main thread alone."""
-    running = True
+    running, late, done = True, False, threading.Event()
+    thread = threading.get_ident()
 
     def leave(*_: object) -> None:
+        nonlocal late
         if running:  # not one that comes late
+            late = True
             raise _Leave
 
+    def remind() -> None:
+        while not done.wait(seconds):  # again and again: a bare `except:` goes on
+            signal.pthread_kill(thread, _SIGNAL)
+
     signal.signal(_SIGNAL, leave)
-    timer = threading.Timer(seconds, signal.pthread_kill, (threading.get_ident(), _SIGNAL))
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=remind, daemon=True).start()
     try:
-        return function()
-    except _Leave:
-        raise TooLateError from None
+        result = function()
+    except (Exception, SystemExit, _Leave):
+        if late:
+            raise TooLateError from None
+        raise
     finally:
         running = False
-        timer.cancel()
+        done.set()
+    if late:  # it caught what we raised
+        raise TooLateError
+    return result
 
 
 def _left(seconds: float, function: Callable[[], Any]) -> Any:
@@ -90,3 +105,11 @@ def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
     return loop
+
+
+def _leave_blocked_loop() -> None:
+    """A call that blocks in an async function keeps the loop: the next calls get another."""
+    try:
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), _loop()).result(_ALIVE_SECONDS)
+    except TimeoutError:
+        _loop.cache_clear()

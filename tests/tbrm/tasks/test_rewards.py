@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import pickle
 import sys
 import textwrap
 import threading
@@ -20,7 +22,7 @@ import torch
 
 from tbrm.cli import main
 from tbrm.metrics import read_jsonl
-from tbrm.tasks import Grade, Problem, Progress, Task
+from tbrm.tasks import Grade, Problem, Progress, Task, user_code
 from tbrm.tasks.grading import grade_responses
 from tbrm.tasks.time_limit import TooLateError, within
 from tbrm.tasks.user_code import UserCodeError
@@ -126,12 +128,52 @@ async def asleep_in_its_loop(**_: Any) -> list[float]:
     return []
 
 
-@pytest.mark.parametrize("function", [busy, asleep, swallows, asleep_in_its_loop])
+def swallows_all(completions: list[str], **_: Any) -> list[float]:
+    for _completion in completions:
+        with contextlib.suppress(BaseException):  # as a bare `except:` does
+            time.sleep(3600)
+    return [1.0] * len(completions)
+
+
+def raises_instead(**_: Any) -> list[float]:
+    try:
+        time.sleep(3600)
+    except BaseException as error:
+        raise RuntimeError("the judge") from error
+    return []
+
+
+async def blocks_its_loop(**_: Any) -> list[float]:
+    time.sleep(20)
+    return []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [busy, asleep, swallows, swallows_all, raises_instead, asleep_in_its_loop, blocks_its_loop],
+)
 def test_a_function_that_never_returns_is_left(function: Callable[..., Any]) -> None:
     grades = reward(function, seconds=0.2)
     late = "reward function mine:f: took longer than 0.2 seconds (task.reward_timeout_seconds)"
     assert grades == [Grade(0.0, False, late)] * 8
     assert reward(lambda **_: [1.0] * 8)[0].correct
+
+    async def quick(**_: Any) -> list[float]:
+        return [1.0] * 8
+
+    assert reward(quick, seconds=5)[0].correct
+
+
+def test_a_loop_that_is_not_blocked_is_kept_after_a_timeout() -> None:
+    loops = set()
+
+    async def function(completions: list[str], **_: Any) -> list[float]:
+        loops.add(asyncio.get_running_loop())
+        await asyncio.sleep(3600)
+        return []
+
+    assert [grade.failure is None for grade in reward(function, 0.1) + reward(function, 0.1)] == [False] * 16
+    assert len(loops) == 1
 
 
 def test_it_is_left_in_another_thread_too() -> None:
@@ -171,7 +213,8 @@ def test_the_response_that_it_fails_on_is_named() -> None:
     assert str(caught.value) == (
         "reward function mine:f raised ZeroDivisionError('division by zero') on the response 'response 5' to 'problem 5'"
     )
-    shown = caught.value.own_traceback()
+    shown = caught.value.own_traceback
+    assert pickle.loads(pickle.dumps(caught.value)).own_traceback == shown  # another process may show it
     assert shown.startswith("Traceback")
     assert "return [1 / (completion" in shown
     assert "user_code.py" not in shown
@@ -186,6 +229,20 @@ def test_one_that_fails_on_all_together_says_so() -> None:
 
     with pytest.raises(UserCodeError, match=r"on all responses together, and not on one alone"):
         reward(function)
+
+
+def test_looking_for_the_response_takes_no_longer_than_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_code, "_PLACING_SECONDS", 0.0)
+    calls = []
+
+    def function(completions: list[str], **_: Any) -> list[float]:
+        calls.append(len(completions))
+        time.sleep(0.1 * (1 + len(calls)))  # the second longer than the first
+        raise ConnectionError("the judge is down")
+
+    with pytest.raises(UserCodeError, match=r"on one of responses 1 to 4 of 8; no time was left to say which"):
+        reward(function)
+    assert calls == [8, 4]
 
 
 def test_a_function_that_exits_is_named() -> None:
