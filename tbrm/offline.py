@@ -3,7 +3,7 @@
 Each line holds `prompt` (text, or a chat) or `messages` (a chat), `response` (text) and `reward`; optionally `truncated`
 and `tools`. Lines that also hold `prompt_ids` and `response_ids`, as those of `tbrm rollout` do, are used token for token,
 and may say in `action_mask` which response tokens the policy chose; otherwise the text is encoded with the model's chat
-template and, unless truncated, the token that ends a turn is appended.
+template and, unless it is truncated or has its end, the token that ends a turn is appended.
 
 A line without `reward` is graded, where there is a task: it then holds the problem's `answer`, and in `entry` what else
 the task's verifier wants to know of a problem (reasoning_gym's: `{"position": ...}`).
@@ -33,7 +33,8 @@ from tbrm.rollout.base import derive_seed
 from tbrm.rollout.collect import WAITING, Collected, load_collected
 from tbrm.stored import score_columns, scores_at
 from tbrm.tasks import Problem, Task
-from tbrm.tasks.base import plain
+from tbrm.tasks.base import Progress, plain
+from tbrm.tasks.grading import grade_responses
 from tbrm.tasks.messages import read_messages, read_tools
 
 _SCORES = "scores.safetensors"
@@ -193,7 +194,7 @@ class RowReader:
         if not response_ids:
             raise ValueError("response: empty; there is no action to learn from")
         self.chat.check_length("response", prompt_ids, len(response_ids))
-        reward = self._reward(row, problem)
+        reward = self._reward(row, problem, response_ids)
         if reward is None:
             return None
         mask = _action_mask(row, response_ids, in_ids=in_ids)
@@ -204,9 +205,9 @@ class RowReader:
             return False
         return self._shown(prompt_ids) in self._heldout or (problem is not None and problem.key in self._heldout)
 
-    def _reward(self, row: dict[str, Any], problem: Problem | None) -> float | None:
+    def _reward(self, row: dict[str, Any], problem: Problem | None, response_ids: list[int]) -> float | None:
         if "reward" not in row and self.task is not None:
-            return self._grade(row, problem, self.task) if self.grades else 0.0
+            return self._grade(row, problem, response_ids, self.task) if self.grades else 0.0
         reward = row.get("reward")
         if isinstance(reward, bool) or not isinstance(reward, int | float):
             raise ValueError(f"reward: got {reward!r}; wants a number")
@@ -214,12 +215,14 @@ class RowReader:
             raise ValueError(f"reward: got {reward!r}; wants a finite number")
         return float(reward)
 
-    def _grade(self, row: dict[str, Any], problem: Problem | None, task: Task) -> float | None:
-        response, answer = (_text(row, field, ", to grade a line without reward") for field in ("response", "answer"))
+    def _grade(self, row: dict[str, Any], problem: Problem | None, response_ids: list[int], task: Task) -> float | None:
+        """As a rollout's response is graded."""
+        answer = _text(row, "answer", ", to grade a line without reward")
         if problem is None:
             raise ValueError("prompt: missing, to grade a line without reward")
+        problem = replace(problem, answer=answer, entry=row.get("entry", {}))
         try:
-            [grade] = task.grade([replace(problem, answer=answer, entry=row.get("entry", {}))], [response])
+            [grade] = grade_responses(task, [problem], [self.chat.decode(response_ids)], [response_ids], Progress())
         except KeyError as error:
             raise ValueError(
                 f"entry: holds no {error}, which task {task.name} grades a line without reward by"
@@ -263,7 +266,7 @@ def _action_mask(row: dict[str, Any], response_ids: Sequence[int], *, in_ids: bo
         return None
     if not in_ids:
         raise ValueError("action_mask: given without response_ids, whose tokens it is of")
-    if not (isinstance(mask, list) and len(mask) == len(response_ids) and set(mask) <= {True, False}):
+    if not (isinstance(mask, list) and len(mask) == len(response_ids) and all(i in (True, False) for i in mask)):
         raise ValueError(
             f"action_mask: got {mask!r:.100}; wants true or false for each of {len(response_ids)} response_ids"
         )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,9 @@ from tbrm.metrics import Phases
 from tbrm.offline import FileSource, RowReader, read_trajectories, write_trajectories
 from tbrm.rollout.collect import WAITING, save_collected
 from tbrm.supply import Supply
-from tbrm.tasks import Problem
+from tbrm.tasks import Grade, Problem, Task
 from tbrm.tasks.file import FileTask
+from tbrm.tasks.user_code import UserCodeError
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import chat_of
 
@@ -112,6 +114,41 @@ def test_lines_that_cannot_be_graded_are_left_out_and_counted(
     assert rows_are.counts() == ["1 of 3 could not be graded"]
 
 
+def token_count(completions: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
+    return [10 * len(ids) + len(text) for text, ids in zip(completions, completion_ids, strict=True)]
+
+
+def test_lines_without_reward_are_graded_as_rollouts_are(tmp_path: Path) -> None:
+    """With token ids, and the text as the model would have said it: without its end."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "a", "answer": "1"}))
+    task = FileTask(name="file", path=str(problems), verifier=f"{__name__}:token_count")
+    asked = {"prompt": "a", "answer": "1"}
+    ids = {"prompt_ids": [1, 9], "response_ids": [10, 11, 12, 0]}
+    rows = [{**asked, "response": "4"}, {**asked, "response": "4<|end|>"}, {**asked, **ids}]
+    read_ones = read(tmp_path, *rows, rows_are=RowReader(reader().chat, task))
+    assert [t.reward for t in read_ones] == [21.0, 21.0, 43.0]
+
+
+class Looking(Task):
+    """A user's own, with a bug."""
+
+    def problem(self, index: int, seed: int) -> Problem:
+        return Problem("a", "1")
+
+    def heldout(self, count: int) -> list[Problem]:
+        return []
+
+    def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        return [Grade({"4": 1.0}[response], correct=True) for response in responses]
+
+
+def test_what_a_users_own_task_raises_is_said_to_be_its_own(tmp_path: Path) -> None:
+    rows_are = RowReader(reader().chat, Looking(name="looking"))
+    with pytest.raises(UserCodeError, match=r"task looking: grade raised KeyError\('5'\) on the response '5' to 'a'"):
+        read(tmp_path, {"prompt": "a", "answer": "1", "response": "5"}, rows_are=rows_are)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -136,6 +173,10 @@ def test_lines_that_cannot_be_graded_are_left_out_and_counted(
         ),
         ({"prompt_ids": [1], "response_ids": [True], "reward": 1}, r":2: response_ids: got \[True\]; wants a list of"),
         ({"prompt_ids": [1], "response_ids": [5, 6], "reward": 1, "action_mask": [1]}, r":2: action_mask: got \[1\]"),
+        (
+            {"prompt_ids": [1], "response_ids": [5], "reward": 1, "action_mask": [[1]]},
+            r":2: action_mask: got \[\[1\]\]",
+        ),
         ({"prompt_ids": [1], "response_ids": [5], "reward": 1, "action_mask": [False]}, r":2: action_mask: all false"),
         (
             {"prompt": "1", "response": "5", "reward": 1, "action_mask": [True]},
