@@ -11,8 +11,9 @@ Tool = dict[str, Any]
 
 
 def read_messages(where: str, value: Any) -> tuple[Message, ...]:
-    """The messages of a row. A column of Parquet has each key in every message: those that are null are left out, and no
-    content is empty content, which no template shows as "None". Raises ValueError, with `where` it was."""
+    """The messages of a row. A column of Parquet has each key in every message: those that are null are left out, and so is
+    an empty list of calls, for some templates show such a message as a call. No content is empty content, which no template
+    shows as "None". Raises ValueError, with `where` it was."""
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(
             f'{where} holds {value!r:.100}, and a prompt is text or a list of messages {{"role": "user", "content": "..."}}'
@@ -22,7 +23,7 @@ def read_messages(where: str, value: Any) -> tuple[Message, ...]:
 
 def _read_message(where: str, value: Any) -> Message:
     if isinstance(value, dict) and isinstance(value.get("role"), str):
-        message = {key: part for key, part in value.items() if part is not None}
+        message = {key: part for key, part in value.items() if part is not None and (key, part) != ("tool_calls", [])}
         if message.get("tool_calls"):
             message.setdefault("content", "")
         if isinstance(message.get("content"), str):
