@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_trajectories(folder)
     for name, (write, _) in BROKEN.items():
         write(folder / "broken" / name)
-    subprocess.run([sys.executable, "-m", "tests.tbrm.architectures", str(folder)], check=True, timeout=240)
+    subprocess.run([sys.executable, "-m", "tests.tbrm.architectures", str(folder)], check=True, timeout=600)
     torchrun(2, "tests.tbrm.architectures", folder)
     return folder
 

@@ -36,7 +36,7 @@ def torchrun(
     *command: str | Path,
     check: bool = True,
     options: tuple[str, ...] = (),
-    timeout: int = 240,
+    timeout: int = 600,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m COMMAND` in so many processes."""
@@ -91,7 +91,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     folder = tmp_path_factory.mktemp("steps")
     write_models(folder)
     write_trajectories(folder)
-    subprocess.run([sys.executable, "-m", "tests.tbrm.processes", str(folder)], check=True, timeout=240)
+    subprocess.run([sys.executable, "-m", "tests.tbrm.processes", str(folder)], check=True, timeout=600)
     for count in COUNTS:
         torchrun(count, "tests.tbrm.processes", folder)
     return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)}
