@@ -15,6 +15,7 @@ import dataclasses
 import json
 import re
 import string
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +27,8 @@ from tbrm.tasks.answers import EXTRACTORS, Extractor
 
 _BLOCK = 1024
 
+# Families whose scorer gives the answer to float() or complex(), which read "nan", and min(1.0, nan) is 1.
+_FLOAT = {"advanced_geometry", "complex_arithmetic", "number_format", "polynomial_equations"}
 # Families whose scorer gives the answer to eval(). It wants a list: nothing else is let through.
 _EVAL = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 _LITERAL = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.UnaryOp, ast.UAdd, ast.USub, ast.Load)
@@ -82,7 +85,9 @@ def score(family: str, params: str, position: int, answer: Extractor, response: 
     text = EXTRACTORS[answer](response)
     item = _item(family, params, position)
     # All scorers compare with the reference answer before they evaluate anything, or may evaluate it.
-    if text is None or (text != item["answer"] and not _harmless(family, text)):
+    if text is None:
+        return 0.0
+    if text != item["answer"] and not (_harmless(family, text) and _may_be_right(family, text, item["answer"])):
         return 0.0
     return float(_dataset(family, params, position - position % _BLOCK).score_answer(text, item))
 
@@ -117,6 +122,22 @@ def _harmless(family: str, text: str) -> bool:
     if family in _PARSE_EXPR:
         return _is_formula(text)
     return True
+
+
+def _may_be_right(family: str, text: str, wanted: str) -> bool:
+    """Whether `text` is none of the wrong answers that a scorer is known to give 1."""
+    if family == "game_of_life_halting":  # any answer at all
+        return text.casefold() == wanted.casefold()
+    if family == "coin_flip":  # the first digits, such as 0
+        return _is_close(text, wanted)
+    return family not in _FLOAT or re.search("nan|inf", text.replace(" ", ""), re.IGNORECASE) is None
+
+
+def _is_close(text: str, wanted: str) -> bool:
+    try:
+        return abs(Fraction(text.replace(",", "")) - Fraction(wanted)) <= 1e-4  # what the scorer of coin_flip wants
+    except (ValueError, ZeroDivisionError):
+        return False
 
 
 def _is_literal(text: str) -> bool:

@@ -6,11 +6,13 @@ what was found. After an upgrade: read the scorers that the test names, then cor
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,43 @@ def test_families_whose_scorer_evaluates_the_response_are_guarded() -> None:
     kinds = {what: {family for family, (_, each) in found().items() if each == what} for what in ("eval", "parse_expr")}
     assert kinds["eval"] == inner._EVAL
     assert kinds["parse_expr"] == inner._PARSE_EXPR
+
+
+JUNK = ["nan", "n a n", "nan+nanj", "inf", "I do not know", "yes", "0", "1", "-", "None", "()", "[]", "{}"]
+
+
+def same(text: str, wanted: str | None) -> bool:
+    """As text, case aside, or as numbers."""
+    if wanted is None or text.casefold() == wanted.casefold():
+        return wanted is not None
+    try:
+        return Decimal(text) == Decimal(wanted)
+    except InvalidOperation:
+        return False
+
+
+@pytest.mark.parametrize("family", sorted(DATASETS.keys() - {"composite"}))
+def test_junk_is_right_only_where_it_is_the_answer(family: str) -> None:
+    """A model that finds one of these would be rewarded on every problem."""
+    for position in range(2):
+        wanted = inner._item(family, "{}", position)["answer"]
+        for text in JUNK:
+            value = 0.0
+            with contextlib.suppress(Exception):  # a failure, without a reward
+                value = inner.score(family, "{}", position, "whole", text)
+            assert value < 1 or same(text, wanted), (text, wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "position", "right", "wrong"),
+    [
+        ("game_of_life_halting", 0, ["True", "true"], ["False", "halts", "1"]),
+        ("coin_flip", 1, ["0.3125", "5/16", "0.31249"], ["0", "0.3", "0.31", "no"]),
+    ],
+)
+def test_scorers_that_are_mended(family: str, position: int, right: list[str], wrong: list[str]) -> None:
+    assert [inner.score(family, "{}", position, "whole", text) for text in right] == [1.0] * len(right)
+    assert [inner.score(family, "{}", position, "whole", text) for text in wrong] == [0.0] * len(wrong)
 
 
 def sources_with(words: set[str], before: str = "") -> Iterator[tuple[str, ast.Module]]:
