@@ -91,7 +91,10 @@ class Task(ABC, BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(description="Which task: reasoning_gym, file, or package.module:Class.")
-    correct_at: float = Field(1.0, description="Least reward of a response that counts as correct, in accuracy.")
+    correct_at: float = Field(
+        1.0,
+        description="Least reward of a response that counts as correct, in accuracy; 1: a verifier of your own says.",
+    )
 
     def is_correct(self, reward: float) -> bool:
         return reward >= self.correct_at - 1e-6

@@ -86,8 +86,8 @@ class ReasoningGym(Task):
         )
         if outcome.failure is not None:
             return Grade(0.0, correct=False, failure=f"{self.family}'s scorer: {outcome.failure}")
-        correct = self.is_correct(outcome.value)
-        return Grade(outcome.value if self.partial_credit else float(correct), correct)
+        reward = outcome.value if self.partial_credit else float(outcome.value >= 1 - 1e-6)
+        return Grade(reward, self.is_correct(reward))
 
     def _make(self, position: int) -> Problem:
         outcome = _process().call("make", self.family, self._params, self.prompt, position, seconds=_MAKE_SECONDS)

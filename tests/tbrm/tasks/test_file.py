@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tbrm.tasks import Grade, Problem, ProblemStream
 from tbrm.tasks.file import FileTask
+from tbrm.tasks.verifiers import Verifier
 
 ROWS = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1), "level": n % 3} for n in range(20)]
 
@@ -313,3 +315,21 @@ def test_what_counts_as_correct_is_said_by_the_task(tmp_path: Path) -> None:
         grades = task.grade([task.problem(0, 0)] * 5, responses)
         assert [grade.correct for grade in grades] == correct
         assert [grade.reward for grade in grades[:4]] == [0.25, 0.5, 0.75, 1.0]
+
+
+class Lenient(Verifier):
+    """Small rewards, and its own word on what is correct."""
+
+    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        return [Grade(0.3, correct=response == "a") for response in responses]
+
+
+def test_a_verifiers_word_on_what_is_correct_counts_unless_the_task_says_otherwise(tmp_path: Path) -> None:
+    path = write(tmp_path / "problems.jsonl", [{"prompt": "1", "answer": "1"}])
+    for settings, correct in (
+        ({}, [True, False]),
+        ({"correct_at": 0.2}, [True, True]),
+        ({"correct_at": 0.5}, [False] * 2),
+    ):
+        task = make(path, verifier=f"{__name__}:Lenient", **settings)
+        assert [grade.correct for grade in task.grade([task.problem(0, 0)] * 2, ["a", "b"])] == correct

@@ -148,6 +148,16 @@ def test_wrong_answers_get_the_scorers_value_only_if_asked() -> None:
     assert (grade.reward, grade.correct) == (1.0, True)
 
 
+def test_what_counts_as_correct_does_not_change_the_reward() -> None:
+    """ "-12" where 12 is right gets 0.67 from the scorer."""
+    problem = next(each for each in make(params=SMALL).heldout(50) if int(each.answer) > 9)
+    for correct_at in (1.0, 0.5):
+        (grade,) = make(params=SMALL, correct_at=correct_at).grade([problem], [f"-{problem.answer}"])
+        assert (grade.reward, grade.correct) == (0.0, False)
+    (grade,) = make(params=SMALL, correct_at=0.5, partial_credit=True).grade([problem], [f"-{problem.answer}"])
+    assert (0.5 < grade.reward < 1, grade.correct) == (True, True)
+
+
 def test_an_answer_that_hangs_the_scorer_is_a_failure_and_grading_goes_on() -> None:
     task = make(family="countdown", answer="whole", timeout_seconds=2)
     problems = [task.problem(index, seed=0) for index in range(2)]
