@@ -5,8 +5,8 @@ and `tools`. Lines that also hold `prompt_ids` and `response_ids`, as those of `
 and may say in `action_mask` which response tokens the policy chose; otherwise the text is encoded with the model's chat
 template and, unless it is truncated or has its end, the token that ends a turn is appended.
 
-A line without `reward` is graded, where there is a task: it then holds the problem's `answer`, and in `entry` what else
-the task's verifier wants to know of a problem (reasoning_gym's: `{"position": ...}`).
+A line without `reward` is graded, where there is a task: it then holds the problem's `answer`, and beside it, or
+in `entry`, what else the task's verifier wants to know of a problem (reasoning_gym's: `{"position": ...}`).
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class RowReader:
         answer = _text(row, "answer", ", to grade a line without reward")
         if problem is None:
             raise ValueError("prompt: missing, to grade a line without reward")
-        problem = replace(problem, answer=answer, entry=row.get("entry", {}))
+        problem = replace(problem, answer=answer, entry=row.get("entry", row))
         try:
             [grade] = grade_responses(task, [problem], [self.chat.decode(response_ids)], [response_ids], Progress())
         except KeyError as error:

@@ -114,6 +114,20 @@ def test_lines_that_cannot_be_graded_are_left_out_and_counted(
     assert rows_are.counts() == ["1 of 3 could not be graded"]
 
 
+def by_level(completions: list[str], level: list[int], **_: object) -> list[float]:
+    return [float(each) for each in level]
+
+
+def test_lines_are_graded_by_columns_beside_the_answer_or_in_an_entry(tmp_path: Path) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"prompt": "a", "answer": "1", "level": 3}))
+    task = FileTask(name="file", path=str(problems), verifier=f"{__name__}:by_level")
+    row = {"prompt": "a", "answer": "1", "response": "4"}
+    rows_are = RowReader(reader().chat, task)
+    read_ones = read(tmp_path, {**row, "level": 2}, {**row, "entry": {"level": 5}}, rows_are=rows_are)
+    assert [t.reward for t in read_ones] == [2.0, 5.0]
+
+
 def token_count(completions: list[str], completion_ids: list[list[int]], **_: object) -> list[float]:
     return [10 * len(ids) + len(text) for text, ids in zip(completions, completion_ids, strict=True)]
 
