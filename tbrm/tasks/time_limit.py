@@ -27,7 +27,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
     """What `function` returns, or what comes of awaiting that. Raises TooLateError.
 
     In the main thread it is interrupted, in Python code and in calls of the system such as sleep and recv; elsewhere it goes
-    on in a thread of its own, and nobody waits for it.
+    on in a thread of its own, and nobody waits for it. One that catches all exceptions, in a loop without end, is never left.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     result = (_interrupted if in_main_thread else _left)(seconds, function)
