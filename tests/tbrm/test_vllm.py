@@ -190,14 +190,16 @@ def test_servers_end_responses_at_stop_strings_and_never_draw_what_is_barred(eng
     prompt = [5, *range(6, 60)]
     barred = range(5, 40)
     server = engine._servers[0]
-    [(free, _)] = server.generate(prompt, sampling_params(1, 40, 1.0, 3, engine.ends))
-    pairs = [engine.ends.tokenizer.decode(free.token_ids[i : i + 2]) for i in range(4, 20)]
-    strings = tuple(text for text in pairs if text)[:2]  # ids beyond the tokenizer have no text
-    ends = replace(engine.ends, strings=strings)
+    endless, tokenizer = replace(engine.ends, ids=()), engine.ends.tokenizer
+    [(free, _)] = server.generate(prompt, sampling_params(1, 40, 1.0, 3, endless))
+    pairs = [free.token_ids[i : i + 2] for i in range(4, 38)]
+    # Two of them that have text: not the tags, nor ids beyond the tokenizer.
+    strings = [tokenizer.decode(pair) for pair in pairs if all(5 <= token < len(tokenizer) for token in pair)][:2]
+    ends = replace(endless, strings=tuple(strings))
     [(ended, _)] = server.generate(prompt, sampling_params(1, 40, 1.0, 3, ends))
     length = ends.length(free.token_ids)
     assert length is not None
-    assert length < len(free.token_ids)
+    assert length < len(free.token_ids) == 40
     assert (ended.token_ids, ended.truncated) == (free.token_ids[:length], False)
     assert len(ended.logprobs) == length
     assert cut(free, ends).token_ids == ended.token_ids  # what a server without the tokenizer writes
