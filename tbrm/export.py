@@ -9,7 +9,7 @@ import torch
 
 from tbrm.checkpoint import Checkpoint
 from tbrm.config import ConfigError
-from tbrm.hub_folder import own_dtype, save_model, save_tokenizer
+from tbrm.hub_folder import own_dtype, write_folder
 from tbrm.load import find_model, load_policy
 from tbrm.recipe import load_sections
 
@@ -28,9 +28,6 @@ def export(source: str, out: Path, dtype: torch.dtype | None = None, overrides: 
         load_sections(None, overrides, model={"name": str(checkpoint.folder), "device": "cpu"})
     )
     dtype = dtype or own_dtype(policy.lm.config)
-    unfinished = out.with_name(out.name + ".unfinished")  # a kill half-way must not leave a folder that looks complete
-    save_model(policy.lm, unfinished, dtype)
-    save_tokenizer(tokenizer, unfinished)
-    unfinished.rename(out)
+    write_folder(policy.lm, tokenizer, out, dtype)
     kind = str(dtype).removeprefix("torch.")
     return f"{out} is ready: a Hugging Face folder of step {checkpoint.state.step}, as {kind} ({taken})"

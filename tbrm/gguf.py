@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tbrm.hub_folder import save_model, save_tokenizer
+from tbrm.hub_folder import write_folder
 
 
 def import_gguf(file: Path, out: Path) -> None:
@@ -43,8 +43,4 @@ def import_gguf(file: Path, out: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
 
-    # A kill half-way must not leave a folder that looks complete.
-    unfinished = out.with_name(out.name + ".unfinished")
-    save_model(model, unfinished, torch.float32)
-    save_tokenizer(tokenizer, unfinished)
-    unfinished.rename(out)
+    write_folder(model, tokenizer, out, torch.float32)

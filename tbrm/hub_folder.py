@@ -46,6 +46,15 @@ def save_config(lm: PreTrainedModel, folder: Path) -> None:
     _finish_config(folder)
 
 
+def write_folder(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: torch.dtype) -> None:
+    """Makes `out`, which is not there yet: config, weights as `dtype`, and tokenizer. A kill half-way leaves no folder of that
+    name, which would look complete."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    save_model(lm, unfinished, dtype)
+    save_tokenizer(tokenizer, unfinished)
+    unfinished.rename(out)
+
+
 def save_model(lm: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Config and weights, these as `dtype` but for those that transformers itself keeps in float32."""
     exempt = {*(lm._keep_in_fp32_modules or ()), *(lm._keep_in_fp32_modules_strict or ())}

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether it is that of a file in a folder, and no path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def plain_name(name: object) -> str:
-    """`name`, if it is that of a file in a folder, and no path. Raises ValueError."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+    """`name`, if it is plain. Raises ValueError."""
+    if not isinstance(name, str) or not is_plain_name(name):
         raise ValueError(f"{name!r} is no plain name of a file")
     return name
 

@@ -22,6 +22,7 @@ from tbrm.checkpoint import latest_step
 from tbrm.config import Config, ConfigError
 from tbrm.metrics import read_jsonl
 from tbrm.recipe import config_to_dict
+from tbrm.run_folder import HISTORY
 
 MAY_CHANGE = {
     "run.dir": "a run's folder may be moved",
@@ -48,9 +49,6 @@ MAY_CHANGE = {
     "logging.*": "what is shown",
 }
 """Patterns of the keys that a resumed run may have otherwise, and why. All others make another run."""
-
-HISTORY = "config-history.jsonl"
-"""Beside config.yaml: a line for every resume with another recipe."""
 
 _ABSENT = "(no such key)"
 

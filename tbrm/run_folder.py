@@ -12,6 +12,9 @@ import yaml
 
 from tbrm.metrics import read_jsonl
 
+HISTORY = "config-history.jsonl"
+"""Beside config.yaml: a line for every resume with another recipe."""
+
 Row = dict[str, Any]
 SamplePair = tuple[Row, Row | None]
 
@@ -57,7 +60,7 @@ def read_run(run_dir: Path) -> Run:
         return content or empty
 
     config = read("config.yaml", _read_yaml, {}, "the settings of the run are not known")
-    changes = read("config-history.jsonl", read_jsonl, [], "") if (run_dir / "config-history.jsonl").exists() else []
+    changes = read(HISTORY, read_jsonl, [], "") if (run_dir / HISTORY).exists() else []
     metrics = read("metrics.jsonl", read_jsonl, [], "no step is finished yet")
     evals = read("eval.jsonl", read_jsonl, [], "the model has not been evaluated yet")
     files = sorted((run_dir / "samples").glob("step-*.jsonl"))

@@ -15,7 +15,8 @@ from tbrm.evaluate import Evaluation
 from tbrm.metrics import Metric, MetricsLog, Progress
 from tbrm.parallel import ALONE, World
 from tbrm.recipe import config_to_dict
-from tbrm.resume import HISTORY, write_recipe
+from tbrm.resume import write_recipe
+from tbrm.run_folder import HISTORY
 
 RUN_FILES = (
     "config.yaml",

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from tbrm.names import is_plain_name
+
 
 @dataclass
 class StoredTensor:
@@ -99,7 +101,7 @@ def _files(folder: Path) -> list[Path]:
         return [whole]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if odd := [name for name in names if Path(name).name != name]:
+        if odd := [name for name in names if not is_plain_name(name)]:
             raise ValueError(f"{index.name} names {odd[0]!r}, which is no file of this folder")
         return [folder / name for name in names]
     if slices := sorted(folder.glob("shard-*.safetensors")):
