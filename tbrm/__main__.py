@@ -1,5 +1,5 @@
 """`python -m tbrm`, so that torchrun can start it: `torchrun ... -m tbrm train recipes/NAME.yaml`."""
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 
 raise SystemExit(main())

@@ -36,4 +36,4 @@ def test_a_wheel_holds_the_kernels_if_they_can_be_built(source: str, libraries: 
     files = zipfile.ZipFile(wheel).namelist()
     assert {Path(file).name.partition(".")[0] for file in files if file.endswith(".so")} == libraries
     assert all(file.startswith("tbrm_kernels/") for file in files if file.endswith(".so"))
-    assert {"tbrm_kernels/backends/cpu.py", "tbrm/cli.py", "tbrm_kernels/py.typed"} <= set(files)
+    assert {"tbrm_kernels/backends/cpu.py", "tbrm/commands/cli.py", "tbrm_kernels/py.typed"} <= set(files)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tbrm import checkpoint, trainer
-from tbrm.cli import main
+from tbrm.commands.cli import main
 
 
 def die() -> None:

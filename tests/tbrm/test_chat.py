@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 import tbrm.trainer
 from tbrm.chat import Chat, set_day
+from tbrm.commands.score import score_file
 from tbrm.config import ConfigError
 from tbrm.recipe import parse_config
 from tbrm.rollout.record import record
-from tbrm.score import score_file
 from tbrm.tasks import Problem
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.trainer import Trainer

@@ -52,7 +52,7 @@ def test_a_bad_recipe_stops_with_one_line(trained: Path) -> None:
 
 WITHOUT_TORCH = """
 import sys
-from tbrm.cli import main
+from tbrm.commands.cli import main
 for command in (["config"], ["train"], ["plan"], ["rollout", "--out", "x"], ["eval", "tiny", "--task"]):
     for key in ("trainer.stepz", "objective.betta", "task.famly"):
         if command[0] == "eval" and key.startswith("objective"):

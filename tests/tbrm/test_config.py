@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.config import ConfigError, ModelConfig
 from tbrm.load import load_policy
 from tbrm.recipe import config_to_dict, describe, load_config, load_sections, parse_config

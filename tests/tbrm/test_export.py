@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.hub_folder import save_model
 from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer

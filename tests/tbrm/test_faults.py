@@ -168,7 +168,7 @@ HANGS = textwrap.dedent(
     """
     import os, signal, sys, time
     from tbrm import trainer
-    from tbrm.cli import main
+    from tbrm.commands.cli import main
     if os.environ["RANK"] == "1":
         real = trainer.Trainer._add_gradients
         def stop(self, *arguments):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.metrics import read_jsonl
 from tbrm.rollout.record import record
 from tbrm.run_lock import RunLock
@@ -25,7 +25,7 @@ FAILS = textwrap.dedent(
     """
     import os, sys, time
     from tbrm import trainer, watch
-    from tbrm.cli import main
+    from tbrm.commands.cli import main
     watch.GRACE_SECONDS = 1.0
     real = trainer.Trainer._clip_gradients
     def clip(self):

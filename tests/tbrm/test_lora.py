@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.config import ConfigError, LoraConfig, ModelConfig
 from tbrm.data import Trajectory, pack
 from tbrm.export import export

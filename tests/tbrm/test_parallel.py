@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.config import ConfigError
 from tbrm.export import export
 from tbrm.launch import launched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.place import Place, PlaceError, find_place
 
 MEETING = {"MASTER_ADDR": "node7", "MASTER_PORT": "29511"}

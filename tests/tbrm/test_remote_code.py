@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import tiny_tree
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.config import ConfigError
 from tbrm.metrics import read_jsonl
 from tbrm.recipe import config_to_dict, describe

@@ -104,7 +104,7 @@ def test_two_runs_are_identical(tmp_path: Path, extra: dict) -> None:
 DIES = textwrap.dedent(
     """
     import os, signal, sys
-    from tbrm.cli import main
+    from tbrm.commands.cli import main
     from tbrm.objectives.base import Objective
     from tbrm.objectives.tbrm import Tbrm
     from tbrm.objectives.reval import Reval

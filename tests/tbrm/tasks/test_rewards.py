@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from tbrm.cli import main
+from tbrm.commands.cli import main
 from tbrm.metrics import read_jsonl
 from tbrm.tasks import Grade, Problem, Progress, Task, user_code
 from tbrm.tasks.grading import grade_responses

@@ -68,7 +68,7 @@ def _explains_itself(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
     return ours and isinstance(error, ValueError | ModuleNotFoundError | ArithmeticError | RuntimeError)
 
 
@@ -193,8 +193,8 @@ def score(args: argparse.Namespace) -> None:
     config = load_sections(None, args.overrides, model={"name": args.model})
     _load_libraries(args.model)
     from tbrm.chat import make_chat
+    from tbrm.commands.score import score_file
     from tbrm.load import load_policy
-    from tbrm.score import score_file
 
     policy, tokenizer = load_policy(_of_checkpoint(config))
     with open(args.out, "w") if args.out else sys.stdout as out:
@@ -216,7 +216,7 @@ def rollout(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    from tbrm.doctor import examine
+    from tbrm.commands.doctor import examine
 
     print(_table(examine(), ("what", "usable", "detail")))
 
