@@ -31,8 +31,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from tbrm.config.recipe import load_config
 from tbrm.metrics import read_jsonl
-from tbrm.recipe import load_config
 from tbrm.rollout.vllm.process import ServerProcess, engine_options
 
 OTHERS = {

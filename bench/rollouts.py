@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bench.conftest import machine
 from tbrm.chat import Chat, make_chat
-from tbrm.config import Config
+from tbrm.config.recipe import load_config
+from tbrm.config.schema import Config
 from tbrm.load import load_policy
 from tbrm.model import PolicyModel
-from tbrm.recipe import load_config
 from tbrm.rollout import Sampling, make_engine, make_requests
 from tbrm.tasks import ProblemStream
 

@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bench.worker import serve, taken_mib
-from tbrm.config import ModelConfig
+from tbrm.config.recipe import load_config
+from tbrm.config.schema import ModelConfig
 from tbrm.data import pack
-from tbrm.recipe import load_config
 from tbrm.trainer import Trainer
 
 MODEL = ".models/SmolLM2-135M-Instruct"

@@ -16,9 +16,9 @@ import transformers
 
 import tbrm
 import tbrm_kernels
-from tbrm.config import Config, ConfigError
+from tbrm.config.recipe import config_to_dict
+from tbrm.config.schema import Config, ConfigError
 from tbrm.parallel import World
-from tbrm.recipe import config_to_dict
 from tbrm.resolved import resolve
 from tbrm.resume import leaves
 

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.ends import Ends, find_ends
 from tbrm.positions import positions_of
 from tbrm.tasks import Problem

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.config import CheckpointConfig
+from tbrm.config.schema import CheckpointConfig
 from tbrm.files import Discards, lacks_room, save_tensors
 from tbrm.hub_folder import save_config, save_tokenizer
 from tbrm.lora import WEIGHTS as ADAPTERS

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tbrm.config import ConfigError, RolloutConfig
+from tbrm.config.schema import ConfigError, RolloutConfig
 
 _CONTENT = "abcdef"
 

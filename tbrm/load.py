@@ -20,7 +20,7 @@ from transformers import (
 
 from tbrm.attention import PACKED_ATTENTION
 from tbrm.chat import set_day
-from tbrm.config import Config, ConfigError, ModelConfig
+from tbrm.config.schema import Config, ConfigError, ModelConfig
 from tbrm.flash_attention import FLASH_ATTENTION
 from tbrm.hub_folder import remember_dtype
 from tbrm.lora import CONFIG as ADAPTER_CONFIG

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tbrm.config import LoraConfig, ModelConfig
+from tbrm.config.schema import LoraConfig, ModelConfig
 from tbrm.files import save_tensors
 from tbrm.paths import is_path
 from tbrm.weights import whole

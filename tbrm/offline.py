@@ -25,7 +25,7 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from tbrm.chat import Chat, check_token_ids
-from tbrm.config import RolloutConfig
+from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.files import save_tensors
 from tbrm.metrics import Phases

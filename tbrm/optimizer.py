@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from tbrm.config import OptimConfig
+from tbrm.config.schema import OptimConfig
 from tbrm.model import PolicyModel
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.offline import RowReader

@@ -24,7 +24,7 @@ from statistics import fmean
 import numpy as np
 from safetensors import SafetensorError
 
-from tbrm.config import ReplayConfig
+from tbrm.config.schema import ReplayConfig
 from tbrm.data import Trajectory
 from tbrm.files import Discards, lacks_room
 from tbrm.metrics import Phases

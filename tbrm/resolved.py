@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from tbrm.config import Config, ConfigError, ModelConfig
+from tbrm.config.schema import Config, ConfigError, ModelConfig
 from tbrm.lora import CONFIG as ADAPTERS
 from tbrm.lora import base_of, has_adapters
 

@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from tbrm.checkpoint import latest_step
-from tbrm.config import Config, ConfigError
+from tbrm.config.recipe import config_to_dict
+from tbrm.config.schema import Config, ConfigError
 from tbrm.metrics import read_jsonl
-from tbrm.recipe import config_to_dict
 from tbrm.run_folder import HISTORY
 
 MAY_CHANGE = {

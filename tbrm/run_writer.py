@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from tbrm.config import Config, ConfigError
+from tbrm.config.recipe import config_to_dict
+from tbrm.config.schema import Config, ConfigError
 from tbrm.evaluate import Evaluation
 from tbrm.metrics import Metric, MetricsLog, Progress
 from tbrm.parallel import ALONE, World
-from tbrm.recipe import config_to_dict
 from tbrm.resume import write_recipe
 from tbrm.run_folder import HISTORY
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tbrm.chat import Chat
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.offline import FileSource, RowReader, read_trajectories
 from tbrm.parallel import World
 from tbrm.rollout import RolloutEngine

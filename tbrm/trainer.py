@@ -27,7 +27,7 @@ from torch import Tensor
 from tbrm.agreement import require_agreement
 from tbrm.chat import make_chat, set_day
 from tbrm.checkpoint import Checkpoints, TrainerState
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.deal import deal
 from tbrm.evaluate import evaluate

@@ -16,7 +16,7 @@ from tbrm.paths import expand
 from tbrm.place import find_place, refuse_several
 
 if TYPE_CHECKING:
-    from tbrm.config import Config
+    from tbrm.config.schema import Config
     from tbrm.evaluate import Evaluation
     from tbrm.parallel import World
     from tbrm.tasks import Problem, Task
@@ -73,8 +73,8 @@ def _explains_itself(error: Exception) -> bool:
 
 
 def train(args: argparse.Namespace) -> None:
-    from tbrm.config import ConfigError
-    from tbrm.recipe import load_config
+    from tbrm.config.recipe import load_config
+    from tbrm.config.schema import ConfigError
 
     if args.overwrite and args.resume_anyway:
         raise ConfigError("--overwrite and --resume-anyway: one deletes what the other goes on with; give one of them")
@@ -102,14 +102,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def show_config(args: argparse.Namespace) -> None:
-    from tbrm.recipe import describe, load_config
+    from tbrm.config.recipe import describe, load_config
 
     config = load_config(args.recipe, args.overrides)
     print(_table(describe(type(config), dict(config)), ("key", "value", "meaning")))
 
 
 def plan(args: argparse.Namespace) -> None:
-    from tbrm.recipe import load_config
+    from tbrm.config.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
     _load_libraries(f"the shapes of {config.model.name}")
@@ -126,7 +126,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def eval_model(args: argparse.Namespace) -> None:
-    from tbrm.recipe import load_sections
+    from tbrm.config.recipe import load_sections
 
     temperature = args.temperature if args.temperature is not None else float(args.k > 1)
     settings: dict[str, Any] = {"samples": args.k, "temperature": temperature, "prompts": args.prompts}
@@ -188,7 +188,7 @@ def _show_evaluation(args: argparse.Namespace, config: Config, result: Evaluatio
 
 
 def score(args: argparse.Namespace) -> None:
-    from tbrm.recipe import load_sections
+    from tbrm.config.recipe import load_sections
 
     config = load_sections(None, args.overrides, model={"name": args.model})
     _load_libraries(args.model)
@@ -203,7 +203,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def rollout(args: argparse.Namespace) -> None:
-    from tbrm.recipe import load_config
+    from tbrm.config.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
     _load_libraries(config.model.name)
@@ -363,7 +363,7 @@ class _HelpWithKeys(argparse.Action):
     """`--help` that also lists every key of a recipe; the list is made only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from tbrm.recipe import describe
+        from tbrm.config.recipe import describe
 
         parser.print_help()
         print(

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from tbrm.config import ModelConfig
+from tbrm.config.schema import ModelConfig
 from tbrm.rollout.vllm.process import check_installed
 from tbrm.tasks.workers import Workers
 from tbrm_kernels import backends

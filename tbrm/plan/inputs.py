@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import make_chat
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, common_prefix, pack
 from tbrm.deal import deal
 from tbrm.load import load_model

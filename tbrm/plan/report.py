@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tbrm.config import Config
+from tbrm.config.schema import Config
 from tbrm.plan.make import make_plan
 from tbrm.plan.terms import PHASES, Plan, peaks
 from tbrm.vocab_parallel import is_divisible

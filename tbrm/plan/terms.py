@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tbrm.config import Config
+from tbrm.config.schema import Config
 from tbrm.plan.footprint import Footprint
 from tbrm.plan.inputs import Sizes, Work, is_sharded, precision_of, slices
 from tbrm.rollout.embedded import PROMPT_TOKENS

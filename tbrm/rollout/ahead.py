@@ -25,7 +25,7 @@ from queue import SimpleQueue
 
 import torch
 
-from tbrm.config import RolloutConfig
+from tbrm.config.schema import RolloutConfig
 from tbrm.metrics import Phases
 from tbrm.rollout.collect import Collected, RolloutSource
 from tbrm.supply import Supply

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tbrm.chat import Chat
-from tbrm.config import RolloutConfig
+from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World

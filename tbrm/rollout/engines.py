@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tbrm.chat import Chat
-from tbrm.config import ConfigError, RolloutConfig
+from tbrm.config.schema import ConfigError, RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine

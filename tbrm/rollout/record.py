@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tbrm.chat import Chat, make_chat
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.load import load_policy
 from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World

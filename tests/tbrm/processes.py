@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tbrm.config import Config, ParallelConfig
+from tbrm.config.schema import Config, ParallelConfig
 from tbrm.data import Trajectory
 from tbrm.deal import deal
 from tbrm.launch import launched

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tbrm import trainer as trainer_module
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.ends import Ends
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel

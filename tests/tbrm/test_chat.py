@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 import tbrm.trainer
 from tbrm.chat import Chat, set_day
 from tbrm.commands.score import score_file
-from tbrm.config import ConfigError
-from tbrm.recipe import parse_config
+from tbrm.config.recipe import parse_config
+from tbrm.config.schema import ConfigError
 from tbrm.rollout.record import record
 from tbrm.tasks import Problem
 from tbrm.tiny import tiny_model, tiny_tokenizer

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tbrm.config import ConfigError
+from tbrm.config.recipe import parse_config
+from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel
-from tbrm.recipe import parse_config
 from tbrm.reference_model import ReferenceModel
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.trainer import Trainer

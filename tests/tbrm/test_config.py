@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from tbrm.commands.cli import main
-from tbrm.config import ConfigError, ModelConfig
+from tbrm.config.recipe import config_to_dict, describe, load_config, load_sections, parse_config
+from tbrm.config.schema import ConfigError, ModelConfig
 from tbrm.load import load_policy
-from tbrm.recipe import config_to_dict, describe, load_config, load_sections, parse_config
 from tests.tbrm.conftest import RECIPES, tiny_tree
 
 

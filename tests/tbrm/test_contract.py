@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.objectives import Objective, Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract, ObjectiveError

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tbrm.chat import Chat
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.ends import Ends, end_of_turn
 from tbrm.model import PolicyModel
 from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tbrm.config import ConfigError, ModelConfig
+from tbrm.config.schema import ConfigError, ModelConfig
 from tbrm.data import pack
 from tbrm.flash_attention import FLASH_ATTENTION, Paths
 from tbrm.model import PolicyModel

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.data import pack
 from tbrm.liger import use_liger_kernels
 from tbrm.load import load_policy

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.commands.cli import main
-from tbrm.config import ConfigError, LoraConfig, ModelConfig
+from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig
 from tbrm.data import Trajectory, pack
 from tbrm.export import export
 from tbrm.load import load_model

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tbrm.config import ConfigError
+from tbrm.config.recipe import parse_config
+from tbrm.config.schema import ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.objectives import OBJECTIVES, Objective, Step
-from tbrm.recipe import parse_config
 from tbrm_kernels import TokenStats
 from tests.tbrm.conftest import tiny_tree
 

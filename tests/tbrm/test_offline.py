@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from tbrm.config import RolloutConfig
+from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.metrics import Phases
 from tbrm.offline import FileSource, RowReader, read_trajectories, write_trajectories

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tbrm.commands.cli import main
-from tbrm.config import ConfigError
+from tbrm.config.recipe import load_config
+from tbrm.config.schema import ConfigError
 from tbrm.export import export
 from tbrm.launch import launched
 from tbrm.metrics import is_timing, read_jsonl
-from tbrm.recipe import load_config
 from tbrm.tiny import tiny_tokenizer
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.processes import MICRO_BATCHES, MODELS

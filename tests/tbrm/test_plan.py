@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.metrics import read_jsonl
 from tbrm.model import PolicyModel

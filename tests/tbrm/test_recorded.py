@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.metrics import Phases
 from tbrm.rollout.record import record
 from tbrm.tasks import Problem

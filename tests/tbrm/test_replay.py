@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tbrm.config import ReplayConfig
+from tbrm.config.schema import ReplayConfig
 from tbrm.data import ReferenceScore, Trajectory
 from tbrm.metrics import Phases, read_jsonl
 from tbrm.replay import ReplayBuffer

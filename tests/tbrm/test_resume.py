@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tbrm.commands.cli import main
-from tbrm.config import ConfigError
+from tbrm.config.recipe import config_to_dict, describe
+from tbrm.config.schema import ConfigError
 from tbrm.metrics import read_jsonl
-from tbrm.recipe import config_to_dict, describe
 from tbrm.resume import HISTORY, MAY_CHANGE, differences, may_change, nothing_left
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.trainer import Trainer

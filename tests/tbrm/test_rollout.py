@@ -5,7 +5,7 @@ from collections.abc import Collection
 import pytest
 import torch
 
-from tbrm.config import RolloutConfig
+from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory, pack
 from tbrm.metrics import Phases
 from tbrm.model import PolicyModel

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tbrm import run_lock
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.run_lock import RunLock
 
 HOLD = """

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from tbrm.config import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
+from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from tbrm.evaluate import evaluate
 from tbrm.lora import Adapters
 from tbrm.metrics import is_timing, read_jsonl

@@ -22,9 +22,9 @@ import torch
 import yaml
 
 from tbrm.checkpoint import Checkpoint
-from tbrm.config import ConfigError
+from tbrm.config.recipe import config_to_dict, load_config
+from tbrm.config.schema import ConfigError
 from tbrm.metrics import read_jsonl
-from tbrm.recipe import config_to_dict, load_config
 from tbrm.rollout import Request, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.rollout.vllm import broadcast, handover

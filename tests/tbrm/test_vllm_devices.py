@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tbrm.config import ConfigError, VllmConfig
+from tbrm.config.schema import ConfigError, VllmConfig
 from tbrm.rollout.vllm import devices, process
 from tbrm.rollout.vllm.connection import ServerError
 from tbrm.trainer import Trainer

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tbrm.config import ConfigError, VllmConfig
+from tbrm.config.recipe import config_to_dict
+from tbrm.config.schema import ConfigError, VllmConfig
 from tbrm.parallel import World
-from tbrm.recipe import config_to_dict
 from tbrm.rollout import Request, Response, Sampling
 from tbrm.rollout.vllm.colocated import ColocatedEngine
 from tbrm.rollout.vllm.connection import HungError, LateError, RefusedError, ServerError, headers_from_environment

@@ -20,7 +20,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from tbrm.agreement import facts_of, require_agreement
 from tbrm.checkpoint import FORMAT, Checkpoint
-from tbrm.config import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.launch import launched
 from tbrm.load import load_policy

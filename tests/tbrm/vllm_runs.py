@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Qwen3ForCausalLM
 
-from tbrm.config import Config
+from tbrm.config.schema import Config
 from tbrm.data import Trajectory, pack
 from tbrm.model import PolicyModel
 from tbrm.rollout import RolloutEngine, Sampling, make_requests

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.config import ConfigError
+from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Response

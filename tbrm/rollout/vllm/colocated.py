@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tbrm.chat import Chat
-from tbrm.config import RolloutConfig
+from tbrm.config.schema import RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu

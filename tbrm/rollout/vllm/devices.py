@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from tbrm.config import ConfigError, VllmConfig
+from tbrm.config.schema import ConfigError, VllmConfig
 
 Item = TypeVar("Item")
 

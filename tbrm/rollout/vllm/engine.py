@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tbrm.chat import Chat
-from tbrm.config import ConfigError, RolloutConfig
+from tbrm.config.schema import ConfigError, RolloutConfig
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import Request, Response, Sampling

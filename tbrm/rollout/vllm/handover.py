@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbrm.config import VllmConfig
+from tbrm.config.schema import VllmConfig
 from tbrm.ends import Ends
 from tbrm.hub_folder import save_config, save_tokenizer
 from tbrm.lora import WEIGHTS

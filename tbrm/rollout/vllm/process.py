@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tbrm.config import ConfigError, VllmConfig
+from tbrm.config.schema import ConfigError, VllmConfig
 from tbrm.rollout.vllm import guard
 from tbrm.rollout.vllm.server import check_version
 

@@ -1,0 +1,1 @@
+"""What a recipe says: its keys, and how it is read."""
