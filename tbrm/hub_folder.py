@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import custom_object_save
 
-from tbrm.files import open_to_umask
+from tbrm.storage.files import open_to_umask
 
 _OWN_DTYPE = "dtype_before_training"
 """In a checkpoint's config, as its weights are float32 whatever the model came in."""

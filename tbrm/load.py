@@ -28,7 +28,7 @@ from tbrm.lora import Adapters, has_adapters, load_merged
 from tbrm.model import PolicyModel
 from tbrm.model_files import ModelFiles
 from tbrm.parallel import ALONE, Sharding, World
-from tbrm.paths import is_path
+from tbrm.storage.paths import is_path
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.weights import materialise
 

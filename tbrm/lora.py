@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.config.schema import LoraConfig, ModelConfig
-from tbrm.files import save_tensors
-from tbrm.paths import is_path
+from tbrm.storage.files import save_tensors
+from tbrm.storage.paths import is_path
 from tbrm.weights import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 
 from tbrm.config.schema import ReplayConfig
 from tbrm.data import Trajectory
-from tbrm.files import Discards, lacks_room
 from tbrm.metrics import Phases
-from tbrm.names import plain_name
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import derive_seed
+from tbrm.storage.files import Discards, lacks_room
+from tbrm.storage.names import plain_name
 from tbrm.stored import load_trajectories, save_trajectories
 
 _INDEX = "index.json"

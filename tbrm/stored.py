@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tbrm.data import ReferenceScore, Trajectory
-from tbrm.files import save_tensors
+from tbrm.storage.files import save_tensors
 
 _NONE = -1  # a weight version or a reference version that there is not
 

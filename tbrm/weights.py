@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from tbrm.names import is_plain_name
+from tbrm.storage.names import is_plain_name
 
 
 @dataclass

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbrm.paths import expand
 from tbrm.place import find_place, refuse_several
+from tbrm.storage.paths import expand
 
 if TYPE_CHECKING:
     from tbrm.config.schema import Config

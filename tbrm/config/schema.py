@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from tbrm.objectives import Objective
-from tbrm.paths import ExpandedPath
+from tbrm.storage.paths import ExpandedPath
 from tbrm.tasks import Task
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from tbrm.paths import ExpandedPath
 from tbrm.spelling import hint
+from tbrm.storage.paths import ExpandedPath
 from tbrm.tasks.base import Grade, Problem, Progress, Task
 from tbrm.tasks.messages import Message, read_messages, read_tools
 from tbrm.tasks.rows import read_rows

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tbrm import files
 from tbrm.checkpoint import CheckpointError
 from tbrm.export import export
-from tbrm.files import Discards, lacks_room, save_tensors
 from tbrm.metrics import read_jsonl
 from tbrm.rollout.vllm.handover import Handover
+from tbrm.storage import files
+from tbrm.storage.files import Discards, lacks_room, save_tensors
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import chat_of, tiny_config
 from tests.tbrm.test_lora import with_adapters

@@ -10,7 +10,7 @@ import pytest
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import ConfigError, ModelConfig
 from tbrm.load import load_model
-from tbrm.paths import expand, is_path
+from tbrm.storage.paths import expand, is_path
 from tests.tbrm.conftest import RECIPES
 
 OF_CONFIG = ["run.dir", "model.name", "data.trajectories", "rollout.vllm.weights_dir"]

@@ -1,0 +1,1 @@
+"""Names and paths of files, and how a run writes and deletes them."""
