@@ -33,15 +33,15 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.config.schema import CheckpointConfig
+from tbrm.experience.replay import ReplayBuffer
+from tbrm.experience.supply import Supply
 from tbrm.hub_folder import save_config, save_tokenizer
 from tbrm.lora import WEIGHTS as ADAPTERS
 from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
 from tbrm.reference_model import ReferenceModel
-from tbrm.replay import ReplayBuffer
 from tbrm.storage.files import Discards, lacks_room, save_tensors
 from tbrm.storage.names import path_within
-from tbrm.supply import Supply
 from tbrm.weights import read_weights, stored_tensors, whole
 
 FORMAT = 3

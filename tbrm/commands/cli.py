@@ -207,7 +207,7 @@ def rollout(args: argparse.Namespace) -> None:
 
     config = load_config(args.recipe, args.overrides)
     _load_libraries(config.model.name)
-    from tbrm.rollout.record import record
+    from tbrm.experience.record import record
 
     with _processes(config, steps=args.steps) as world:
         written = record(config, Path(args.out), args.steps, world)

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from tbrm.config.schema import Config, ParallelConfig
 from tbrm.data import Trajectory
 from tbrm.deal import deal
+from tbrm.experience.collect import Collected
 from tbrm.launch import launched
 from tbrm.model import PolicyModel
 from tbrm.parallel import World
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
-from tbrm.rollout.collect import Collected
 from tbrm.rollout.split import SplitEngine
 from tbrm.step_metrics import StepMetrics
 from tbrm.trainer import Trainer

@@ -16,7 +16,7 @@ from tbrm.chat import Chat, set_day
 from tbrm.commands.score import score_file
 from tbrm.config.recipe import parse_config
 from tbrm.config.schema import ConfigError
-from tbrm.rollout.record import record
+from tbrm.experience.record import record
 from tbrm.tasks import Problem
 from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.trainer import Trainer

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tbrm.commands.cli import main
+from tbrm.experience.record import record
 from tbrm.metrics import read_jsonl
-from tbrm.rollout.record import record
 from tbrm.run_lock import RunLock
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_faults import ENVIRONMENT, children, wait_for_step, write_recipe

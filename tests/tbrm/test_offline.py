@@ -11,10 +11,10 @@ import torch
 
 from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory
+from tbrm.experience.collect import WAITING, save_collected
+from tbrm.experience.offline import FileSource, RowReader, read_trajectories, write_trajectories
+from tbrm.experience.supply import Supply
 from tbrm.metrics import Phases
-from tbrm.offline import FileSource, RowReader, read_trajectories, write_trajectories
-from tbrm.rollout.collect import WAITING, save_collected
-from tbrm.supply import Supply
 from tbrm.tasks import Grade, Problem, Task
 from tbrm.tasks.file import FileTask
 from tbrm.tasks.user_code import UserCodeError

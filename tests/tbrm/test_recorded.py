@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tbrm.config.schema import Config, ConfigError
+from tbrm.experience.record import record
 from tbrm.metrics import Phases
-from tbrm.rollout.record import record
 from tbrm.tasks import Problem
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config

@@ -7,11 +7,11 @@ import torch
 
 from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory, pack
+from tbrm.experience.collect import RolloutSource
 from tbrm.metrics import Phases
 from tbrm.model import PolicyModel
 from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
 from tbrm.rollout.choose import draw
-from tbrm.rollout.collect import RolloutSource
 from tbrm.rollout.packed_weights import packed_weights
 from tbrm.tasks import Grade, Problem, ProblemStream, Task
 from tbrm.tiny import tiny_model, tiny_tokenizer

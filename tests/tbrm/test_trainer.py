@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from tbrm.evaluate import evaluate
+from tbrm.experience.record import record
 from tbrm.lora import Adapters
 from tbrm.metrics import is_timing, read_jsonl
 from tbrm.model import PolicyModel
@@ -27,7 +28,6 @@ from tbrm.optimizer import make_optimizer
 from tbrm.parallel import Sharding
 from tbrm.reference_model import ReferenceModel
 from tbrm.rollout import Sampling
-from tbrm.rollout.record import record
 from tbrm.run_writer import prepare_run_dir
 from tbrm.schedule import learning_rate_at
 from tbrm.trainer import Trainer

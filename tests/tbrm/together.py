@@ -22,14 +22,14 @@ from tbrm.agreement import facts_of, require_agreement
 from tbrm.checkpoint import FORMAT, Checkpoint
 from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, pack
+from tbrm.experience.offline import FileSource
+from tbrm.experience.sources import trajectory_source
 from tbrm.launch import launched
 from tbrm.load import load_policy
 from tbrm.model import PolicyModel
-from tbrm.offline import FileSource
 from tbrm.parallel import World
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
-from tbrm.sources import trajectory_source
 from tests.tbrm.conftest import chat_of, tiny_config
 
 PROMPTS = (1, 2, 3, 5)

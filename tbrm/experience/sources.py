@@ -9,12 +9,12 @@ import torch
 
 from tbrm.chat import Chat
 from tbrm.config.schema import Config, ConfigError
-from tbrm.offline import FileSource, RowReader, read_trajectories
+from tbrm.experience.ahead import SupplyAhead
+from tbrm.experience.collect import RolloutSource
+from tbrm.experience.offline import FileSource, RowReader, read_trajectories
+from tbrm.experience.supply import Supply
 from tbrm.parallel import World
 from tbrm.rollout import RolloutEngine
-from tbrm.rollout.ahead import SupplyAhead
-from tbrm.rollout.collect import RolloutSource
-from tbrm.supply import Supply
 from tbrm.tasks import Problem, ProblemStream
 
 

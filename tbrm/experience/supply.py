@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 
+from tbrm.experience.collect import Collected, RolloutSource
+from tbrm.experience.offline import FileSource
 from tbrm.metrics import Phases
-from tbrm.offline import FileSource
-from tbrm.rollout.collect import Collected, RolloutSource
 
 
 class Supply:

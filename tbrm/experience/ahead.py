@@ -26,9 +26,9 @@ from queue import SimpleQueue
 import torch
 
 from tbrm.config.schema import RolloutConfig
+from tbrm.experience.collect import Collected, RolloutSource
+from tbrm.experience.supply import Supply
 from tbrm.metrics import Phases
-from tbrm.rollout.collect import Collected, RolloutSource
-from tbrm.supply import Supply
 
 _CLOSE_SECONDS = 10.0
 

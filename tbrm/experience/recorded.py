@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory
+from tbrm.experience.offline import RowReader
+from tbrm.experience.replay import ReplayBuffer
 from tbrm.metrics import Phases
-from tbrm.offline import RowReader
-from tbrm.replay import ReplayBuffer
 
 
 class RecordedFiles:
