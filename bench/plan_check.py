@@ -21,7 +21,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.machine import processor
-from tbrm.tiny import tiny_tokenizer
+from tbrm.policy.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/demo.yaml")

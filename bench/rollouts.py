@@ -25,8 +25,8 @@ from bench.conftest import machine
 from tbrm.chat import Chat, make_chat
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import Config
-from tbrm.load import load_policy
-from tbrm.model import PolicyModel
+from tbrm.policy.load import load_policy
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout import Sampling, make_engine, make_requests
 from tbrm.tasks import ProblemStream
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.config.schema import Config, ConfigError
-from tbrm.ends import Ends, find_ends
-from tbrm.positions import positions_of
+from tbrm.policy.ends import Ends, find_ends
+from tbrm.policy.positions import positions_of
 from tbrm.tasks import Problem
 from tbrm.tasks.messages import Message, Tool
 

@@ -35,14 +35,14 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.config.schema import CheckpointConfig
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.supply import Supply
-from tbrm.hub_folder import save_config, save_tokenizer
-from tbrm.lora import WEIGHTS as ADAPTERS
-from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
-from tbrm.reference_model import ReferenceModel
+from tbrm.policy.hub_folder import save_config, save_tokenizer
+from tbrm.policy.lora import WEIGHTS as ADAPTERS
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.reference import ReferenceModel
+from tbrm.policy.weights import read_weights, stored_tensors, whole
 from tbrm.storage.files import Discards, lacks_room, save_tensors
 from tbrm.storage.names import path_within
-from tbrm.weights import read_weights, stored_tensors, whole
 
 FORMAT = 3
 _UNFINISHED = ".writing-"

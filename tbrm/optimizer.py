@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tbrm.config.schema import OptimConfig
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 
 
 def make_optimizer(policy: PolicyModel, config: OptimConfig) -> torch.optim.AdamW:

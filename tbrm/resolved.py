@@ -11,8 +11,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from tbrm.config.schema import Config, ConfigError, ModelConfig
-from tbrm.lora import CONFIG as ADAPTERS
-from tbrm.lora import base_of, has_adapters
+from tbrm.policy.lora import CONFIG as ADAPTERS
+from tbrm.policy.lora import base_of, has_adapters
 
 _MODEL_FILES = (
     "*.safetensors",

@@ -36,13 +36,14 @@ from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.sources import make_supply, trajectory_source
 from tbrm.interruption import Interrupted, Interruption
-from tbrm.load import load_policy
 from tbrm.metrics import Phases, peak_memory_mib
 from tbrm.objectives import Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract
 from tbrm.optimizer import make_optimizer
 from tbrm.parallel import ALONE, World, accumulate
-from tbrm.reference_model import ReferenceModel
+from tbrm.policy.load import load_policy
+from tbrm.policy.reference import ReferenceModel
+from tbrm.policy.weights import whole
 from tbrm.resolved import is_same_reference, resolve
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
@@ -50,7 +51,6 @@ from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.tasks import Progress
-from tbrm.weights import whole
 from tbrm_kernels import TokenStats
 
 

@@ -134,7 +134,7 @@ def eval_model(args: argparse.Namespace) -> None:
     _load_libraries(args.model)
     from tbrm.chat import make_chat
     from tbrm.evaluate import evaluate
-    from tbrm.load import load_policy
+    from tbrm.policy.load import load_policy
     from tbrm.rollout import Sampling, make_engine
 
     task, chosen = config.task, config.evaluation
@@ -194,7 +194,7 @@ def score(args: argparse.Namespace) -> None:
     _load_libraries(args.model)
     from tbrm.chat import make_chat
     from tbrm.commands.score import score_file
-    from tbrm.load import load_policy
+    from tbrm.policy.load import load_policy
 
     policy, tokenizer = load_policy(_of_checkpoint(config))
     with open(args.out, "w") if args.out else sys.stdout as out:
@@ -239,7 +239,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def import_gguf(args: argparse.Namespace) -> None:
-    from tbrm.gguf import import_gguf as convert
+    from tbrm.policy.gguf import import_gguf as convert
 
     convert(Path(args.file), Path(args.out))
     print(f"{args.out} is ready: model.name={args.out}")
@@ -400,7 +400,7 @@ def _decoding(temperature: float) -> str:
 
 def _of_checkpoint(config: Config) -> Config:
     """The config with the checkpoint that a run's folder stands for as its model."""
-    from tbrm.load import resolve_model
+    from tbrm.policy.load import resolve_model
 
     model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
     return config.model_copy(update={"model": model})

@@ -12,7 +12,7 @@ from tbrm.chat import Chat
 from tbrm.data import pack
 from tbrm.deal import split_by_tokens
 from tbrm.experience.offline import RowReader, read_trajectories
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tbrm_kernels import segment_sums
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbrm.data import Trajectory, TrajectoryBatch, pack
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 
 KV_TOKENS = 16

@@ -13,9 +13,9 @@ from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, common_prefix, pack
 from tbrm.deal import deal
 from tbrm.experience.offline import RowReader, read_trajectories
-from tbrm.load import load_model
-from tbrm.lora import Adapters, base_layer
-from tbrm.model import PolicyModel
+from tbrm.policy.load import load_model
+from tbrm.policy.lora import Adapters, base_layer
+from tbrm.policy.model import PolicyModel
 from tbrm.tasks import ProblemStream
 
 

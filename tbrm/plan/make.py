@@ -6,7 +6,7 @@ from tbrm.config.schema import Config, ConfigError
 from tbrm.plan.footprint import footprint
 from tbrm.plan.inputs import few_of, is_sharded, meta_policy, precision_of, sizes_of, trajectories_of, work_of
 from tbrm.plan.terms import Plan
-from tbrm.vocab_parallel import check_divisible
+from tbrm.policy.vocab_parallel import check_divisible
 
 
 def make_plan(config: Config, processes: int) -> Plan:

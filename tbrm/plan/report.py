@@ -9,7 +9,7 @@ from typing import Any
 from tbrm.config.schema import Config
 from tbrm.plan.make import make_plan
 from tbrm.plan.terms import PHASES, Plan, peaks
-from tbrm.vocab_parallel import is_divisible
+from tbrm.policy.vocab_parallel import is_divisible
 
 GIB = 2**30
 

@@ -31,7 +31,7 @@ class Request:
 @dataclass(frozen=True)
 class Response:
     token_ids: list[int]
-    """As sampled, with the one that ends it (`tbrm.ends`), unless truncated."""
+    """As sampled, with the one that ends it (`tbrm.policy.ends`), unless truncated."""
     truncated: bool
     weight_version: int = 0
     """The `version` of the weights that made it."""

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from tbrm.chat import Chat
 from tbrm.data import common_prefix
-from tbrm.ends import Ends
-from tbrm.model import PolicyModel
+from tbrm.policy.ends import Ends
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tbrm.chat import Chat
 from tbrm.config.schema import ConfigError, RolloutConfig
-from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import RolloutEngine
 from tbrm.rollout.embedded import EmbeddedEngine
 from tbrm.rollout.frozen import FrozenEngine

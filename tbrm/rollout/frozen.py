@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling
 
 

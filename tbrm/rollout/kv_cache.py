@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from tbrm.attention import attend
+from tbrm.policy.packed_attention import attend
 
 CACHED_ATTENTION = "tbrm_cached"
 

@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from tbrm.launch import launched
-from tbrm.load import load_policy
 from tbrm.parallel import World
-from tbrm.tiny import tiny_tokenizer
+from tbrm.policy.load import load_policy
+from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, tiny_config, write_model
 

@@ -34,7 +34,7 @@ from transformers import (
 from tbrm.chat import Chat, make_chat
 from tbrm.config.recipe import load_sections, parse_config
 from tbrm.config.schema import Config
-from tbrm.tiny import tiny_tokenizer
+from tbrm.policy.tiny import tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 VOCABULARY = 97

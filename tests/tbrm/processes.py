@@ -23,8 +23,8 @@ from tbrm.data import Trajectory
 from tbrm.deal import deal
 from tbrm.experience.collect import Collected
 from tbrm.launch import launched
-from tbrm.model import PolicyModel
 from tbrm.parallel import World
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.step_metrics import StepMetrics

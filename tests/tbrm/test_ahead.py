@@ -13,12 +13,12 @@ import torch
 
 from tbrm import trainer as trainer_module
 from tbrm.config.schema import ConfigError
-from tbrm.ends import Ends
 from tbrm.experience import ahead
 from tbrm.experience.ahead import RolloutLateError, SupplyAhead
 from tbrm.metrics import read_jsonl
-from tbrm.model import PolicyModel
 from tbrm.parallel import World
+from tbrm.policy.ends import Ends
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout import EmbeddedEngine, Request, Sampling
 from tbrm.rollout.frozen import EngineClosed, FrozenEngine
 from tbrm.rollout.split import SplitEngine

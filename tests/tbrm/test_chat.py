@@ -17,8 +17,8 @@ from tbrm.commands.score import score_file
 from tbrm.config.recipe import parse_config
 from tbrm.config.schema import ConfigError
 from tbrm.experience.record import record
+from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.tasks import Problem
-from tbrm.tiny import tiny_model, tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import chat_of, tiny_config, tiny_tree
 

@@ -112,7 +112,7 @@ def test_problems_that_a_run_did_not_hold_out_are_told_of(trained: Path) -> None
 def test_a_checkpoint_is_a_hugging_face_folder_and_so_is_what_export_makes_of_it(trained: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tbrm.load import resolve_model
+    from tbrm.policy.load import resolve_model
 
     tbrm("export", "run", "exported", cwd=trained)
     checkpoint = AutoModelForCausalLM.from_pretrained(resolve_model(str(trained / "run")))
@@ -146,7 +146,7 @@ def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
 
     from transformers import AutoModelForCausalLM
 
-    from tbrm.load import resolve_model
+    from tbrm.policy.load import resolve_model
 
     lm = AutoModelForCausalLM.from_pretrained(resolve_model(str(trained / "run")))
     for line, score in zip(lines, scores, strict=True):

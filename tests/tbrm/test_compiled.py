@@ -13,8 +13,8 @@ from tbrm.config.recipe import parse_config
 from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.metrics import read_jsonl
-from tbrm.model import PolicyModel
-from tbrm.reference_model import ReferenceModel
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.reference import ReferenceModel
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tbrm import data
-from tbrm.attention import Tree
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.deal import deal, split_by_tokens
+from tbrm.policy.packed_attention import Tree
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
 

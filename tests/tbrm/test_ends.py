@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tbrm.chat import Chat
 from tbrm.config.schema import ConfigError
-from tbrm.ends import Ends, end_of_turn
-from tbrm.model import PolicyModel
+from tbrm.policy.ends import Ends, end_of_turn
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
-from tbrm.tiny import tiny_tokenizer
 from tests.tbrm.conftest import chat_of, make_lm
 
 CHATML = (

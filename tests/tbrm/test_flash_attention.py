@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tbrm.config.schema import ConfigError, ModelConfig
 from tbrm.data import pack
-from tbrm.flash_attention import FLASH_ATTENTION, Paths
-from tbrm.model import PolicyModel
+from tbrm.policy.flash_attention import FLASH_ATTENTION, Paths
+from tbrm.policy.model import PolicyModel
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.test_model import trajectories, with_and_without_system_prompt
 

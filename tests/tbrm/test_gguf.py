@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tbrm.gguf import import_gguf
+from tbrm.policy.gguf import import_gguf
 
 gguf = pytest.importorskip("gguf")
 

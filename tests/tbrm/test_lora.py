@@ -21,15 +21,15 @@ from tbrm.commands.cli import main
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig
 from tbrm.data import Trajectory, pack
 from tbrm.export import export
-from tbrm.load import load_model
-from tbrm.lora import Adapters
 from tbrm.metrics import read_jsonl
-from tbrm.model import PolicyModel
-from tbrm.reference_model import ReferenceModel
+from tbrm.policy.load import load_model
+from tbrm.policy.lora import Adapters
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.reference import ReferenceModel
+from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import Response
 from tbrm.rollout.vllm.check import StaleWeightsError, SyncCheck
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters
-from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, DENSE, chat_of, make_lm, tiny_config
 from tests.tbrm.test_model import trajectories

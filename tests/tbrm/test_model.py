@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tbrm.data import Trajectory, pack
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
 
 EVERY_MODEL = [(architecture, tied) for architecture in ARCHITECTURES for tied in (True, False)]
@@ -89,11 +89,11 @@ def test_a_packed_batch_gives_the_stats_of_each_trajectory_alone(architecture: s
 
 
 def test_prompt_positions_never_reach_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tbrm.model
+    import tbrm.policy.model
 
     rows = []
-    real = tbrm.model.linear_token_stats
-    monkeypatch.setattr(tbrm.model, "linear_token_stats", lambda **k: rows.append(len(k["hidden"])) or real(**k))
+    real = tbrm.policy.model.linear_token_stats
+    monkeypatch.setattr(tbrm.policy.model, "linear_token_stats", lambda **k: rows.append(len(k["hidden"])) or real(**k))
     items = trajectories()
     PolicyModel(make_lm("llama", tied=True))(pack(items))
     assert rows == [sum(len(t.actions) for t in items)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Model
 
 from tbrm.config.schema import ModelConfig
-from tbrm.load import load_model
+from tbrm.policy.load import load_model
 from tests.tbrm.conftest import ARCHITECTURES, write_model
 
 Tensors = dict[str, Tensor]

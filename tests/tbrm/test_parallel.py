@@ -23,7 +23,7 @@ from tbrm.config.schema import ConfigError
 from tbrm.export import export
 from tbrm.launch import launched
 from tbrm.metrics import is_timing, read_jsonl
-from tbrm.tiny import tiny_tokenizer
+from tbrm.policy.tiny import tiny_tokenizer
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.processes import MICRO_BATCHES, MODELS
 

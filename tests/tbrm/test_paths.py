@@ -9,7 +9,7 @@ import pytest
 
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import ConfigError, ModelConfig
-from tbrm.load import load_model
+from tbrm.policy.load import load_model
 from tbrm.storage.paths import expand, is_path
 from tests.tbrm.conftest import RECIPES
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, OPTConfig, PreTrainedConfig
 
-from tbrm.model import PolicyModel
-from tbrm.positions import positions_of
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.positions import positions_of
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 

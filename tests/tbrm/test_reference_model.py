@@ -5,8 +5,8 @@ import torch
 
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.deal import split_by_tokens
-from tbrm.model import PolicyModel
-from tbrm.reference_model import ReferenceModel
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.reference import ReferenceModel
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.test_model import trajectories
 

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from tbrm.commands.cli import main
-from tbrm.tiny import tiny_model, tiny_tokenizer
+from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tests.tbrm.conftest import tiny_tree
 
 CODE = {

@@ -18,6 +18,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import ConfigError, VllmConfig
 from tbrm.parallel import World
+from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import Request, Response, Sampling
 from tbrm.rollout.vllm.colocated import ColocatedEngine
 from tbrm.rollout.vllm.connection import HungError, LateError, RefusedError, ServerError, headers_from_environment
@@ -25,7 +26,6 @@ from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server
-from tbrm.tiny import tiny_tokenizer
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.vllm_runs import vllm_config

@@ -25,9 +25,9 @@ from tbrm.data import Trajectory, pack
 from tbrm.experience.offline import FileSource
 from tbrm.experience.sources import trajectory_source
 from tbrm.launch import launched
-from tbrm.load import load_policy
-from tbrm.model import PolicyModel
 from tbrm.parallel import World
+from tbrm.policy.load import load_policy
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
 from tests.tbrm.conftest import chat_of, tiny_config

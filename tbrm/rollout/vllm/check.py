@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory, pack
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.server import sampling_params
 

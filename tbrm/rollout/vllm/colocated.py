@@ -16,7 +16,7 @@ import torch
 
 from tbrm.chat import Chat
 from tbrm.config.schema import RolloutConfig
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.handover import Handover, engine_dtype

@@ -21,8 +21,8 @@ from typing import Any
 
 from tbrm.chat import Chat
 from tbrm.config.schema import ConfigError, RolloutConfig
-from tbrm.model import PolicyModel
 from tbrm.parallel import ALONE, World
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from tbrm.config.schema import VllmConfig
-from tbrm.ends import Ends
-from tbrm.hub_folder import save_config, save_tokenizer
-from tbrm.lora import WEIGHTS
-from tbrm.model import PolicyModel
+from tbrm.policy.ends import Ends
+from tbrm.policy.hub_folder import save_config, save_tokenizer
+from tbrm.policy.lora import WEIGHTS
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.weights import whole, write_whole
 from tbrm.rollout.vllm.connection import RefusedError, ServerError
 from tbrm.rollout.vllm.server import Server
-from tbrm.weights import whole, write_whole
 
 ADAPTERS = "adapters"
 """What they are called in the folder, and by the server."""

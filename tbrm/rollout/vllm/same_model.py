@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 
-from tbrm.model import PolicyModel
+from tbrm.policy.model import PolicyModel
 from tbrm.rollout.vllm.connection import RefusedError, ServerError
 from tbrm.rollout.vllm.server import Server
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tbrm.config.schema import ConfigError
-from tbrm.ends import Ends
+from tbrm.policy.ends import Ends
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.connection import Endpoint, RefusedError, ServerError
 

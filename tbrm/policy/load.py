@@ -18,19 +18,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tbrm.attention import PACKED_ATTENTION
 from tbrm.chat import set_day
 from tbrm.config.schema import Config, ConfigError, ModelConfig
-from tbrm.flash_attention import FLASH_ATTENTION
-from tbrm.hub_folder import remember_dtype
-from tbrm.lora import CONFIG as ADAPTER_CONFIG
-from tbrm.lora import Adapters, has_adapters, load_merged
-from tbrm.model import PolicyModel
-from tbrm.model_files import ModelFiles
 from tbrm.parallel import ALONE, Sharding, World
+from tbrm.policy.flash_attention import FLASH_ATTENTION
+from tbrm.policy.hub_folder import remember_dtype
+from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
+from tbrm.policy.lora import Adapters, has_adapters, load_merged
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.model_files import ModelFiles
+from tbrm.policy.packed_attention import PACKED_ATTENTION
+from tbrm.policy.tiny import tiny_model, tiny_tokenizer
+from tbrm.policy.weights import materialise
 from tbrm.storage.paths import is_path
-from tbrm.tiny import tiny_model, tiny_tokenizer
-from tbrm.weights import materialise
 
 
 def load_model(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tbrm.hub_folder import write_folder
+from tbrm.policy.hub_folder import write_folder
 
 
 def import_gguf(file: Path, out: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tbrm.data import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch, pack
-from tbrm.model import PolicyModel
 from tbrm.parallel import World
-from tbrm.weights import read_weights
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.weights import read_weights
 
 
 class ReferenceModel:

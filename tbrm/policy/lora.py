@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.config.schema import LoraConfig, ModelConfig
+from tbrm.policy.weights import whole
 from tbrm.storage.files import save_tensors
 from tbrm.storage.paths import is_path
-from tbrm.weights import whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # peft's own, of the one adapter of each layer

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import PreTrainedModel
 
 from tbrm.data import TrajectoryBatch
-from tbrm.lora import base_layer
+from tbrm.policy.lora import base_layer
 from tbrm_kernels import TokenStats, TrajectoryLossFn
 from tbrm_kernels.vocab_parallel import sum_gradient
 

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from tbrm.weights import StoredTensor, local_part, stored_tensors
+from tbrm.policy.weights import StoredTensor, local_part, stored_tensors
 
 _COMPUTED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Tensors of old files that models compute now."""
