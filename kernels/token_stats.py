@@ -43,7 +43,6 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     entropy: bool = False,
     ignore_index: int = -100,
-    filter_gradients: bool = False,
     backend: str = "auto",
     tp_group: dist.ProcessGroup | None = None,
 ) -> TokenStats:
@@ -60,10 +59,6 @@ def linear_token_stats(
     Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do, and so may hidden's
     gradient be. In a model under torch.compile the graph breaks here.
 
-    filter_gradients: leave out of the gradients what rounding would lose anyway. The Triton backend then skips, in its backward
-        pass, tiles of the logits that hold no target and next to none of their rows' probability: what is skipped of a
-        row sums to less than u |dL/dlse - dL/dlogprob|, u being the rounding of hidden's dtype (2^-8 for bfloat16).
-        Without effect where the entropy has a gradient, and in the other backends.
     backend: "auto", or a name from `backends()`.
     tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets, and its own rows of
         weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, by collectives over [T]
@@ -73,9 +68,7 @@ def linear_token_stats(
     On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
     """
     check_head(hidden, weight, targets, bias)
-    options = TokenStatsOptions(
-        operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index, filter_gradients
-    )
+    options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
     part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
     check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
     chosen = select(backend, hidden.device, options.operand_dtype)

@@ -29,7 +29,6 @@ class TokenStatsOptions:
     logit_scale: float = 1.0
     entropy: bool = False
     ignore_index: int = -100
-    filter_gradients: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "softcap", "logit_scale"):
@@ -53,10 +52,9 @@ class RowStats(NamedTuple):
     backward pass three digits of every probability.
     """
 
-    max: Tensor  # max_v Q_v
+    max: Tensor  # max_v Q_v, or another number that is within 60 of the log-sum-exp
     log_sum: Tensor  # log sum_v exp(Q_v - max)
     entropy: Tensor | None
-    tile_lse: Tensor | None = None  # [tiles, T], log-sum-exp over each vocabulary tile, where gradients are filtered
 
     @property
     def lse(self) -> Tensor:

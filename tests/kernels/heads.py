@@ -123,8 +123,8 @@ def assert_as_good_as_plain_torch(head: Head, slack: float = 8, **options: Any) 
             continue
         roundings = 1e-12 if head.hidden.dtype == torch.float64 else slack * torch.finfo(torch.float32).eps
         scale = true.abs().max()
-        if name in OUTPUTS:
-            scale = scale.clamp(min=1)  # logarithms: their errors are absolute, in nats
+        if name in OUTPUTS:  # logarithms: their errors are absolute, in nats, of terms as large as the log-probs
+            scale = truth["logprobs"].abs().max().clamp(min=max(1.0, float(scale)))
         else:  # a derivative may be the small difference of terms of about this size
             roundings += rounding(head)
             other = {"d_hidden": head.weight, "d_weight": head.hidden}.get(name, torch.ones(1))

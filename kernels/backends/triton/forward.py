@@ -24,7 +24,7 @@ COMBINE_BLOCK, COMBINE_WARPS = 128, 4
 def forward_kernel(
     hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
     maximum, total, weighted, target_q,  # out: [splits, T] each; weighted may be None
-    tile_lse,  # out: [tiles, T] or None
+    only,  # [T] int8 or None: what is found of tiles without a row that is marked has no meaning
     T, V, D, stride_hidden, stride_weight, splits, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +43,10 @@ def forward_kernel(
     s = tl.zeros([BLOCK_T], tl.float32)  # sum of e^(q - m)
     u = tl.zeros([BLOCK_T], tl.float32)  # sum of e^(q - m) (m - q)
     of_target = tl.zeros([BLOCK_T], tl.float32)
-    for tile in range(split * tiles_per_split, min(tiles, (split + 1) * tiles_per_split)):
+    last = min(tiles, (split + 1) * tiles_per_split)
+    if only is not None:
+        last *= tl.max(tl.load(only + t, mask=inside, other=0).to(tl.int32), 0)
+    for tile in range(split * tiles_per_split, last):
         q = q_tile(
             hidden, weight, bias, t0, tile * BLOCK_V, T, V, D, stride_hidden, stride_weight, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
@@ -59,8 +62,6 @@ def forward_kernel(
         if weighted is not None:
             # e^-1e4 is 0: the bounds only keep infinities out of the products.
             u = (u - s * tl.maximum(m - m_new, -1e4)) * rescale - tl.sum(e * tl.maximum(x, -1e4), 1)
-        if tile_lse is not None:
-            tl.store(tile_lse + tl.cast(tile, tl.int64) * T + t, m_new + tl.log(tile_sum), mask=inside)
         s = s * rescale + tile_sum
         m = m_new
 
@@ -108,9 +109,17 @@ def combine_kernel(
 
 
 def forward(
-    operands: Operands, targets: Tensor, options: TokenStatsOptions, config: TileConfig, *, keep_tiles: bool
+    operands: Operands,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    config: TileConfig,
+    *,
+    only: Tensor | None = None,
 ) -> tuple[Tensor, RowStats]:
-    """The log-probs [T] and the rest; with `keep_tiles` the log-sum-exp of each vocabulary tile too."""
+    """The log-probs [T] and the rest.
+
+    only: [T] int8, not 0 in the rows that are asked for; the others may get anything, which takes next to no time.
+    """
     T, V = len(operands.hidden), len(operands.weight)
     row_tiles, tiles = triton.cdiv(T, config.block_t), triton.cdiv(V, config.block_v)
     splits = min(tiles, triton.cdiv(program_count(targets.device), max(1, row_tiles)))
@@ -119,7 +128,6 @@ def forward(
         return torch.empty(shape, dtype=torch.float32, device=targets.device)
 
     parts = [empty(splits, T), empty(splits, T), empty(splits, T) if options.entropy else None, empty(splits, T)]
-    tile_lse = empty(tiles, T) if keep_tiles else None
     logprobs, maximum, log_sum = empty(T), empty(T), empty(T)
     entropy = empty(T) if options.entropy else None
     if T > 0:
@@ -128,7 +136,7 @@ def forward(
             *arguments.tensors,
             targets,
             *parts,
-            tile_lse,
+            only,
             *arguments.sizes,
             splits,
             *operands.scaling,
@@ -147,4 +155,4 @@ def forward(
             BLOCK=COMBINE_BLOCK,
             num_warps=COMBINE_WARPS,
         )
-    return logprobs, RowStats(maximum, log_sum, entropy, tile_lse)
+    return logprobs, RowStats(maximum, log_sum, entropy)

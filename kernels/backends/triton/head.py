@@ -9,12 +9,15 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import triton
 from torch import Tensor
 
 from ..interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
 from .dlogits import dlogits
+from .exp_rows import exp_rows_
+from .exps import exps
 from .forward import forward
-from .launch import Operands, choose_config, scaling
+from .launch import ALIGNMENT, Operands, choose_config, scaling
 from .rows import row_dlogits_, row_stats
 
 SCRATCH_BYTES = 2**28
@@ -29,7 +32,10 @@ def token_stats_forward(
     options: TokenStatsOptions,
 ) -> tuple[Tensor, RowStats]:
     operands, targets = Operands(hidden, weight, bias, options), targets.contiguous()
-    run = partial(forward, operands, targets, options, keep_tiles=options.filter_gradients)
+    if options.operand_dtype == torch.bfloat16 and len(targets) > 0:
+        found = exps(operands, targets, options, out=None)
+        return found.logprobs, found.stats
+    run = partial(forward, operands, targets, options)
     return run(choose_config(operands, run))
 
 
@@ -44,7 +50,7 @@ def token_stats_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     operands, targets, grads = Operands(hidden, weight, bias, options), targets.contiguous(), _contiguous(grads)
-    config = choose_config(operands, partial(forward, operands, targets, options, keep_tiles=False))
+    config = choose_config(operands, partial(forward, operands, targets, options))
     (T, D), V = hidden.shape, len(weight)
     operand_dtype = options.operand_dtype
     kept_hidden = kept_rows(operands.hidden[:, :D], targets, options)
@@ -75,21 +81,54 @@ class Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.weight, self.options = weight.to(options.operand_dtype), options
         self.bias = None if bias is None else bias.contiguous()
-        self.sum_bytes = 0
-        self._scratch = weight.new_empty(0, dtype=torch.float32)
+        # What is written of a capped logit has its slope in it, from which its own logarithm cannot be had back.
+        capped_entropy = options.entropy and options.softcap is not None
+        self._keeps_exps = options.operand_dtype == torch.bfloat16 and not capped_entropy
+        rounds_once = self._keeps_exps and weight.dtype == torch.bfloat16
+        self.sum_bytes = 4 * weight.numel() if rounds_once else 0
+        self._dtype = torch.bfloat16 if self._keeps_exps else torch.float32
+        self._pitch = triton.cdiv(len(weight), ALIGNMENT) * ALIGNMENT if self._keeps_exps else len(weight)
+        self._scratch = weight.new_empty(0, dtype=self._dtype)
 
     def tokens_within(self, max_bytes: int) -> int:
-        return max(1, max_bytes // (4 * len(self.weight)))
+        return max(1, max_bytes // (self._dtype.itemsize * self._pitch))
 
-    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
+    def chunk(self, hidden: Tensor, targets: Tensor) -> ExpsChunk | LogitsChunk:
         """Valid until the next call: chunks share their scratch memory."""
-        size = len(hidden) * len(self.weight)
+        size = len(hidden) * self._pitch
         if self._scratch.numel() < size:
-            self._scratch = self.weight.new_empty(size, dtype=torch.float32)
-        return Chunk(self, hidden, targets, self._scratch[:size].view(len(hidden), len(self.weight)))
+            self._scratch = self._scratch.new_empty(size)
+        scratch = self._scratch[:size].view(len(hidden), self._pitch)[:, : len(self.weight)]
+        return (ExpsChunk if self._keeps_exps else LogitsChunk)(self, hidden, targets, scratch)
 
 
-class Chunk:
+class ExpsChunk:
+    """Some tokens with the exponentials of their logits in `scratch`, which become their derivatives but for a factor."""
+
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: Tensor) -> None:
+        self._head, self._targets = head, targets.contiguous()
+        hidden = kept_rows(hidden.to(head.options.operand_dtype), targets, head.options)
+        self._operands = Operands(hidden, head.weight, head.bias, head.options)
+        self._exps = exps(self._operands, self._targets, head.options, scratch)
+        self.logprobs, self.stats = self._exps.logprobs, self._exps.stats
+
+    def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
+        head = self._head
+        factors, scaled = exp_rows_(self._exps, self._operands, self._targets, head.options, _contiguous(grads))
+        values, scaled = self._exps.values, scaled[:, : head.weight.shape[1]]
+        assert values is not None
+        if into.hidden is not None:
+            torch.mul(product(values, head.weight), factors[:, None], out=into.hidden[tokens])
+        if into.weight is not None and into.fresh and last and into.weight.dtype == values.dtype:
+            rounded_product(values.T, scaled, out=into.weight)
+        else:
+            _add_to_weight(into, values.T, scaled)
+        if into.bias is not None:
+            into.bias += product(values.T, factors[:, None].to(values.dtype))[:, 0]
+        into.fresh = False
+
+
+class LogitsChunk:
     """Some tokens with their logits in `scratch`, which become their derivatives."""
 
     def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: Tensor) -> None:
@@ -106,11 +145,7 @@ class Chunk:
         )
         if into.hidden is not None:
             into.hidden[tokens] = product(of_logits, head.weight)
-        if (accumulator := into.accumulator) is not None:
-            if into.fresh:
-                product(of_logits.T, self._hidden, out=accumulator)
-            else:
-                add_product(accumulator, of_logits.T, self._hidden)
+        _add_to_weight(into, of_logits.T, self._hidden)
         if into.bias is not None:
             into.bias += of_logits.sum(0, dtype=torch.float32)
         into.fresh = False
@@ -128,12 +163,35 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def rounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a @ b, summed in float32 and rounded once."""
+    if not a.is_cuda:
+        out.copy_(product(a, b))
+        return
+    switches = torch.backends.cuda.matmul
+    allowed = switches.allow_bf16_reduced_precision_reduction
+    switches.allow_bf16_reduced_precision_reduction = False
+    try:
+        torch.mm(a, b, out=out)
+    finally:
+        switches.allow_bf16_reduced_precision_reduction = allowed
+
+
 def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """accumulator += a @ b in float32."""
     if a.dtype == torch.float32 or not a.is_cuda:
         accumulator.addmm_(a.float(), b.float())
     else:
         torch.addmm(accumulator, a, b, out_dtype=torch.float32, out=accumulator)
+
+
+def _add_to_weight(into: HeadGrads, a: Tensor, b: Tensor) -> None:
+    if (accumulator := into.accumulator) is None:
+        return
+    if into.fresh:
+        product(a, b, out=accumulator)
+    else:
+        add_product(accumulator, a, b)
 
 
 def _contiguous(grads: RowGrads) -> RowGrads:

@@ -31,6 +31,12 @@ class TileConfig:
     block_d: int
     warps: int
     stages: int
+    flatten: bool = False
+    """Of a program's tiles: the next one's operands are fetched while the last one's exponentials are taken."""
+    specialize: bool = False
+    """Some warps fetch, the others multiply."""
+    per_sm: int = 1
+    """How many programs a multiprocessor has room for."""
 
 
 INTERPRETER_CONFIG = TileConfig(32, 64, 64, 1, 1)
@@ -59,6 +65,14 @@ WIDE_CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
 }
 
 
+# Of the kernels that take exponentials relative to a known number, for bfloat16.
+EXP_CONFIGS: dict[int, TileConfig] = {
+    8: TileConfig(128, 128, 64, 8, 3),
+    9: TileConfig(128, 256, 64, 8, 3, flatten=True),
+    10: TileConfig(128, 256, 64, 8, 3, flatten=True),
+}
+
+
 class Arguments(NamedTuple):
     tensors: tuple[Any, Any, Tensor | None]
     """hidden, weight and bias; the matrices as descriptors where the GPU has a unit (TMA) that loads blocks by them."""
@@ -76,7 +90,7 @@ class Operands:
         self.bias = None if bias is None else bias.contiguous()
         self.options = options
         self.scaling = scaling(options)
-        self.plain = bias is None and options.softcap is None and not (options.entropy or options.filter_gradients)
+        self.plain = bias is None and options.softcap is None and not options.entropy
 
     def arguments(self, config: TileConfig) -> Arguments:
         (T, D), V = self.hidden.shape, len(self.weight)
@@ -131,11 +145,21 @@ def candidates(operands: Operands) -> tuple[TileConfig, ...]:
     return wide + CONFIGS[key]
 
 
+def exp_config(operands: Operands, *, keep: bool) -> TileConfig:
+    device = operands.hidden.device
+    if device.type != "cuda":
+        return INTERPRETER_CONFIG
+    major = torch.cuda.get_device_capability(device)[0]
+    return EXP_CONFIGS[major if major in EXP_CONFIGS else 8]
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def program_count(device: torch.device) -> int:
     """How many programs keep the device busy: some waves of them, so that the last one costs little."""
-    if device.type != "cuda":
-        return 3
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 8 * multiprocessors(device) if device.type == "cuda" else 3
 
 
 def choose_config(operands: Operands, run: Callable[[TileConfig], object]) -> TileConfig:

@@ -1,0 +1,268 @@
+"""Exponentials of the Q-values relative to a number that is known before the product, so that no pass over the logits is left.
+
+A softmax is usually taken relative to its row's maximum, which nobody knows before all of the row is computed. Any number near
+its log-sum-exp does as well, since bfloat16 has the exponents of float32; the Q-value of the target is one, and costs a dot
+product. So, with c that number, q the target's Q-value and a the target,
+
+    E_v = e^(Q_v - c)       written once, in bfloat16, while the tile of Q is in registers; or not at all, to score
+    S'  = sum of E_v, v != a       in float32, from E before it is rounded; parts per tile, added up in a fixed order
+    log pi = -log1p(S' / e^(q - c))       lse = c + log(S' + e^(q - c))
+
+Where the sum is above e^60, since the policy gives the target less than e^-60, c is no good: such rows are computed again,
+relative to the log-sum-exp that `forward.py` finds for them. The device decides; nobody waits.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Kernels' arguments have no types that mypy knows.
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..interface import RowStats, TokenStatsOptions
+from .forward import forward
+from .launch import Operands, candidates, exp_config, has_tma, multiprocessors
+from .tile import q_tile, scale
+
+LARGEST = tl.constexpr(1.1420073898156842e26)  # e^60
+SUMS_ROWS, SUMS_TILES, SUMS_WARPS = 32, 64, 4
+ROW_BLOCK, ROW_WARPS = 1024, 4
+GROUP_BYTES = 2**24
+"""Of the hidden states whose tiles are computed together: a third of an H100's second-level cache."""
+
+
+@triton.jit
+def target_kernel(
+    hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
+    target_q, shift,  # out: [T] each
+    D, stride_hidden, stride_weight, ignore_index, inner, outer, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The Q-value of each target, and as the shift the same where it is finite; 0 where the target is ignored."""
+    t = tl.program_id(0)
+    target = tl.load(targets + t)
+    q = 0.0
+    if target != ignore_index:
+        products = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            h = tl.load(hidden + t.to(tl.int64) * stride_hidden + d, mask=d < D, other=0.0)
+            w = tl.load(weight + target * stride_weight + d, mask=d < D, other=0.0)
+            products += h.to(tl.float32) * w.to(tl.float32)
+        x = tl.sum(products, 0)
+        if bias is not None:
+            x += tl.load(bias + target).to(tl.float32)
+        q = scale(x, inner, outer, CAPPED)
+    tl.store(target_q + t, q)
+    tl.store(shift + t, tl.where(tl.abs(q) < float("inf"), q, 0.0))
+
+
+@triton.jit
+def exp_tile(
+    hidden, weight, bias, targets, shift, out, sums, weighted,
+    t0, tile, T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
+    CAPPED: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """E of one tile, and its part of the sums."""
+    v0 = tile * BLOCK_V
+    q = q_tile(
+        hidden, weight, bias, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
+        CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    row, lane = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
+    t = t0 + row
+    inside = t < T
+    x = q - tl.load(shift + t, mask=inside, other=0.0)[:, None]
+    e = tl.exp(x)
+    target = tl.load(targets + t, mask=inside, other=-1)
+    others = tl.where((target - v0).to(tl.int32)[:, None] == lane[None, :], 0.0, e)  # no vocabulary has 2^31 entries
+    at = tl.cast(tile, tl.int64) * T + t
+    tl.store(sums + at, tl.sum(others, 1), mask=inside)
+    if weighted is not None:
+        # e^-1e4 is 0: the bound only keeps infinities out of the product.
+        tl.store(weighted + at, tl.sum(others * tl.maximum(x, -1e4), 1), mask=inside)
+    if out is not None:
+        if CAPPED:
+            tanh = tl.maximum(q, -outer) / outer  # -outer: where a bias of -inf masks
+            e *= 1 - tanh * tanh
+        if isinstance(out, tl.tensor_descriptor):
+            out.store([t0, v0], e.to(out.dtype))
+        else:
+            mask = inside[:, None] & (lane < V - v0)[None, :]
+            corner = out + tl.cast(t0, tl.int64) * stride_out + v0
+            tl.store(corner + row[:, None] * stride_out + lane[None, :], e.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def exp_kernel(
+    hidden, weight, bias, targets, shift,  # [T, D], [V, D], [V] or None, [T], [T]
+    out,  # [T, V], or None
+    sums, weighted,  # out: [tiles, T] each: of E, and of E (Q - shift); weighted may be None
+    T, V, D, stride_hidden, stride_weight, stride_out, group, inner, outer,
+    CAPPED: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Each program takes tile after tile, those of `group` row tiles together: their hidden states stay in the cache."""
+    row_tiles, tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
+    for number in tl.range(
+        tl.program_id(0), row_tiles * tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
+    ):
+        first = number // (group * tiles) * group
+        rows = min(row_tiles - first, group)
+        within = number - first * tiles
+        exp_tile(
+            hidden, weight, bias, targets, shift, out, sums, weighted,
+            (first + within % rows) * BLOCK_T, within // rows,
+            T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
+            CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def exp_again_kernel(
+    hidden, weight, bias, targets, shift, unfit,  # as above; [T] int8: rows that are computed again
+    out, sums, weighted,
+    T, V, D, stride_hidden, stride_weight, stride_out, splits, inner, outer,
+    CAPPED: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rows around those that are `unfit` too: they come out as they were."""
+    row_tiles, tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
+    t0 = tl.program_id(0) % row_tiles * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    wanted = tl.max(tl.load(unfit + t, mask=t < T, other=0).to(tl.int32), 0)
+    for tile in range(tl.program_id(0) // row_tiles, tiles * wanted, splits):
+        exp_tile(
+            hidden, weight, bias, targets, shift, out, sums, weighted,
+            t0, tile, T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
+            CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def sums_kernel(
+    sums, weighted,  # [tiles, T] each, weighted may be None
+    target_q, shift, targets,  # [T] each
+    logprobs_out, others_out, log_sum_out, entropy_out, unfit_out,  # [T] each, entropy_out may be None
+    T, tiles, ignore_index, BLOCK_T: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < T
+    s = tl.zeros([BLOCK_TILES, BLOCK_T], tl.float32)
+    u = tl.zeros([BLOCK_TILES, BLOCK_T], tl.float32)
+    for start in range(0, tiles, BLOCK_TILES):
+        tile = start + tl.arange(0, BLOCK_TILES)
+        at = tile[:, None].to(tl.int64) * T + t[None, :]
+        mask = (tile < tiles)[:, None] & inside[None, :]
+        s += tl.load(sums + at, mask=mask, other=0.0)
+        if weighted is not None:
+            u += tl.load(weighted + at, mask=mask, other=0.0)
+    others = tl.sum(s, 0)
+    kept = inside & (tl.load(targets + t, mask=inside, other=ignore_index) != ignore_index)
+    c = tl.load(shift + t, mask=inside, other=0.0)
+    x = tl.load(target_q + t, mask=inside, other=0.0) - c
+    own = tl.exp(x)
+    total = others + own
+    log_sum = tl.log(total)
+    ratio = others / own
+    # log1p of a small number keeps what a confident token's logprob consists of.
+    logprob = tl.where(ratio < 0.5, -log1p(ratio), x - log_sum)
+    fits = (total < LARGEST) & (total > 1 / LARGEST)  # written so that a NaN does not fit
+    tl.store(unfit_out + t, tl.where(kept & (fits == 0), 1, 0).to(tl.int8), mask=inside)
+    tl.store(logprobs_out + t, tl.where(kept, logprob, 0.0), mask=inside)
+    tl.store(others_out + t, others, mask=inside)
+    tl.store(log_sum_out + t, tl.where(kept, log_sum, 0.0), mask=inside)
+    if entropy_out is not None:
+        mean = (tl.sum(u, 0) + own * tl.maximum(x, -1e4)) / total
+        tl.store(entropy_out + t, tl.where(kept, log_sum - mean, 0.0), mask=inside)
+
+
+@triton.jit
+def log1p(x):
+    """Of 0 <= x <= 1/2: log(1 + x) to the last bits, by the correction of what 1 + x rounds away."""
+    y = 1.0 + x
+    return tl.log(y) + (x - (y - 1.0)) / y
+
+
+class Exps(NamedTuple):
+    """What is known of T tokens, [T] float32 each but `values`."""
+
+    values: Tensor | None
+    """[T, V] bfloat16: E, times the slope of the soft-cap; anything in rows whose target is ignored."""
+    target_q: Tensor
+    shift: Tensor
+    others: Tensor  # S'
+    logprobs: Tensor
+    log_sum: Tensor  # log(S' + e^(target_q - shift))
+    entropy: Tensor | None
+
+    @property
+    def stats(self) -> RowStats:
+        return RowStats(self.shift, self.log_sum, self.entropy)
+
+
+def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: Tensor | None) -> Exps:
+    """Of T > 0 tokens. The exponentials go to `out`, if given: [T, V] bfloat16, its rows a multiple of 16 bytes apart."""
+    T, V = len(targets), len(operands.weight)
+    config = exp_config(operands, keep=out is not None)
+    row_tiles, tiles = triton.cdiv(T, config.block_t), triton.cdiv(V, config.block_v)
+    arguments = operands.arguments(config)
+    written = out
+    if out is not None and has_tma(out.device):
+        written = TensorDescriptor(out, list(out.shape), list(out.stride()), [config.block_t, config.block_v])
+    pitch = 0 if out is None else out.stride(0)
+    parts = [targets.new_empty(tiles, T, dtype=torch.float32) for _ in range(1 + options.entropy)]
+    parts += [None] * (2 - len(parts))
+
+    target_q, shift = _target_q(operands, targets, options)
+    programs = config.per_sm * multiprocessors(targets.device)
+    group = max(1, GROUP_BYTES // (config.block_t * operands.hidden.stride(0) * operands.hidden.element_size()))
+    exp_kernel[(min(programs, row_tiles * tiles),)](
+        *arguments.tensors, targets, shift, written, *parts, *arguments.sizes, pitch, group, *operands.scaling,
+        FLATTEN=config.flatten, SPECIALIZE=config.specialize, **arguments.constants,
+    )  # fmt: skip
+    unfit, found = _add_up(parts, target_q, shift, targets, options)
+
+    # The device alone knows whether a row does not fit: where none does, what follows finds nothing to do.
+    _, known = forward(operands, targets, options, candidates(operands)[-1], only=unfit)
+    shift = torch.where(unfit != 0, known.lse, shift)
+    splits = min(tiles, triton.cdiv(4 * programs, row_tiles))
+    exp_again_kernel[(row_tiles * splits,)](
+        *arguments.tensors, targets, shift, unfit, written, *parts, *arguments.sizes, pitch, splits, *operands.scaling,
+        **arguments.constants,
+    )  # fmt: skip
+    _, found = _add_up(parts, target_q, shift, targets, options)
+    return Exps(out, target_q, shift, *found)
+
+
+def _target_q(operands: Operands, targets: Tensor, options: TokenStatsOptions) -> tuple[Tensor, Tensor]:
+    hidden, weight = operands.hidden, operands.weight
+    target_q = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
+    shift = torch.empty_like(target_q)
+    target_kernel[(len(targets),)](
+        hidden, weight, operands.bias, targets, target_q, shift, hidden.shape[1], hidden.stride(0), weight.stride(0),
+        options.ignore_index, *operands.scaling, CAPPED=options.softcap is not None, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return target_q, shift
+
+
+def _add_up(
+    parts: list[Tensor | None], target_q: Tensor, shift: Tensor, targets: Tensor, options: TokenStatsOptions
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Which rows do not fit, and `others`, `logprobs`, `log_sum` and `entropy` of all."""
+    assert parts[0] is not None
+    tiles, T = parts[0].shape
+    logprobs, others, log_sum = (torch.empty_like(shift) for _ in range(3))
+    entropy = torch.empty_like(shift) if options.entropy else None
+    unfit = torch.empty(T, dtype=torch.int8, device=shift.device)
+    sums_kernel[(triton.cdiv(T, SUMS_ROWS),)](
+        *parts, target_q, shift, targets, logprobs, others, log_sum, entropy, unfit, T, tiles, options.ignore_index,
+        BLOCK_T=SUMS_ROWS, BLOCK_TILES=SUMS_TILES, num_warps=SUMS_WARPS,
+    )  # fmt: skip
+    return unfit, (others, logprobs, log_sum, entropy)
