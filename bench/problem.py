@@ -1,7 +1,7 @@
 """The problem of the head's benchmark: the TBRM loss of trajectories of 256 tokens and its gradients, from the hidden states
 on.
 
-T tokens, V vocabulary entries, D hidden width (896, Qwen2.5-0.5B's), N trajectories.
+T tokens, V vocabulary entries, D hidden width (896, Qwen2.5-0.5B's, unless another is given), N trajectories.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ D, LENGTH, BETA = 896, 256, 0.002
 
 
 class Problem:
-    def __init__(self, vocab: int, tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, vocab: int, tokens: int, dtype: torch.dtype, width: int = D) -> None:
         generator = torch.Generator(DEVICE).manual_seed(0)
-        self.hidden = torch.randn(tokens, D, generator=generator).to(dtype).requires_grad_()
-        self.weight = torch.randn(vocab, D, generator=generator).div_(D**0.5).to(dtype).requires_grad_()
+        self.hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+        self.weight = torch.randn(vocab, width, generator=generator).div_(width**0.5).to(dtype).requires_grad_()
         self.targets = torch.randint(vocab, (tokens,), generator=generator)
         count = max(1, tokens // LENGTH)
         self.cu_seqlens = torch.arange(0, tokens + 1, tokens // count, dtype=torch.int32)
