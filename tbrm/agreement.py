@@ -19,6 +19,7 @@ import tbrm_kernels
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config, ConfigError
 from tbrm.parallel import World
+from tbrm.policy.attention_choice import NAMES, unusable
 from tbrm.resolved import resolve
 from tbrm.resume import leaves
 
@@ -56,7 +57,8 @@ def facts_of(config: Config, command: Mapping[str, object]) -> dict[str, str]:
     facts = {f"--{key}": str(value) for key, value in command.items()}
     facts |= {key: repr(value) for key, value in leaves(config_to_dict(config))}
     facts["what model.device comes to"] = config.model.resolve_device().type
-    facts["what model.attention comes to"] = config.model.resolve_attention()
+    usable = [kind for kind in NAMES if not unusable(kind, *config.model.device_and_precision())]
+    facts["what model.attention may come to"] = " or ".join(usable)
     # A hub's files may not be here yet; the trainer compares their revision.
     name = config.model.name if Path(config.model.name).is_dir() else "tiny"
     here = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})

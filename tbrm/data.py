@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -81,6 +81,20 @@ class Trajectory:
         return [i for i, chosen in enumerate(self.action_mask) if chosen]
 
 
+class Run(NamedTuple):
+    """Tokens [start, stop) of a packed batch, each of which sees all of `prefix` and `prompt`, and its run up to itself."""
+
+    start: int
+    stop: int
+    prefix: range
+    prompt: range
+
+    @property
+    def seen(self) -> int:
+        """Tokens that all of the run see: the position of its first one."""
+        return len(self.prefix) + len(self.prompt)
+
+
 @dataclass(frozen=True)
 class Segment:
     """L tokens [start, stop) of a packed batch, which attend to each other and to the prefix, tokens [0, prefix)."""
@@ -90,6 +104,17 @@ class Segment:
     prefix: int
     branches: tuple[int, ...]
     """The first token of each response, in order; the prompt is before them."""
+
+    def runs(self) -> list[Run]:
+        """One response continues its prompt; where there are several, the prompt is a run of its own."""
+        starts = self.branches if len(self.branches) > 1 else ()
+        prompts = [range(0), *(range(self.start, starts[0]) for _ in starts)]
+        bounds = pairwise([self.start, *starts, self.stop])
+        return [
+            Run(start, stop, range(self.prefix), prompt)
+            for (start, stop), prompt in zip(bounds, prompts, strict=True)
+            if start < stop
+        ]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from tbrm.config.schema import ModelConfig
+from tbrm.policy.attention_choice import NAMES, Kind, unusable
 from tbrm.rollout.vllm.process import check_installed
 from tbrm.tasks.workers import Workers
 from tbrm_kernels import backends
 
 _OPTIONAL = {
-    "flash_attn": ("flash-attn", "gpu", "variable-length attention on a GPU"),
     "liger_kernel": ("liger-kernel", "gpu", "fused RMSNorm, RoPE and SwiGLU on a GPU"),
     "peft": ("peft", "lora", "LoRA adapters (lora.rank)"),
     "wandb": ("wandb", "wandb", "logging.wandb"),
@@ -41,6 +41,7 @@ def examine() -> list[tuple[str, str, str]]:
     ]
     for name, status in backends(device).items():
         rows.append((f"kernels: {name}", "yes" if status.usable else "no", status.reason))
+    rows += [_attention(kind, device, model.resolve_precision()) for kind in NAMES]
     for module, (package, extra, purpose) in _OPTIONAL.items():
         rows.append(_package(module, package, extra, purpose))
     rows += [_vllm(), _sandbox()]
@@ -59,6 +60,19 @@ def _gpus() -> list[tuple[str, str, str]]:
         (f"cuda:{i}", "yes", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}")
         for i, p in enumerate(properties)
     ]
+
+
+_ATTENTION: dict[Kind, str] = {
+    "flash": "flash-attn: one kernel for a batch, model.attention auto's first choice",
+    "varlen": "torch.nn.attention.varlen: one kernel for a batch, auto's choice without flash-attn",
+    "flex": "FlexAttention, compiled: auto's choice without flash-attn for models that soft-cap scores (Gemma 2)",
+    "sdpa": "torch's SDPA, segment by segment: auto's choice where none of the others is usable, or for heads wider than 256",
+}
+
+
+def _attention(kind: Kind, device: torch.device, precision: torch.dtype) -> tuple[str, str, str]:
+    reason = unusable(kind, device, precision)
+    return f"attention: {kind}", "no" if reason else "yes", reason or _ATTENTION[kind]
 
 
 def _vllm() -> tuple[str, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -43,10 +42,10 @@ class ModelConfig(Section):
         "auto",
         description="Of the products; weights are float32. auto: bfloat16 where the processor has it (GPUs, AVX512-BF16, AMX).",
     )
-    attention: Literal["auto", "sdpa", "flash"] = Field(
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = Field(
         "auto",
-        description="In training. flash: flash-attn (pip install 'tbrm[gpu]'), on a GPU in bfloat16. auto: that where it is "
-        "installed and fits, else sdpa, which is torch's.",
+        description="In training. On a GPU in bfloat16, flash: flash-attn (pip install 'tbrm[gpu]'), varlen: torch's own, "
+        "flex: its FlexAttention, compiled. sdpa: segment by segment, anywhere. auto: the first that is there and fits.",
     )
     liger: bool = Field(
         False, description="liger-kernel's RMSNorm, RoPE and gated MLP, on a GPU (pip install 'tbrm[gpu]')."
@@ -99,25 +98,9 @@ class ModelConfig(Section):
             return torch.float32 if on_cpu and not multiplies_bfloat16() else torch.bfloat16
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
-    def resolve_attention(self) -> Literal["sdpa", "flash"]:
-        """Raises ConfigError where flash is wanted and cannot be."""
-        import torch
-
-        installed = importlib.util.find_spec("flash_attn") is not None
-        precision = self.resolve_precision()
-        fits = self._device().type == "cuda" and precision is torch.bfloat16
-        if fits and torch.cuda.is_available():
-            fits = torch.cuda.get_device_capability(self._device()) >= (8, 0)
-        if self.attention != "flash":
-            return "flash" if self.attention == "auto" and fits and installed else "sdpa"
-        if not fits:
-            raise ConfigError(
-                "model.attention: flash; wants a GPU (of compute capability 8.0 or more) and bfloat16, and this is "
-                f"{self._device()} and {precision}: set it to auto"
-            )
-        if not installed:
-            raise ConfigError("model.attention: flash; wants flash-attn: pip install 'tbrm[gpu]', or set it to auto")
-        return "flash"
+    def device_and_precision(self) -> tuple[torch.device, torch.dtype]:
+        """As they would be, whether the device is there or not."""
+        return self._device(), self.resolve_precision()
 
 
 class LoraConfig(Section):

@@ -1,24 +1,26 @@
-"""Attention over a packed batch in one kernel: flash-attn's, for variable lengths, on a GPU.
+"""Attention over a packed batch in one kernel for sequences of any lengths, on a GPU: flash-attn's, or the one in torch.
 
-Given to transformers models under the name `tbrm_varlen`. A segment is a tree, and the kernel knows paths only: a run of
-queries whose keys end where they do. So a prompt is one sequence, and each response to it another, whose keys are gathered:
-the prefix, the prompt, itself. No score across responses is computed, and no mask is read.
+Given to transformers models under the names `tbrm_varlen` and `tbrm_torch_varlen`. A segment is a tree, and the kernel knows
+paths only: a run of queries whose keys end where they do. So a prompt is one sequence, and each response to it another, whose
+keys are gathered: the prefix, the prompt, itself. No score across responses is computed, and no mask is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-from tbrm.data import Segment
+from tbrm.data import Run, Segment
 
 FLASH_ATTENTION = "tbrm_varlen"  # transformers takes names with "flash" in them for its own
+VARLEN_ATTENTION = "tbrm_torch_varlen"
 
 
 @dataclass(frozen=True)
@@ -27,42 +29,84 @@ class Paths:
 
     cu_queries: Tensor  # [S+1] int32
     cu_keys: Tensor  # [S+1] int32
-    key_rows: Tensor  # [K] int64
+    key_rows: Tensor | None
+    """[K] int64; None where nothing is shared, and each sequence's keys are its own tokens."""
     most_queries: int
     most_keys: int
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> Paths:
-        queries, keys, rows = [0], [0], []
-        for segment in segments:
-            # One response continues its prompt; where there are several, the prompt is a sequence of its own.
-            starts = segment.branches if len(segment.branches) > 1 else ()
-            bounds = [segment.start, *starts, segment.stop]
-            seen = [torch.arange(segment.prefix)]
-            if starts:
-                seen.append(torch.arange(segment.start, starts[0]))
-            for number, (start, stop) in enumerate(pairwise(bounds)):
-                if start == stop:
-                    continue
-                path = torch.cat([*(seen if number else seen[:1]), torch.arange(start, stop)])
-                rows.append(path)
-                queries.append(stop)
-                keys.append(keys[-1] + len(path))
-        cu_queries, cu_keys = torch.tensor(queries, dtype=torch.int32), torch.tensor(keys, dtype=torch.int32)
+        runs = [run for segment in segments for run in segment.runs()]
+        queries = torch.tensor([0, *(run.stop - run.start for run in runs)])
+        keys = queries + torch.tensor([0, *(run.seen for run in runs)])
+        rows = None
+        if len(keys) and keys.sum() > queries.sum():
+            paths = [torch.arange(part.start, part.stop) for run in runs for part in _path(run)]
+            rows = torch.cat(paths).to(device, non_blocking=True)
         return cls(
-            cu_queries.to(device, non_blocking=True),
-            cu_keys.to(device, non_blocking=True),
-            torch.cat(rows).to(device, non_blocking=True),
-            int(cu_queries.diff().max()),
-            int(cu_keys.diff().max()),
+            queries.cumsum(0, dtype=torch.int32).to(device, non_blocking=True),
+            keys.cumsum(0, dtype=torch.int32).to(device, non_blocking=True),
+            rows,
+            int(queries.max()),
+            int(keys.max()),
         )
+
+
+def _path(run: Run) -> tuple[range, range, range]:
+    return run.prefix, run.prompt, range(run.start, run.stop)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of keys or values, of which a prompt's are taken once for each response. Their gradients are added up in float32:
+    torch's own would round after each."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = source.shape
+        return source.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (rows,) = grads, ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(ctx.shape, dtype=wide).index_add_(0, rows, grad.to(wide))
+        return total.to(grad.dtype), None
+
+
+def _attend(
+    kernel: Callable[..., Tensor],
+    query: Tensor,  # [1, heads, T, head_dim]
+    key: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,  # [1, kv_heads, T, value_dim]
+    paths: Paths,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> tuple[Tensor, None]:
+    """kernel: of queries, keys and values [., heads, width], where the sequences begin in both, the longest of both, the
+    window to both sides and the scale. A sequence's last query sees the last of its keys."""
+    if query.dtype is torch.float32:  # rotated in float32, under autocast
+        query, key = (x.to(value.dtype) for x in (query, key))
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    width = -(-max(head_dim, value_dim) // 8) * 8  # the kernels have one, a multiple of 8; zeros add nothing to a score
+    q, k, v = (_widened(x[0].transpose(0, 1), width) for x in (query, key, value))
+    if paths.key_rows is not None:
+        k, v = _Gather.apply(k, paths.key_rows), _Gather.apply(v, paths.key_rows)
+    lengths = (paths.cu_queries, paths.cu_keys, paths.most_queries, paths.most_keys)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    output = kernel(q, k, v, *lengths, window, head_dim**-0.5 if scaling is None else scaling)
+    return output[None, ..., :value_dim], None
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    return rows if rows.shape[-1] == width else pad(rows, (0, width - rows.shape[-1]))
 
 
 def flash_attention(
     module: torch.nn.Module,
     query: Tensor,  # [1, heads, T, head_dim]
     key: Tensor,  # [1, kv_heads, T, head_dim]
-    value: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,  # [1, kv_heads, T, value_dim]
     attention_mask: Tensor | None,
     *,
     segments: Paths,
@@ -71,27 +115,52 @@ def flash_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature is that of transformers' attention functions; returns ([1, T, heads, head_dim], None)."""
+    """The signature is that of transformers' attention functions; returns ([1, T, heads, value_dim], None)."""
     from flash_attn import flash_attn_varlen_func
 
-    if query.dtype is torch.float32:  # rotated in float32, under autocast
-        query, key = (x.to(value.dtype) for x in (query, key))
-    key, value = (x[0].transpose(0, 1).index_select(0, segments.key_rows) for x in (key, value))
-    output = flash_attn_varlen_func(
-        query[0].transpose(0, 1),
-        key,
-        value,
-        segments.cu_queries,
-        segments.cu_keys,
-        segments.most_queries,
-        segments.most_keys,
-        softmax_scale=scaling,
-        causal=True,  # aligned at the ends: the last query of a sequence sees all of its keys
-        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
-        softcap=softcap or 0.0,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return output[None], None
+    def kernel(*inputs: Any) -> Tensor:
+        *tensors_and_lengths, window, scale = inputs
+        output: Tensor = flash_attn_varlen_func(
+            *tensors_and_lengths,
+            softmax_scale=scale,
+            causal=True,
+            window_size=window,
+            softcap=softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+        return output
+
+    return _attend(kernel, query, key, value, segments, scaling, sliding_window)
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, T, head_dim]
+    key: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,  # [1, kv_heads, T, value_dim]
+    attention_mask: Tensor | None,
+    *,
+    segments: Paths,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `flash_attention`, by the copy of flash-attn 2 that torch is built with. Deterministic where torch is told to be."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if softcap is not None:
+        raise ValueError("torch's varlen_attn does not soft-cap scores: set model.attention to auto")
+    # Grouped heads are taken as they are by torch 2.11, and from 2.12 on where one says so.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def kernel(*inputs: Any) -> Tensor:
+        *tensors_and_lengths, window, scale = inputs
+        output: Tensor = varlen_attn(*tensors_and_lengths, window_size=window, scale=scale, **grouped)
+        return output
+
+    return _attend(kernel, query, key, value, segments, scaling, sliding_window)
 
 
 AttentionInterface.register(FLASH_ATTENTION, flash_attention)
+AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)

@@ -21,13 +21,12 @@ from transformers import (
 from tbrm.chat import set_day
 from tbrm.config.schema import Config, ConfigError, ModelConfig
 from tbrm.parallel import ALONE, Sharding, World
-from tbrm.policy.flash_attention import FLASH_ATTENTION
+from tbrm.policy.attention_choice import NAMES, choose_attention
 from tbrm.policy.hub_folder import remember_dtype
 from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
 from tbrm.policy.lora import Adapters, has_adapters, load_merged
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.model_files import ModelFiles
-from tbrm.policy.packed_attention import PACKED_ATTENTION
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.policy.weights import materialise
 from tbrm.storage.paths import is_path
@@ -114,7 +113,6 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     No process of several ever holds all of a model that is read from files.
     """
     device, precision = config.model.resolve_device(), config.model.resolve_precision()
-    flash = config.model.resolve_attention() == "flash"
     if config.model.liger and device.type != "cuda":
         raise ConfigError(f"model.liger: true; wants a GPU, and this is {device}: set it to false")
     alone = world.mesh is None
@@ -125,7 +123,7 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
         lm,
         temperature=config.rollout.temperature,
         precision=precision,
-        attention=FLASH_ATTENTION if flash else PACKED_ATTENTION,
+        attention=NAMES[choose_attention(config.model, lm)],
         liger=config.model.liger,
         compiled=config.model.compile,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,13 +16,22 @@ from transformers import PreTrainedModel
 from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.parallel import Sharding
 from tbrm.policy.compiled import compile_around_attention, not_compiled
-from tbrm.policy.flash_attention import FLASH_ATTENTION, Paths
+from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
+from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest
 from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.lora import Adapters, adapted_weight, is_adapter, saved_name
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree
 from tbrm.policy.vocab_parallel import DividedVocabulary, VocabParallelPass
 from tbrm.policy.weights import materialise
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
+
+_FORMS: dict[str, Callable[..., Any]] = {
+    PACKED_ATTENTION: Tree.of,
+    FLASH_ATTENTION: Paths.of,
+    VARLEN_ATTENTION: Paths.of,
+    FLEX_ATTENTION: Forest,
+}
+"""What each attention wants to be told of a batch's segments."""
 
 
 class PolicyModel(nn.Module):
@@ -31,7 +40,7 @@ class PolicyModel(nn.Module):
     The logits are what the model itself would compute (its head's bias, logit scale and soft-cap included), divided by
     `temperature`: Q(s, a) of the paper. Only positions that predict an action reach the head.
 
-    attention: PACKED_ATTENTION or FLASH_ATTENTION, for packed batches.
+    attention: the name of one that takes packed batches; see `tbrm.policy.attention_choice`.
     """
 
     def __init__(
@@ -96,8 +105,7 @@ class PolicyModel(nn.Module):
     def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
         """[A, D]: the hidden states that predict the batch's actions."""
         tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
-        kind = Paths if self.attention == FLASH_ATTENTION else Tree
-        segments = kind.of(batch.segments, self.device)
+        segments = _FORMS[self.attention](batch.segments, self.device)
         backbone = self.lm.base_model(
             **tokens, position_ids=batch.position_ids[None], segments=segments, use_cache=False
         )
