@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from tbrm.config.recipe import load_config
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout.vllm.process import ServerProcess, engine_options
 
 OTHERS = {

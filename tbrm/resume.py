@@ -21,8 +21,8 @@ from pydantic_core import PydanticUndefined
 from tbrm.checkpoint import latest_step
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config, ConfigError
-from tbrm.metrics import read_jsonl
-from tbrm.run_folder import HISTORY
+from tbrm.reporting.metrics import read_jsonl
+from tbrm.reporting.run_folder import HISTORY
 
 MAY_CHANGE = {
     "run.dir": "a run's folder may be moved",

@@ -13,10 +13,10 @@ from typing import Any, Self
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config, ConfigError
 from tbrm.evaluate import Evaluation
-from tbrm.metrics import Metric, MetricsLog, Progress
 from tbrm.parallel import ALONE, World
+from tbrm.reporting.metrics import Metric, MetricsLog, Progress
+from tbrm.reporting.run_folder import HISTORY
 from tbrm.resume import write_recipe
-from tbrm.run_folder import HISTORY
 
 RUN_FILES = (
     "config.yaml",

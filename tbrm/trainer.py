@@ -36,7 +36,6 @@ from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.sources import make_supply, trajectory_source
 from tbrm.interruption import Interrupted, Interruption
-from tbrm.metrics import Phases, peak_memory_mib
 from tbrm.objectives import Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract
 from tbrm.optimizer import make_optimizer
@@ -44,6 +43,7 @@ from tbrm.parallel import ALONE, World, accumulate
 from tbrm.policy.load import load_policy
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.weights import whole
+from tbrm.reporting.metrics import Phases, peak_memory_mib
 from tbrm.resolved import is_same_reference, resolve
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed

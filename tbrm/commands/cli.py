@@ -222,7 +222,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from tbrm.report import summary_lines, write_report
+    from tbrm.reporting.page import summary_lines, write_report
 
     write_report(Path(args.run))
     print("\n".join(summary_lines(Path(args.run))))

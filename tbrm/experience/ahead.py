@@ -28,7 +28,7 @@ import torch
 from tbrm.config.schema import RolloutConfig
 from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.experience.supply import Supply
-from tbrm.metrics import Phases
+from tbrm.reporting.metrics import Phases
 
 _CLOSE_SECONDS = 10.0
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from tbrm.chat import Chat
 from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory
-from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World
+from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.stored import load_trajectories, save_trajectories
 from tbrm.tasks import Problem, ProblemStream, Progress

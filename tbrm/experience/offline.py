@@ -28,7 +28,7 @@ from tbrm.chat import Chat, check_token_ids
 from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory
 from tbrm.experience.collect import WAITING, Collected, load_collected
-from tbrm.metrics import Phases
+from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.storage.files import save_tensors
 from tbrm.stored import score_columns, scores_at

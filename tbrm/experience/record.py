@@ -14,9 +14,9 @@ from tqdm import tqdm
 from tbrm.chat import Chat, make_chat
 from tbrm.config.schema import Config, ConfigError
 from tbrm.experience.collect import Collected, RolloutSource
-from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy
+from tbrm.reporting.metrics import Phases
 from tbrm.rollout.engines import make_engine
 from tbrm.tasks import ProblemStream
 

@@ -12,7 +12,7 @@ from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory
 from tbrm.experience.offline import RowReader
 from tbrm.experience.replay import ReplayBuffer
-from tbrm.metrics import Phases
+from tbrm.reporting.metrics import Phases
 
 
 class RecordedFiles:

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 
 from tbrm.config.schema import ReplayConfig
 from tbrm.data import Trajectory
-from tbrm.metrics import Phases
 from tbrm.parallel import ALONE, World
+from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.storage.files import Discards, lacks_room
 from tbrm.storage.names import plain_name

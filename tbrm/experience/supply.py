@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.experience.offline import FileSource
-from tbrm.metrics import Phases
+from tbrm.reporting.metrics import Phases
 
 
 class Supply:

@@ -15,10 +15,10 @@ from tbrm import trainer as trainer_module
 from tbrm.config.schema import ConfigError
 from tbrm.experience import ahead
 from tbrm.experience.ahead import RolloutLateError, SupplyAhead
-from tbrm.metrics import read_jsonl
 from tbrm.parallel import World
 from tbrm.policy.ends import Ends
 from tbrm.policy.model import PolicyModel
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Request, Sampling
 from tbrm.rollout.frozen import EngineClosed, FrozenEngine
 from tbrm.rollout.split import SplitEngine

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from tbrm.config.recipe import parse_config
 from tbrm.config.schema import ConfigError
 from tbrm.data import Trajectory, pack
-from tbrm.metrics import read_jsonl
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree

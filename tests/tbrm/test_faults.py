@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tbrm.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
 from tests.tbrm.test_parallel import assert_same_weights, rows, torchrun

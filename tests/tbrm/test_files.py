@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from tbrm.checkpoint import CheckpointError
 from tbrm.export import export
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout.vllm.handover import Handover
 from tbrm.storage import files
 from tbrm.storage.files import Discards, lacks_room, save_tensors

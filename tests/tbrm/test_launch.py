@@ -15,7 +15,7 @@ import pytest
 
 from tbrm.commands.cli import main
 from tbrm.experience.record import record
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.run_lock import RunLock
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_faults import ENVIRONMENT, children, wait_for_step, write_recipe

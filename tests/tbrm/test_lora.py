@@ -21,12 +21,12 @@ from tbrm.commands.cli import main
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig
 from tbrm.data import Trajectory, pack
 from tbrm.export import export
-from tbrm.metrics import read_jsonl
 from tbrm.policy.load import load_model
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.tiny import tiny_tokenizer
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import Response
 from tbrm.rollout.vllm.check import StaleWeightsError, SyncCheck
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tbrm.metrics import MetricsLog, Phases, Progress, is_timing, peak_memory_mib, read_jsonl
+from tbrm.reporting.metrics import MetricsLog, Phases, Progress, is_timing, peak_memory_mib, read_jsonl
 
 CPU = torch.device("cpu")
 
@@ -180,7 +180,7 @@ def test_peak_memory_lies_between_what_is_held_now_and_what_the_machine_has() ->
 
 
 BAR_SCRIPT = """
-from tbrm.metrics import Progress
+from tbrm.reporting.metrics import Progress
 with Progress(steps=3, done=1) as progress:
     progress.advance({"step": 2, "reward_mean": 0.5, "residual_mean": -1.25, "tokens_per_second": 812.3})
     progress.say("half way")

@@ -14,8 +14,8 @@ from tbrm.data import Trajectory
 from tbrm.experience.collect import WAITING, save_collected
 from tbrm.experience.offline import FileSource, RowReader, read_trajectories, write_trajectories
 from tbrm.experience.supply import Supply
-from tbrm.metrics import Phases
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
+from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Grade, Problem, Task
 from tbrm.tasks.file import FileTask
 from tbrm.tasks.user_code import UserCodeError

@@ -22,8 +22,8 @@ from tbrm.config.recipe import load_config
 from tbrm.config.schema import ConfigError
 from tbrm.export import export
 from tbrm.launch import launched
-from tbrm.metrics import is_timing, read_jsonl
 from tbrm.policy.tiny import tiny_tokenizer
+from tbrm.reporting.metrics import is_timing, read_jsonl
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.processes import MICRO_BATCHES, MODELS
 

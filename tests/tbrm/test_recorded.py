@@ -10,7 +10,7 @@ import pytest
 
 from tbrm.config.schema import Config, ConfigError
 from tbrm.experience.record import record
-from tbrm.metrics import Phases
+from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Problem
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config

@@ -13,7 +13,7 @@ import torch
 from tbrm.config.schema import ReplayConfig
 from tbrm.data import ReferenceScore, Trajectory
 from tbrm.experience.replay import ReplayBuffer
-from tbrm.metrics import Phases, read_jsonl
+from tbrm.reporting.metrics import Phases, read_jsonl
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from tbrm.metrics import MetricsLog
-from tbrm.report import choose, summary_lines, write_report
-from tbrm.report_plots import PANELS, draw_all, series, to_svg
+from tbrm.reporting.metrics import MetricsLog
+from tbrm.reporting.page import choose, summary_lines, write_report
+from tbrm.reporting.plots import PANELS, draw_all, series, to_svg
 
 ATTACK = "<script>fetch('https://evil.example')</script><img src=https://evil.example onerror=alert(1)>"
 CONFIG = {

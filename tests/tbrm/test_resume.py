@@ -14,8 +14,8 @@ import yaml
 from tbrm.commands.cli import main
 from tbrm.config.recipe import config_to_dict, describe
 from tbrm.config.schema import ConfigError
-from tbrm.metrics import read_jsonl
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.resume import HISTORY, MAY_CHANGE, differences, may_change, nothing_left
 from tbrm.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree

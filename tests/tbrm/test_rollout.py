@@ -8,9 +8,9 @@ import torch
 from tbrm.config.schema import RolloutConfig
 from tbrm.data import Trajectory, pack
 from tbrm.experience.collect import RolloutSource
-from tbrm.metrics import Phases
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
+from tbrm.reporting.metrics import Phases
 from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
 from tbrm.rollout.choose import draw
 from tbrm.rollout.packed_weights import packed_weights

@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from tbrm.evaluate import evaluate
 from tbrm.experience.record import record
-from tbrm.metrics import is_timing, read_jsonl
 from tbrm.optimizer import make_optimizer
 from tbrm.parallel import Sharding
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
+from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.rollout import Sampling
 from tbrm.run_writer import prepare_run_dir
 from tbrm.schedule import learning_rate_at

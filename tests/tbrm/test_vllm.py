@@ -24,7 +24,7 @@ import yaml
 from tbrm.checkpoint import Checkpoint
 from tbrm.config.recipe import config_to_dict, load_config
 from tbrm.config.schema import ConfigError
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import Request, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.rollout.vllm import broadcast, handover

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from tbrm.commands.cli import main
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 from tbrm.tasks import Grade, Problem, Progress, Task, user_code
 from tbrm.tasks.grading import grade_responses
 from tbrm.tasks.time_limit import TooLateError, within

@@ -14,8 +14,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from tbrm.report_plots import draw_all, save_png, to_svg
-from tbrm.run_folder import Row, Run, SamplePair, read_run
+from tbrm.reporting.plots import draw_all, save_png, to_svg
+from tbrm.reporting.run_folder import Row, Run, SamplePair, read_run
 
 SHOWN_SAMPLES = 12
 OUTCOMES = {
@@ -144,7 +144,7 @@ def choose(groups: dict[str, list[SamplePair]], count: int) -> dict[str, list[Sa
 
 
 def _template() -> Template:
-    source = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # Prompts and responses are whatever a model or a data set came up with: all text is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tbrm.metrics import read_jsonl
+from tbrm.reporting.metrics import read_jsonl
 
 HISTORY = "config-history.jsonl"
 """Beside config.yaml: a line for every resume with another recipe."""
