@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config, ConfigError
-from tbrm.evaluate import Evaluation
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Metric, MetricsLog, Progress
 from tbrm.reporting.run_folder import HISTORY
 from tbrm.resume import write_recipe
+from tbrm.rollout.evaluate import Evaluation
 
 RUN_FILES = (
     "config.yaml",

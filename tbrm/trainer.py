@@ -30,7 +30,6 @@ from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config.schema import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.deal import deal
-from tbrm.evaluate import evaluate
 from tbrm.experience.offline import RowReader, write_trajectories
 from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
@@ -47,6 +46,7 @@ from tbrm.reporting.metrics import Phases, peak_memory_mib
 from tbrm.resolved import is_same_reference, resolve
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
+from tbrm.rollout.evaluate import evaluate
 from tbrm.run_writer import RunWriter
 from tbrm.schedule import learning_rate_at
 from tbrm.step_metrics import StepMetrics, trajectory_metrics

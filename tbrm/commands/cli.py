@@ -17,8 +17,8 @@ from tbrm.storage.paths import expand
 
 if TYPE_CHECKING:
     from tbrm.config.schema import Config
-    from tbrm.evaluate import Evaluation
     from tbrm.parallel import World
+    from tbrm.rollout.evaluate import Evaluation
     from tbrm.tasks import Problem, Task
 
 # Everything heavy is imported inside the command that needs it: `tbrm --help` must not wait for torch.
@@ -133,9 +133,9 @@ def eval_model(args: argparse.Namespace) -> None:
     config = load_sections(args.task, args.overrides, model={"name": args.model}, evaluation=settings, seed=args.seed)
     _load_libraries(args.model)
     from tbrm.chat import make_chat
-    from tbrm.evaluate import evaluate
     from tbrm.policy.load import load_policy
     from tbrm.rollout import Sampling, make_engine
+    from tbrm.rollout.evaluate import evaluate
 
     task, chosen = config.task, config.evaluation
     assert task is not None  # --task is required

@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
-from tbrm.evaluate import evaluate
 from tbrm.experience.record import record
 from tbrm.optimizer import make_optimizer
 from tbrm.parallel import Sharding
@@ -28,6 +27,7 @@ from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.rollout import Sampling
+from tbrm.rollout.evaluate import evaluate
 from tbrm.run_writer import prepare_run_dir
 from tbrm.schedule import learning_rate_at
 from tbrm.trainer import Trainer
