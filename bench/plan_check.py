@@ -33,7 +33,7 @@ SETTINGS = (
 )
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
 # Not ru_maxrss: what a process starts with there is the size of the one that started it.
-IDLE = "import tbrm.trainer, re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+IDLE = "import tbrm.training.trainer, re; print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
 
 
 def main(out: Path) -> None:

@@ -25,7 +25,7 @@ from bench.worker import serve, taken_mib
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import ModelConfig
 from tbrm.data import pack
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 
 MODEL = ".models/SmolLM2-135M-Instruct"
 TRAJECTORIES = "bench/step_trajectories.jsonl"

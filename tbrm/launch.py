@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tbrm.config.schema import ConfigError, ModelConfig, ParallelConfig
-from tbrm.interruption import Interrupted
 from tbrm.parallel import ALONE, World
 from tbrm.place import Place, find_place
+from tbrm.training.interruption import Interrupted
 from tbrm.watch import ProcessLostError, Watch
 
 _MEETING_SECONDS = 600

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from tbrm.interruption import ask_this_process
+from tbrm.training.interruption import ask_this_process
 
 GRACE_SECONDS = 60.0
 """What a process has to end by itself, once another one has failed."""

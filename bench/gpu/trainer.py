@@ -23,7 +23,7 @@ from bench.shapes import DEVICE
 from tbrm.plan import make_plan
 from tbrm.recipe import load_config
 from tbrm.tiny import tiny_tokenizer
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 
 ON_GPU = DEVICE.type == "cuda"
 SECONDS = 10.0 if ON_GPU else 2.0  # of steps

@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _processes(config: Config, **command: object) -> Iterator[World]:
     """Those that a launcher started, once they are known to have been told the same; or this one alone."""
-    from tbrm.agreement import facts_of, require_agreement
     from tbrm.launch import launched
+    from tbrm.training.agreement import facts_of, require_agreement
 
     with launched(config.model, config.parallel) as world:
         require_agreement(world, lambda: facts_of(config, command))
@@ -81,10 +81,10 @@ def train(args: argparse.Namespace) -> None:
     config = load_config(args.recipe, args.overrides)
     resume = args.resume or args.resume_anyway
     _load_libraries(config.model.name)
-    from tbrm.resume import nothing_left
-    from tbrm.run_lock import RunLock
-    from tbrm.run_writer import prepare_run_dir
-    from tbrm.trainer import Trainer
+    from tbrm.training.resume import nothing_left
+    from tbrm.training.run_lock import RunLock
+    from tbrm.training.run_writer import prepare_run_dir
+    from tbrm.training.trainer import Trainer
 
     run_dir = Path(config.run.dir)
 
@@ -157,7 +157,7 @@ def eval_model(args: argparse.Namespace) -> None:
 
 def _warn_of_trained_problems(model: str, task: Task, problems: Sequence[Problem]) -> None:
     """A run holds out what its own evaluations take; of what is asked for beyond it may have been trained on."""
-    from tbrm.resume import read_recipe
+    from tbrm.training.resume import read_recipe
 
     recipe = read_recipe(Path(model))
     if recipe is None or (recipe.get("task") or {}).get("name") != task.name:
@@ -232,7 +232,7 @@ def export(args: argparse.Namespace) -> None:
     _load_libraries(args.source)
     import torch
 
-    from tbrm.export import export as write
+    from tbrm.training.export import export as write
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     print(write(args.source, Path(args.out), dtype, args.overrides))

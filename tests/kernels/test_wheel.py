@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") and sys.platform == "li
     ("source", "libraries"),
     [pytest.param("", LIBRARIES, id="kernels"), pytest.param("#error", set(), id="a compiler that fails")],
 )
-def test_a_wheel_holds_the_kernels_if_they_can_be_built(source: str, libraries: set[str], tmp_path: Path) -> None:
+def test_a_wheel_holds_all_modules_and_the_kernels_if_they_can_be_built(
+    source: str, libraries: set[str], tmp_path: Path
+) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("kernels", "tbrm"):
@@ -36,4 +38,7 @@ def test_a_wheel_holds_the_kernels_if_they_can_be_built(source: str, libraries: 
     files = zipfile.ZipFile(wheel).namelist()
     assert {Path(file).name.partition(".")[0] for file in files if file.endswith(".so")} == libraries
     assert all(file.startswith("tbrm_kernels/") for file in files if file.endswith(".so"))
-    assert {"tbrm_kernels/backends/cpu.py", "tbrm/commands/cli.py", "tbrm_kernels/py.typed"} <= set(files)
+    sources = {"tbrm": ROOT / "tbrm", "tbrm_kernels": ROOT / "kernels"}
+    parts = [(name, path) for name, folder in sources.items() for path in folder.rglob("*")]
+    held = {f"{name}/{p.relative_to(sources[name])}" for name, p in parts if p.suffix in {".py", ".html", ".typed"}}
+    assert held <= set(files)

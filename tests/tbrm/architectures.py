@@ -22,7 +22,7 @@ from tbrm.launch import launched
 from tbrm.parallel import World
 from tbrm.policy.load import load_policy
 from tbrm.policy.tiny import tiny_tokenizer
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, tiny_config, write_model
 
 SEEING = "gemma3, with a vision tower that no text trains"

@@ -18,7 +18,7 @@ import torch
 from tbrm.rollout import Request, Sampling
 from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.colocated import ColocatedEngine
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 

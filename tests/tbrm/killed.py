@@ -15,8 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tbrm import checkpoint, trainer
 from tbrm.commands.cli import main
+from tbrm.training import checkpoint, trainer
 
 
 def die() -> None:

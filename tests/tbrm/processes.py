@@ -27,8 +27,8 @@ from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
-from tbrm.step_metrics import StepMetrics
-from tbrm.trainer import Trainer
+from tbrm.training.step_metrics import StepMetrics
+from tbrm.training.trainer import Trainer
 from tbrm_kernels import segment_sums, single_pass
 from tests.tbrm.conftest import tiny_config
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tbrm import trainer as trainer_module
 from tbrm.config.schema import ConfigError
 from tbrm.experience import ahead
 from tbrm.experience.ahead import RolloutLateError, SupplyAhead
@@ -22,7 +21,8 @@ from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Request, Sampling
 from tbrm.rollout.frozen import EngineClosed, FrozenEngine
 from tbrm.rollout.split import SplitEngine
-from tbrm.trainer import Trainer
+from tbrm.training import trainer as trainer_module
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_trainer import assert_same_run
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tbrm.export import export
 from tbrm.policy.weights import stored_tensors
+from tbrm.training.export import export
 from tests.tbrm.architectures import MODELS, SEEING, STEPS, write_models
 from tests.tbrm.test_model_files import BROKEN
 from tests.tbrm.test_parallel import rows, torchrun, write_trajectories

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import tbrm.trainer
+import tbrm.training.trainer
 from tbrm.chat import Chat, set_day
 from tbrm.commands.score import score_file
 from tbrm.config.recipe import parse_config
@@ -19,7 +19,7 @@ from tbrm.config.schema import ConfigError
 from tbrm.experience.record import record
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.tasks import Problem
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import chat_of, tiny_config, tiny_tree
 
 SYSTEM = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 3"})
@@ -269,7 +269,7 @@ def test_a_run_keeps_its_day_past_midnight_and_past_a_resume(tmp_path: Path, mon
             def today(cls) -> date:
                 return day
 
-        monkeypatch.setattr(tbrm.trainer, "date", Clock)
+        monkeypatch.setattr(tbrm.training.trainer, "date", Clock)
         trainer = Trainer(config, resume=resume)
         collected = trainer.supply.collect(trainer.state.step + 1, trainer.phases)
         if not resume:

@@ -16,7 +16,7 @@ from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree
 from tests.tbrm.test_model import trajectories
 from tests.tbrm.test_reference_model import scored

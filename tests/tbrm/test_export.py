@@ -26,7 +26,7 @@ from transformers import (
 from tbrm.commands.cli import main
 from tbrm.policy.hub_folder import save_model
 from tbrm.policy.tiny import tiny_tokenizer
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.read_folder import read
 

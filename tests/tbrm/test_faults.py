@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbrm.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tbrm.reporting.metrics import read_jsonl
-from tbrm.trainer import Trainer
+from tbrm.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
 from tests.tbrm.test_parallel import assert_same_weights, rows, torchrun
 
@@ -167,7 +167,7 @@ def test_a_signals_checkpoint_that_cannot_be_written_is_not_called_saved(
 HANGS = textwrap.dedent(
     """
     import os, signal, sys, time
-    from tbrm import trainer
+    from tbrm.training import trainer
     from tbrm.commands.cli import main
     if os.environ["RANK"] == "1":
         real = trainer.Trainer._add_gradients

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tbrm.checkpoint import CheckpointError
-from tbrm.export import export
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout.vllm.handover import Handover
 from tbrm.storage import files
 from tbrm.storage.files import Discards, lacks_room, save_tensors
-from tbrm.trainer import Trainer
+from tbrm.training.checkpoint import CheckpointError
+from tbrm.training.export import export
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import chat_of, tiny_config
 from tests.tbrm.test_lora import with_adapters
 

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from tbrm import interruption, watch
-from tbrm.interruption import Interruption
+from tbrm import watch
+from tbrm.training import interruption
+from tbrm.training.interruption import Interruption
 from tbrm.watch import Watch
 
 

@@ -16,7 +16,7 @@ import pytest
 from tbrm.commands.cli import main
 from tbrm.experience.record import record
 from tbrm.reporting.metrics import read_jsonl
-from tbrm.run_lock import RunLock
+from tbrm.training.run_lock import RunLock
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_faults import ENVIRONMENT, children, wait_for_step, write_recipe
 from tests.tbrm.test_parallel import torchrun
@@ -24,7 +24,8 @@ from tests.tbrm.test_parallel import torchrun
 FAILS = textwrap.dedent(
     """
     import os, sys, time
-    from tbrm import trainer, watch
+    from tbrm import watch
+    from tbrm.training import trainer
     from tbrm.commands.cli import main
     watch.GRACE_SECONDS = 1.0
     real = trainer.Trainer._clip_gradients

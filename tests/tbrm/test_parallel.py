@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from tbrm.commands.cli import main
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import ConfigError
-from tbrm.export import export
 from tbrm.launch import launched
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import is_timing, read_jsonl
+from tbrm.training.export import export
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.processes import MICRO_BATCHES, MODELS
 

@@ -113,7 +113,7 @@ def measured_mib(config: Config, folder: Path, processes: int) -> float:
         return done.stdout
 
     python(*launcher, "-m", "tbrm", "train", folder / "recipe.yaml")
-    idle = python("-c", "import tbrm.trainer; print(open('/proc/self/status').read())")
+    idle = python("-c", "import tbrm.training.trainer; print(open('/proc/self/status').read())")
     idle_mib = int(next(line.split()[1] for line in idle.splitlines() if line.startswith("VmHWM"))) / 1024
     measured: float = read_jsonl(folder / "run/metrics.jsonl")[-1]["peak_memory_mib"] - idle_mib
     assert measured > 150  # or the check would be of what every process holds

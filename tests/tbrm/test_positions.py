@@ -11,7 +11,7 @@ from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig,
 
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.positions import positions_of
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -12,7 +12,7 @@ from tbrm.config.schema import Config, ConfigError
 from tbrm.experience.record import record
 from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Problem
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.test_trainer import assert_same_run
 

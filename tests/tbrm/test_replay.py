@@ -14,7 +14,7 @@ from tbrm.config.schema import ReplayConfig
 from tbrm.data import ReferenceScore, Trajectory
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases, read_jsonl
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 
 PHASES = Phases(torch.device("cpu"))

@@ -16,8 +16,8 @@ from tbrm.config.recipe import config_to_dict, describe
 from tbrm.config.schema import ConfigError
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
-from tbrm.resume import HISTORY, MAY_CHANGE, differences, may_change, nothing_left
-from tbrm.trainer import Trainer
+from tbrm.training.resume import HISTORY, MAY_CHANGE, differences, may_change, nothing_left
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
 from tests.tbrm.test_trainer import REPLAY, assert_same_run
 

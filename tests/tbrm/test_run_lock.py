@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tbrm import run_lock
 from tbrm.config.schema import ConfigError
-from tbrm.run_lock import RunLock
+from tbrm.training import run_lock
+from tbrm.training.run_lock import RunLock
 
 HOLD = """
 import sys
 from pathlib import Path
-from tbrm.run_lock import RunLock
+from tbrm.training.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

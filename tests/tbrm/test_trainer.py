@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 from tbrm.experience.record import record
-from tbrm.optimizer import make_optimizer
 from tbrm.parallel import Sharding
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
@@ -28,9 +27,10 @@ from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.rollout import Sampling
 from tbrm.rollout.evaluate import evaluate
-from tbrm.run_writer import prepare_run_dir
-from tbrm.schedule import learning_rate_at
-from tbrm.trainer import Trainer
+from tbrm.training.optimizer import make_optimizer
+from tbrm.training.run_writer import prepare_run_dir
+from tbrm.training.schedule import learning_rate_at
+from tbrm.training.trainer import Trainer
 from tbrm_kernels import single_pass
 from tests.tbrm.conftest import ARCHITECTURES, tiny_config, tiny_tree
 

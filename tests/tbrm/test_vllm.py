@@ -21,7 +21,6 @@ import pytest
 import torch
 import yaml
 
-from tbrm.checkpoint import Checkpoint
 from tbrm.config.recipe import config_to_dict, load_config
 from tbrm.config.schema import ConfigError
 from tbrm.reporting.metrics import read_jsonl
@@ -34,7 +33,8 @@ from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server, check_version, cut, sampling_params
 from tbrm.tasks import ProblemStream
-from tbrm.trainer import Trainer
+from tbrm.training.checkpoint import Checkpoint
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
 from tests.tbrm.test_parallel import torchrun
 from tests.tbrm.vllm_runs import OPTIONS, PROMPTS, assert_answers_are_the_policys, save_model, vllm_config

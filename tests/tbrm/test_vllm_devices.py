@@ -14,7 +14,7 @@ import torch
 from tbrm.config.schema import ConfigError, VllmConfig
 from tbrm.rollout.vllm import devices, process
 from tbrm.rollout.vllm.connection import ServerError
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 
 

@@ -26,7 +26,7 @@ from tbrm.rollout.vllm.engine import VllmEngine
 from tbrm.rollout.vllm.keeper import Keeper, publish
 from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server
-from tbrm.trainer import Trainer
+from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.vllm_runs import vllm_config
 

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from tbrm.agreement import facts_of, require_agreement
-from tbrm.checkpoint import FORMAT, Checkpoint
 from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.experience.offline import FileSource
@@ -30,6 +28,8 @@ from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
+from tbrm.training.agreement import facts_of, require_agreement
+from tbrm.training.checkpoint import FORMAT, Checkpoint
 from tests.tbrm.conftest import chat_of, tiny_config
 
 PROMPTS = (1, 2, 3, 5)

@@ -18,11 +18,11 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tbrm.checkpoint import latest_step
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config, ConfigError
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.reporting.run_folder import HISTORY
+from tbrm.training.checkpoint import latest_step
 
 MAY_CHANGE = {
     "run.dir": "a run's folder may be moved",

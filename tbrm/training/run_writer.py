@@ -15,8 +15,8 @@ from tbrm.config.schema import Config, ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Metric, MetricsLog, Progress
 from tbrm.reporting.run_folder import HISTORY
-from tbrm.resume import write_recipe
 from tbrm.rollout.evaluate import Evaluation
+from tbrm.training.resume import write_recipe
 
 RUN_FILES = (
     "config.yaml",

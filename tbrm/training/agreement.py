@@ -20,8 +20,8 @@ from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config, ConfigError
 from tbrm.parallel import World
 from tbrm.policy.attention_choice import NAMES, unusable
-from tbrm.resolved import resolve
-from tbrm.resume import leaves
+from tbrm.training.resolved import resolve
+from tbrm.training.resume import leaves
 
 
 def require_agreement(world: World, facts: Callable[[], dict[str, str]]) -> None:

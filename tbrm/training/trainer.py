@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbrm.agreement import require_agreement
 from tbrm.chat import make_chat, set_day
-from tbrm.checkpoint import Checkpoints, TrainerState
 from tbrm.config.schema import Config, ConfigError
 from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.deal import deal
@@ -34,23 +32,25 @@ from tbrm.experience.offline import RowReader, write_trajectories
 from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.sources import make_supply, trajectory_source
-from tbrm.interruption import Interrupted, Interruption
 from tbrm.objectives import Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract
-from tbrm.optimizer import make_optimizer
 from tbrm.parallel import ALONE, World, accumulate
 from tbrm.policy.load import load_policy
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.weights import whole
 from tbrm.reporting.metrics import Phases, peak_memory_mib
-from tbrm.resolved import is_same_reference, resolve
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import derive_seed
 from tbrm.rollout.evaluate import evaluate
-from tbrm.run_writer import RunWriter
-from tbrm.schedule import learning_rate_at
-from tbrm.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.tasks import Progress
+from tbrm.training.agreement import require_agreement
+from tbrm.training.checkpoint import Checkpoints, TrainerState
+from tbrm.training.interruption import Interrupted, Interruption
+from tbrm.training.optimizer import make_optimizer
+from tbrm.training.resolved import is_same_reference, resolve
+from tbrm.training.run_writer import RunWriter
+from tbrm.training.schedule import learning_rate_at
+from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
 from tbrm_kernels import TokenStats
 
 
