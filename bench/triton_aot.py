@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tbrm_kernels.backends.triton import dlogits, forward, launch, rows, segments
+from tbrm_kernels.backends.triton import dlogits, exp_rows, exps, forward, launch, multiply, rows, segments
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_KIB = {8: 163, 9: 227, 10: 227}  # that a program may have, by NVIDIA's CUDA programming guide
@@ -55,72 +55,99 @@ INTEGERS = (
     "N",
     "stride_hidden",
     "stride_weight",
+    "stride_out",
+    "stride_values",
+    "stride_scaled",
     "splits",
+    "group",
+    "tiles",
     "first_v",
     "width",
     "ignore_index",
     "out_stride",
 )
-OPTIONAL = (
-    "bias",
-    "weighted",
-    "entropy",
-    "entropy_out",
-    "grad_entropy",
-    "tile_lse",
-    "tile_matters",
-    "ref_values",
-)
+OPTIONAL = ("bias", "weighted", "entropy", "entropy_out", "grad_entropy", "ref_values")
 PLAIN = dict.fromkeys(OPTIONAL, "")
+OPTIONS = (  # and the types that they have; whether logits are capped
+    ("", PLAIN, False),
+    ("bias, soft-cap, entropy", {"bias": "*bf16"}, True),
+)
 
 
 def cases(major: int) -> Iterator[Case]:
     for dtype, name in TYPES.items():
         with_bias = {"bias": f"*{name}"}
-        filtered = {"tile_lse": "*fp32", "tile_matters": "*i8"}
         wide = launch.WIDE_CONFIGS.get((major, dtype), ())
         for config in wide + launch.CONFIGS[major, dtype]:
-            blocks = {"hidden": (config.block_t, config.block_d), "weight": (config.block_v, config.block_d)}
-            layout = {matrix: f"tensordesc<{name}[{rows}, {columns}]>" for matrix, (rows, columns) in blocks.items()}
-            if major < 9:
-                layout = {matrix: f"*{name}" for matrix in blocks}
             for kernel in (forward.forward_kernel, dlogits.dlogits_kernel):
-                of_kernel = {"out": f"*{name}", "targets": "*i64"}
-                for options, types, capped in (
-                    ("", PLAIN, False),
-                    ("filtered", PLAIN | filtered, False),
-                    ("bias, soft-cap, entropy", with_bias | {"tile_lse": "", "tile_matters": ""}, True),
-                    ("filtered, bias, soft-cap", PLAIN | with_bias | filtered, True),
-                    ("filtered, bias, soft-cap, entropy", with_bias, True),
-                ):
-                    if options and config in wide:
-                        continue
-                    if kernel is dlogits.dlogits_kernel and options == "filtered, bias, soft-cap, entropy":
-                        continue  # a gradient through the entropy is not filtered
-                    constants = {
-                        "CAPPED": capped,
-                        "FACTOR": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
-                        "BLOCK_T": config.block_t,
-                        "BLOCK_V": config.block_v,
-                        "BLOCK_D": config.block_d,
-                    }
-                    tile = f"{config.block_t} x {config.block_v} x {config.block_d}"
-                    types = of_kernel | layout | types
-                    yield Case(kernel, options, types, constants, config.warps, config.stages, dtype, tile)
+                for options, types, capped in OPTIONS[: 1 if config in wide else None]:
+                    types = operands(major, name, config) | {"out": f"*{name}"} | types
+                    yield tiled(kernel, options, types, capped, dtype, config)
         row = {"targets": "*i64", "out": f"*{name}"}
         for options, types, capped in (("", PLAIN, False), ("bias, soft-cap, entropy", with_bias, True)):
             constants = {"CAPPED": capped, "BLOCK": rows.BLOCK}
             for kernel in (rows.row_stats_kernel, rows.row_dlogits_kernel):
                 yield Case(kernel, ", ".join(filter(None, [name, options])), row | types, constants, rows.WARPS)
+    yield from exp_cases(major)
     for options, types in (("", PLAIN), ("entropy", {})):
         combine = {"targets": "*i64"} | types
         yield Case(forward.combine_kernel, options, combine, {"BLOCK": forward.COMBINE_BLOCK}, forward.COMBINE_WARPS)
+    for name in TYPES.values():
+        types = {"values": f"*{name}", "size": "i64"}
+        yield Case(multiply.multiply_kernel, name, types, {"BLOCK": multiply.BLOCK}, multiply.WARPS)
     nothing = PLAIN | {"lse": "", "grad_lse": ""}
     for kernel in (segments.residual_kernel, segments.residual_grad_kernel):
         for bounds in ("i32", "i64"):
             for options, types in (("calibrated", {}), ("sums", nothing)):
                 segment = {"cu_seqlens": f"*{bounds}"} | types
                 yield Case(kernel, f"{options}, {bounds}", segment, {"BLOCK": segments.BLOCK}, segments.WARPS)
+
+
+def exp_cases(major: int) -> Iterator[Case]:
+    """The kernels that take exponentials relative to a known number: bfloat16 alone."""
+    for keep in (True, False):
+        config = launch.EXP_CONFIGS[major, keep]
+        blocks = f"tensordesc<bf16[{config.block_t}, {config.block_v}]>" if major >= 9 else "*bf16"
+        for options, types, capped in OPTIONS:
+            types = operands(major, "bf16", config) | types | {"out": blocks if keep else ""}
+            name = ", ".join(filter(None, ["kept" if keep else "scoring", options]))
+            exp = tiled(exps.exp_kernel, name, types, capped, torch.bfloat16, config)
+            yield replace(exp, constants=exp.constants | {"FLATTEN": config.flatten})
+            if keep:
+                again = tiled(exps.exp_again_kernel, name, types, capped, torch.bfloat16, config)
+                yield again
+    row = {"targets": "*i64"} | dict.fromkeys(("values", "hidden", "weight", "scaled"), "*bf16")
+    for options, types, capped in OPTIONS:
+        constants = {"CAPPED": capped, "BLOCK": exps.ROW_BLOCK}
+        yield Case(exps.target_kernel, options, row | types, constants, exps.ROW_WARPS)
+        constants = {"CAPPED": capped, "BLOCK": exp_rows.BLOCK}
+        yield Case(exp_rows.exp_rows_kernel, options, row | types, constants, exp_rows.WARPS)
+    for options, types in (("", PLAIN), ("entropy", {})):
+        constants = {"BLOCK_T": exps.SUMS_ROWS, "BLOCK_TILES": exps.SUMS_TILES}
+        types = {"targets": "*i64", "unfit_out": "*i8"} | types
+        yield Case(exps.sums_kernel, options, types, constants, exps.SUMS_WARPS)
+
+
+def operands(major: int, name: str, config: launch.TileConfig) -> dict[str, str]:
+    blocks = {"hidden": (config.block_t, config.block_d), "weight": (config.block_v, config.block_d)}
+    if major < 9:
+        return {matrix: f"*{name}" for matrix in blocks}
+    return {matrix: f"tensordesc<{name}[{rows}, {columns}]>" for matrix, (rows, columns) in blocks.items()}
+
+
+def tiled(
+    kernel: Any, options: str, types: dict[str, str], capped: bool, dtype: torch.dtype, config: launch.TileConfig
+) -> Case:
+    constants = {
+        "CAPPED": capped,
+        "FACTOR": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        "BLOCK_T": config.block_t,
+        "BLOCK_V": config.block_v,
+        "BLOCK_D": config.block_d,
+    }
+    types = {"targets": "*i64", "unfit": "*i8", "only": "*i8"} | types
+    tile = f"{config.block_t} x {config.block_v} x {config.block_d}"
+    return Case(kernel, options, types, constants, config.warps, config.stages, dtype, tile)
 
 
 def compile_(case: Case, capability: int) -> Any:
@@ -132,7 +159,7 @@ def compile_(case: Case, capability: int) -> Any:
             signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = type_
-            aligned = type_.startswith("*") or name in ("D", "stride_hidden", "stride_weight")
+            aligned = type_.startswith("*") or name == "D" or name.startswith("stride_")
             if aligned:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, attributes)

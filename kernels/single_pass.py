@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backends import triton
 from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, TokenStatsOptions
 from .backends.registry import select
 from .token_stats import TokenStats, check_head, check_targets, operand_dtype
@@ -210,12 +211,18 @@ class _SinglePass(torch.autograd.Function):
                 "call it again, or use linear_token_stats"
             )
         grads, ctx.grads = ctx.grads, None
-        # On a GPU, reading grad_loss would be a sync point.
-        if grad_loss.is_cuda or grad_loss.item() != 1:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(grad_loss)
+        for grad in grads:
+            if grad is not None:
+                _multiply_(grad, grad_loss)
         return (*grads, None, None)
+
+
+def _multiply_(grad: Tensor, factor: Tensor) -> None:
+    if factor.is_cuda:  # reading it would be a sync point
+        kernel = triton.why_not(grad.device, grad.dtype) is None and grad.is_contiguous()
+        triton.multiply_(grad, factor) if kernel else grad.mul_(factor)
+    elif factor.item() != 1:
+        grad.mul_(factor)
 
 
 def _run(

@@ -15,6 +15,7 @@ if INSTALLED:
     from .head import token_stats_backward as token_stats_backward
     from .head import token_stats_forward as token_stats_forward
     from .launch import INTERPRETED
+    from .multiply import multiply_ as multiply_
     from .segments import Residual as Residual
 
 

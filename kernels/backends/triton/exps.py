@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..interface import RowStats, TokenStatsOptions
 from .forward import forward
 from .launch import Operands, candidates, exp_config, has_tma, multiprocessors
-from .tile import q_tile, scale
+from .tile import exp, q_tile, scale
 
 LARGEST = tl.constexpr(1.1420073898156842e26)  # e^60
 SUMS_ROWS, SUMS_TILES, SUMS_WARPS = 32, 64, 4
@@ -78,7 +78,7 @@ def exp_tile(
     t = t0 + row
     inside = t < T
     x = q - tl.load(shift + t, mask=inside, other=0.0)[:, None]
-    e = tl.exp(x)
+    e = exp(x)
     target = tl.load(targets + t, mask=inside, other=-1)
     others = tl.where((target - v0).to(tl.int32)[:, None] == lane[None, :], 0.0, e)  # no vocabulary has 2^31 entries
     at = tl.cast(tile, tl.int64) * T + t
@@ -106,13 +106,11 @@ def exp_kernel(
     T, V, D, stride_hidden, stride_weight, stride_out, group, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Each program takes tile after tile, those of `group` row tiles together: their hidden states stay in the cache."""
     row_tiles, tiles = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
-    for number in tl.range(
-        tl.program_id(0), row_tiles * tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for number in tl.range(tl.program_id(0), row_tiles * tiles, tl.num_programs(0), flatten=FLATTEN):
         first = number // (group * tiles) * group
         rows = min(row_tiles - first, group)
         within = number - first * tiles
@@ -225,7 +223,7 @@ def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: T
     group = max(1, GROUP_BYTES // (config.block_t * operands.hidden.stride(0) * operands.hidden.element_size()))
     exp_kernel[(min(programs, row_tiles * tiles),)](
         *arguments.tensors, targets, shift, written, *parts, *arguments.sizes, pitch, group, *operands.scaling,
-        FLATTEN=config.flatten, SPECIALIZE=config.specialize, **arguments.constants,
+        FLATTEN=config.flatten, **arguments.constants,
     )  # fmt: skip
     unfit, found = _add_up(parts, target_q, shift, targets, options)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..interface import RowStats, TokenStatsOptions
 from .launch import Operands, TileConfig, program_count
-from .tile import LOWEST, q_tile
+from .tile import LOWEST, exp, q_tile
 
 COMBINE_BLOCK, COMBINE_WARPS = 128, 4
 
@@ -56,7 +56,7 @@ def forward_kernel(
 
         m_new = tl.maximum(m, tl.max(q, 1))
         x = q - m_new[:, None]
-        e = tl.exp(x)
+        e = exp(x)
         tile_sum = tl.sum(e, 1)
         rescale = tl.exp(m - m_new)
         if weighted is not None:

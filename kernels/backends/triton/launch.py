@@ -33,8 +33,6 @@ class TileConfig:
     stages: int
     flatten: bool = False
     """Of a program's tiles: the next one's operands are fetched while the last one's exponentials are taken."""
-    specialize: bool = False
-    """Some warps fetch, the others multiply."""
     per_sm: int = 1
     """How many programs a multiprocessor has room for."""
 
@@ -65,11 +63,14 @@ WIDE_CONFIGS: dict[tuple[int, torch.dtype], tuple[TileConfig, ...]] = {
 }
 
 
-# Of the kernels that take exponentials relative to a known number, for bfloat16.
-EXP_CONFIGS: dict[int, TileConfig] = {
-    8: TileConfig(128, 128, 64, 8, 3),
-    9: TileConfig(128, 256, 64, 8, 3, flatten=True),
-    10: TileConfig(128, 256, 64, 8, 3, flatten=True),
+# Of the kernels that take exponentials relative to a known number, in bfloat16: by capability, and whether they write them.
+EXP_CONFIGS: dict[tuple[int, bool], TileConfig] = {
+    (8, True): TileConfig(128, 128, 64, 8, 3),
+    (8, False): TileConfig(128, 128, 64, 8, 3),
+    (9, True): TileConfig(128, 256, 64, 8, 3, flatten=True),
+    (9, False): TileConfig(128, 256, 64, 8, 4, flatten=True),
+    (10, True): TileConfig(128, 256, 64, 8, 3, flatten=True),
+    (10, False): TileConfig(128, 256, 64, 8, 4, flatten=True),
 }
 
 
@@ -150,7 +151,7 @@ def exp_config(operands: Operands, *, keep: bool) -> TileConfig:
     if device.type != "cuda":
         return INTERPRETER_CONFIG
     major = torch.cuda.get_device_capability(device)[0]
-    return EXP_CONFIGS[major if major in EXP_CONFIGS else 8]
+    return EXP_CONFIGS[major if (major, keep) in EXP_CONFIGS else 8, keep]
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..interface import RowGrads, RowStats, TokenStatsOptions
-from .tile import LOWEST, derivative, scale
+from .tile import LOWEST, derivative, exp, scale
 
 BLOCK, WARPS = 4096, 8
 
@@ -43,7 +43,7 @@ def row_stats_kernel(
             q = tl.where(v < V, scale(x, inner, outer, CAPPED), -float("inf"))
             of_target += tl.where(v == target, q, 0.0)
             m_new = tl.maximum(m, q)
-            rescale, e = tl.exp(m - m_new), tl.exp(q - m_new)
+            rescale, e = exp(m - m_new), exp(q - m_new)
             if entropy_out is not None:
                 # e^-1e4 is 0: the bounds only keep infinities out of the products.
                 u = (u - s * tl.maximum(m - m_new, -1e4)) * rescale - e * tl.maximum(q - m_new, -1e4)
