@@ -93,7 +93,7 @@ def cases(major: int) -> Iterator[Case]:
         combine = {"targets": "*i64"} | types
         yield Case(forward.combine_kernel, options, combine, {"BLOCK": forward.COMBINE_BLOCK}, forward.COMBINE_WARPS)
     for name in TYPES.values():
-        types = {"values": f"*{name}", "size": "i64"}
+        types = {"values": f"*{name}", "factor": "*fp32", "size": "i64"}
         yield Case(multiply.multiply_kernel, name, types, {"BLOCK": multiply.BLOCK}, multiply.WARPS)
     nothing = PLAIN | {"lse": "", "grad_lse": ""}
     for kernel in (segments.residual_kernel, segments.residual_grad_kernel):
