@@ -39,7 +39,7 @@ test: $(VENV)/installed
 	$(BIN)/pytest
 
 # The tests of every kernel, with all tensors on an NVIDIA GPU.
-KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py autograd.py trajectory.py triton.py triton_aot.py)
+KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py autograd.py trajectory.py triton.py exps.py triton_aot.py)
 test-gpu: $(VENV)/installed
 	TBRM_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest $(KERNEL_TESTS)
 
