@@ -29,10 +29,14 @@ PACKAGES = (
 ROUNDS = 10
 
 
+NO_GPU = 3  # exit status: with anything else that fails here, the other stages may still have something to say
+
+
 def main(out: Path) -> None:
     on_gpu = DEVICE.type == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU here: bench/gpu.sh --dry-run tries the stages on the CPU")
+        print("torch sees no GPU here: bench/gpu.sh --dry-run tries the stages on the CPU")
+        sys.exit(NO_GPU)
     append(out, {"what": "card", "value": torch.cuda.get_device_name() if on_gpu else processor()})
     append(out, {"what": "python", "value": platform.python_version()})
     for package in PACKAGES:

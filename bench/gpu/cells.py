@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from bench.problem import Problem
+from bench.problem import BETA, Problem
 from bench.shapes import DEVICE
 from bench.ways import FLOOR, ONE_PRODUCT, SCORING, WAYS, step_of
+from tbrm_kernels import fused_linear_tbrm_loss
 
 FLOAT32_FLOOR = "floor, weight's gradient in float32"
 """As the three products, with the last in float32, which is what a sum over chunks takes."""
+
+ONE_CHUNK = "tbrm: single pass, one chunk"
+"""However much memory that takes: what the chunks of the default cost."""
 
 
 class Head(NamedTuple):
@@ -37,6 +42,7 @@ def cells(heads: tuple[Head, ...]) -> Iterator[Cell]:
     for what, ways in (
         ("time", (single, SCORING, recompute, FLOOR, FLOAT32_FLOOR)),
         ("errors", (single, recompute)),
+        ("time", (ONE_CHUNK,)),
         ("time", ("Liger-Kernel", "cut-cross-entropy")),
         ("errors", ("Liger-Kernel", "cut-cross-entropy", "torch, eager")),
         ("time", ("torch, eager",)),
@@ -46,21 +52,39 @@ def cells(heads: tuple[Head, ...]) -> Iterator[Cell]:
             yield from (Cell(what, head, way) for way in ways)
 
 
+def loss_of(way: str, problem: Problem) -> Tensor:
+    return one_chunk(problem) if way == ONE_CHUNK else WAYS[way](problem)
+
+
+def one_chunk(problem: Problem) -> Tensor:
+    return fused_linear_tbrm_loss(
+        problem.hidden,
+        problem.weight,
+        problem.targets,
+        problem.cu_seqlens,
+        problem.ref_logprob_sums,
+        problem.rewards,
+        beta=BETA,
+        max_chunk_bytes=4 * len(problem.targets) * len(problem.weight),
+    ).loss
+
+
 def step(way: str, problem: Problem) -> Callable[[], object]:
-    if way != FLOAT32_FLOOR:
-        return step_of(way, problem)
+    """What is timed."""
+    if way == FLOAT32_FLOOR:
+        return lambda: three_products(problem)
+    return (lambda: loss_of(way, problem).backward()) if way == ONE_CHUNK else step_of(way, problem)
+
+
+@torch.no_grad()
+def three_products(problem: Problem) -> None:
     hidden, weight = problem.hidden, problem.weight
-
-    @torch.no_grad()
-    def products() -> None:
-        logits = hidden @ weight.T
-        logits @ weight
-        if DEVICE.type == "cuda":
-            torch.mm(logits.T, hidden, out_dtype=torch.float32)
-        else:  # where torch has no such product
-            torch.mm(logits.T.float(), hidden.float())
-
-    return products
+    logits = hidden @ weight.T
+    logits @ weight
+    if DEVICE.type == "cuda":
+        torch.mm(logits.T, hidden, out_dtype=torch.float32)
+    else:  # where torch has no such product
+        torch.mm(logits.T.float(), hidden.float())
 
 
 def floor_of(way: str) -> str:
@@ -70,7 +94,3 @@ def floor_of(way: str) -> str:
 def operations(cell: Cell, tokens: int) -> float:
     """Of the bare products that a way is compared with, so that all ways have one scale."""
     return (2 if cell.way == SCORING else 6) * tokens * cell.head.vocab * cell.head.width
-
-
-def makes_gradients(way: str) -> bool:
-    return way in WAYS

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cells import HEADS, TINY, TINY_TOKENS, TOKENS, Cell, Head, cells, floor_of, operations, step
+from bench.gpu.cells import HEADS, TINY, TINY_TOKENS, TOKENS, Cell, Head, cells, floor_of, loss_of, operations, step
 from bench.gpu.health import device_answers
 from bench.gpu.rows import append, read
 from bench.gpu.timing import Stopwatch, in_turns
 from bench.problem import Problem
 from bench.shapes import DEVICE
-from bench.ways import WAYS
 from bench.worker import wait_for_device
 from tbrm_kernels.backends import torch_tiles
 
@@ -38,17 +37,17 @@ class Measurement:
     def __init__(self) -> None:
         self.tokens = TOKENS if ON_GPU else TINY_TOKENS
         self.watch = Stopwatch()
-        self._head: Head | None = None
+        self._problems: dict[Head, Problem] = {}
         self._exact: dict[Head, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def problem(self, head: Head) -> Problem:
-        """Made once for all cells in a row that are of one head."""
-        if head != self._head:
-            self._problem = None  # before there are two
-            self._problem = Problem(head.vocab, self.tokens, torch.bfloat16, head.width)
-            self._head = head
-        assert self._problem is not None
-        return self._problem
+        """Made once for all cells in a row that are of one head; without gradients that one before may have left."""
+        if head not in self._problems:
+            self._problems.clear()  # before there are two
+            self._problems[head] = Problem(head.vocab, self.tokens, torch.bfloat16, head.width)
+        problem = self._problems[head]
+        problem.hidden.grad = problem.weight.grad = None
+        return problem
 
     def time(self, cell: Cell) -> dict[str, Any]:
         problem = self.problem(cell.head)
@@ -68,7 +67,7 @@ class Measurement:
 
     def errors(self, cell: Cell) -> dict[str, Any]:
         problem = self.problem(cell.head)
-        loss = WAYS[cell.way](problem)
+        loss = loss_of(cell.way, problem)
         loss.backward()
         found = problem.take_gradients()
         exact_loss, exact = self.exact(cell.head)

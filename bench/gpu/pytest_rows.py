@@ -20,6 +20,15 @@ ROWS = Path(os.environ["TEST_ROWS"])
 LONGEST = 2500
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What this machine alone can test comes first: other backends have been tested without it."""
+    items.sort(key=lambda item: params(item).get("backend") in ("torch", "cpu"))
+
+
+def params(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[Any]

@@ -15,6 +15,7 @@ from typing import Any
 from bench.gpu.rows import read
 
 Row = dict[str, Any]
+IDLE = 0.6  # of the highest clock; below, it is not the power limit that slows a card down
 
 HEAD_NOTES = """Loss and both gradients of trajectories of 256 tokens in bfloat16, over the three bare products of these shapes,
 which are run in turns with it (scoring: the forward alone, over one product). Medians of CUDA events after a first round, with
@@ -30,7 +31,7 @@ def main(folder: Path, out: Path) -> None:
         f"Made by `bench/gpu.sh` on {name}.",
         *of_card(name, card),
         *of_tests(name, read(folder / "tests.jsonl")),
-        *of_head(name, read(folder / "head.jsonl")),
+        *of_head(name, read(folder / "head.jsonl"), float(card.get("clocks.max.sm, after work") or 0)),
         *of_trainer(name, read(folder / "trainer.jsonl")),
     ]
     out.write_text("\n".join(parts) + "\n")
@@ -59,7 +60,7 @@ def of_tests(name: str, rows: list[Row]) -> list[str]:
     return lines
 
 
-def of_head(name: str, rows: list[Row]) -> list[str]:
+def of_head(name: str, rows: list[Row], most_mhz: float) -> list[str]:
     merged: dict[tuple[str, str], Row] = {}
     for row in rows:  # of a cell the last row counts
         cell = merged.setdefault((row["head"], row["way"]), {})
@@ -73,13 +74,16 @@ def of_head(name: str, rows: list[Row]) -> list[str]:
         shape = next((row for row in cells.values() if "vocab" in row), {})
         sizes = f"V = {shape.get('vocab')}, D = {shape.get('width')}, T = {shape.get('tokens')}"
         lines += [f"\n## {name}: the head of a {head} model, {sizes}\n"]
-        lines += table(columns, (head_row(way, row) for way, row in cells.items()))
+        lines += table(columns, (head_row(way, row, most_mhz) for way, row in cells.items()))
     return [*lines, "", HEAD_NOTES] if lines else []
 
 
-def head_row(way: str, row: Row) -> list[str]:
+def head_row(way: str, row: Row, most_mhz: float) -> list[str]:
     clock = f"{row['mhz']} ({row['least_mhz']})" if "mhz" in row else ""
-    note = "; ".join(f"{what}: {note}" for what, note in row["notes"].items() if note)
+    notes = [f"{what}: {note}" for what, note in row["notes"].items() if note]
+    if "mhz" in row and row["mhz"] < IDLE * most_mhz:
+        notes.append(f"an idle clock: at most it is {most_mhz:.0f} MHz")
+    note = "; ".join(notes)
     return [
         way,
         *(number(row, key, "{:.2f}") for key in ("over_floor", "least_over_floor")),

@@ -20,9 +20,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.gpu.rows import append
 from bench.shapes import DEVICE
+from tbrm.config.recipe import load_config
 from tbrm.plan import make_plan
-from tbrm.recipe import load_config
-from tbrm.tiny import tiny_tokenizer
+from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.training.trainer import Trainer
 
 ON_GPU = DEVICE.type == "cuda"
