@@ -23,11 +23,11 @@ export BENCH_DEVICE=cuda TEST_ROWS=$out/tests.jsonl
 tests=$(sed -n 's/^KERNEL_TESTS := $(addprefix \(.*\),\(.*\))$/\1 \2/p' Makefile | while read -r prefix names; do
   for name in ${names/triton_aot.py/}; do echo "$prefix$name"; done
 done)
-limits=(20 75 130 35 20 40) left=285
+limits=(20 70 120 35 15 30 35) left=285
 if [ "${1:-}" = --dry-run ]; then
   export BENCH_DEVICE=cpu CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1
   tests+=" -k bitwise"
-  limits=(60 60 60 60 60 60) left=240
+  limits=(60 60 60 60 60 60 60) left=240
 fi
 
 say() { echo "$*" | tee -a "$log"; }
@@ -65,6 +65,7 @@ TBRM_TEST_DEVICE=$BENCH_DEVICE CUBLAS_WORKSPACE_CONFIG=:4096:8 \
 stage head bash -c 'for _ in {1..8}; do "$0" -m bench.gpu.head "$1" && exit; done; exit 1' "$python" "$out/head.jsonl"
 stage trainer "$python" -m bench.gpu.trainer "$out/trainer.jsonl"
 stage profile "$python" -m bench.gpu.profile "$out/profile.txt" "$out/trace.json.gz"
+stage sdpa "$python" -m bench.gpu.trainer "$out/trainer.jsonl" model.attention=sdpa
 stage compiled "$python" -m bench.gpu.trainer "$out/trainer.jsonl" model.compile=true
 "$python" -m bench.gpu.table "$out" "$out/tables.md" >>"$log" 2>&1 || { say "no tables"; tail -n 5 "$log"; }
 cat "$out/tables.md"

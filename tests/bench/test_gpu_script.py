@@ -57,7 +57,7 @@ def test_every_stage_runs_from_a_bare_copy_of_the_tree(bare_copy: Path, tmp_path
     )
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + log
-    stages = ("card", "tests", "head", "trainer", "profile", "compiled")
+    stages = ("card", "tests", "head", "trainer", "profile", "sdpa", "compiled")
     assert [line.split()[1] for line in log.splitlines() if "exit status 0" in line] == [
         f"{name}:" for name in stages
     ], log
@@ -70,7 +70,7 @@ def test_every_stage_runs_from_a_bare_copy_of_the_tree(bare_copy: Path, tmp_path
         if way.startswith(("tbrm", "floor", "torch")):
             assert row["over_floor"] > 0 if what == "time" else 0 < row["error_weight"] < 0.01, row
     steps = [row for row in read(out / "trainer.jsonl") if row["what"] == "step"]
-    assert {row["case"] for row in steps} == {"default", "model.compile=true"}
+    assert {row["case"] for row in steps} == {"default", "model.attention=sdpa", "model.compile=true"}
     assert all(row["seconds/update"] > 0 and not row["skipped"] for row in steps)
     assert "Self CPU" in (out / "profile.txt").read_text()
 
