@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tbrm.place import find_place, refuse_several
+from tbrm.processes.place import find_place, refuse_several
 from tbrm.storage.paths import expand
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextmanager
 def _processes(config: Config, **command: object) -> Iterator[World]:
     """Those that a launcher started, once they are known to have been told the same; or this one alone."""
-    from tbrm.launch import launched
+    from tbrm.processes.launch import launched
     from tbrm.training.agreement import facts_of, require_agreement
 
     with launched(config.model, config.parallel) as world:

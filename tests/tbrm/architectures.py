@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from tbrm.launch import launched
 from tbrm.parallel import World
 from tbrm.policy.load import load_policy
 from tbrm.policy.tiny import tiny_tokenizer
+from tbrm.processes.launch import launched
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, tiny_config, write_model
 

@@ -22,9 +22,9 @@ from tbrm.config.schema import Config, ParallelConfig
 from tbrm.data import Trajectory
 from tbrm.deal import deal
 from tbrm.experience.collect import Collected
-from tbrm.launch import launched
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
+from tbrm.processes.launch import launched
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.training.step_metrics import StepMetrics

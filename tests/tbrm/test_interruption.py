@@ -9,10 +9,10 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from tbrm import watch
+from tbrm.processes import watch
+from tbrm.processes.watch import Watch
 from tbrm.training import interruption
 from tbrm.training.interruption import Interruption
-from tbrm.watch import Watch
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from tests.tbrm.test_parallel import torchrun
 FAILS = textwrap.dedent(
     """
     import os, sys, time
-    from tbrm import watch
+    from tbrm.processes import watch
     from tbrm.training import trainer
     from tbrm.commands.cli import main
     watch.GRACE_SECONDS = 1.0

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from tbrm.commands.cli import main
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import ConfigError
-from tbrm.launch import launched
 from tbrm.policy.tiny import tiny_tokenizer
+from tbrm.processes.launch import launched
 from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.training.export import export
 from tests.tbrm.conftest import ARCHITECTURES

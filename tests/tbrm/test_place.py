@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tbrm.commands.cli import main
-from tbrm.place import Place, PlaceError, find_place
+from tbrm.processes.place import Place, PlaceError, find_place
 
 MEETING = {"MASTER_ADDR": "node7", "MASTER_PORT": "29511"}
 SRUN = {

@@ -22,10 +22,10 @@ from tbrm.config.schema import Config, ConfigError
 from tbrm.data import Trajectory, pack
 from tbrm.experience.offline import FileSource
 from tbrm.experience.sources import trajectory_source
-from tbrm.launch import launched
 from tbrm.parallel import World
 from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
+from tbrm.processes.launch import launched
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
 from tbrm.training.agreement import facts_of, require_agreement

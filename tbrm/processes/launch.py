@@ -18,9 +18,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from tbrm.config.schema import ConfigError, ModelConfig, ParallelConfig
 from tbrm.parallel import ALONE, World
-from tbrm.place import Place, find_place
+from tbrm.processes.place import Place, find_place
+from tbrm.processes.watch import ProcessLostError, Watch
 from tbrm.training.interruption import Interrupted
-from tbrm.watch import ProcessLostError, Watch
 
 _MEETING_SECONDS = 600
 """Within which all processes must have come: machines of a cluster do not start at once."""

@@ -1,0 +1,1 @@
+"""From what a launcher started to processes that end together."""
