@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from bench.worker import serve, taken_mib
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import ModelConfig
-from tbrm.data import pack
 from tbrm.training.trainer import Trainer
+from tbrm.trajectories.packing import pack
 
 MODEL = ".models/SmolLM2-135M-Instruct"
 TRAJECTORIES = "bench/step_trajectories.jsonl"

@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from tbrm.chat import Chat
-from tbrm.data import pack
-from tbrm.deal import split_by_tokens
 from tbrm.experience.offline import RowReader, read_trajectories
 from tbrm.policy.model import PolicyModel
+from tbrm.trajectories.deal import split_by_tokens
+from tbrm.trajectories.packing import pack
 from tbrm_kernels import segment_sums
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from tbrm.chat import Chat
 from tbrm.config.schema import RolloutConfig
-from tbrm.data import Trajectory
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
-from tbrm.stored import load_trajectories, save_trajectories
 from tbrm.tasks import Problem, ProblemStream, Progress
 from tbrm.tasks.grading import grade_responses
+from tbrm.trajectories.packing import Trajectory
+from tbrm.trajectories.stored import load_trajectories, save_trajectories
 
 WAITING = "waiting"
 """A checkpoint's folder of what is collected and not trained on yet."""

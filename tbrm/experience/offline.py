@@ -26,16 +26,16 @@ from safetensors import safe_open
 
 from tbrm.chat import Chat, check_token_ids
 from tbrm.config.schema import RolloutConfig
-from tbrm.data import Trajectory
 from tbrm.experience.collect import WAITING, Collected, load_collected
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.storage.files import save_tensors
-from tbrm.stored import score_columns, scores_at
 from tbrm.tasks import Problem, Task
 from tbrm.tasks.base import Progress, plain
 from tbrm.tasks.grading import grade_responses
 from tbrm.tasks.messages import read_messages, read_tools
+from tbrm.trajectories.packing import Trajectory
+from tbrm.trajectories.stored import score_columns, scores_at
 
 _SCORES = "scores.safetensors"
 

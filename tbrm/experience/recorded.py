@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tbrm.config.schema import ConfigError
-from tbrm.data import Trajectory
 from tbrm.experience.offline import RowReader
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases
+from tbrm.trajectories.packing import Trajectory
 
 
 class RecordedFiles:

@@ -25,13 +25,13 @@ import numpy as np
 from safetensors import SafetensorError
 
 from tbrm.config.schema import ReplayConfig
-from tbrm.data import Trajectory
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.storage.files import Discards, lacks_room
 from tbrm.storage.names import plain_name
-from tbrm.stored import load_trajectories, save_trajectories
+from tbrm.trajectories.packing import Trajectory
+from tbrm.trajectories.stored import load_trajectories, save_trajectories
 
 _INDEX = "index.json"
 

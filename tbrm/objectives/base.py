@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbrm.data import ScoredBatch
+    from tbrm.trajectories.packing import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

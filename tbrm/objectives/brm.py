@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tbrm.objectives.base import Objective, TrajectoryLoss
 
 if TYPE_CHECKING:
-    from tbrm.data import ScoredBatch
+    from tbrm.trajectories.packing import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

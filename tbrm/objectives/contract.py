@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tbrm.data import ScoredBatch
 from tbrm.objectives.base import Objective, Step, TrajectoryLoss
+from tbrm.trajectories.packing import ScoredBatch
 from tbrm_kernels import TokenStats
 
 

@@ -11,7 +11,7 @@ from tbrm.objectives.base import Objective, Step, TrajectoryLoss, group_means
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbrm.data import ScoredBatch
+    from tbrm.trajectories.packing import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

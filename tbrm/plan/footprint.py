@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tbrm.data import Trajectory, TrajectoryBatch, pack
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
+from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack
 
 KV_TOKENS = 16
 

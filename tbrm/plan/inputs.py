@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import make_chat
 from tbrm.config.schema import Config, ConfigError
-from tbrm.data import Trajectory, common_prefix, pack
-from tbrm.deal import deal
 from tbrm.experience.offline import RowReader, read_trajectories
 from tbrm.policy.load import load_model
 from tbrm.policy.lora import Adapters, base_layer
 from tbrm.policy.model import PolicyModel
 from tbrm.tasks import ProblemStream
+from tbrm.trajectories.deal import deal
+from tbrm.trajectories.packing import Trajectory, common_prefix, pack
 
 
 @dataclass(frozen=True)

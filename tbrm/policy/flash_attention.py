@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-from tbrm.data import Run, Segment
+from tbrm.trajectories.packing import Run, Segment
 
 FLASH_ATTENTION = "tbrm_varlen"  # transformers takes names with "flash" in them for its own
 VARLEN_ATTENTION = "tbrm_torch_varlen"

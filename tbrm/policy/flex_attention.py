@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
-from tbrm.data import Run, Segment
+from tbrm.trajectories.packing import Run, Segment
 
 FLEX_ATTENTION = "tbrm_flex"
 BLOCK = 128

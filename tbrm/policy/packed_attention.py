@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tbrm.data import Segment
+from tbrm.trajectories.packing import Segment
 
 PACKED_ATTENTION = "tbrm_packed"
 

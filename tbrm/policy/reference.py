@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tbrm.data import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch, pack
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.weights import read_weights
+from tbrm.trajectories.packing import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch, pack
 
 
 class ReferenceModel:

@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-from tbrm.data import TrajectoryBatch
 from tbrm.policy.lora import base_layer
+from tbrm.trajectories.packing import TrajectoryBatch
 from tbrm_kernels import TokenStats, TrajectoryLossFn
 from tbrm_kernels.vocab_parallel import sum_gradient
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tbrm.chat import Chat
-from tbrm.data import common_prefix
 from tbrm.policy.ends import Ends
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 from tbrm.rollout.packed_weights import packed_weights
+from tbrm.trajectories.packing import common_prefix
 
 PROMPT_TOKENS = 4096
 """Of prompts that are read in one pass, at most, unless a single one is longer."""

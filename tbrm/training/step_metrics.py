@@ -8,9 +8,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from tbrm.data import ScoredBatch, Trajectory
 from tbrm.objectives.base import TrajectoryLoss
 from tbrm.parallel import World
+from tbrm.trajectories.packing import ScoredBatch, Trajectory
 from tbrm_kernels import TokenStats, segment_sums
 
 

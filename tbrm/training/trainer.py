@@ -26,8 +26,6 @@ from torch import Tensor
 
 from tbrm.chat import make_chat, set_day
 from tbrm.config.schema import Config, ConfigError
-from tbrm.data import ScoredBatch, Trajectory, pack
-from tbrm.deal import deal
 from tbrm.experience.offline import RowReader, write_trajectories
 from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
@@ -51,6 +49,8 @@ from tbrm.training.resolved import is_same_reference, resolve
 from tbrm.training.run_writer import RunWriter
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
+from tbrm.trajectories.deal import deal
+from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 from tbrm_kernels import TokenStats
 
 

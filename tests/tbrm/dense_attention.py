@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tbrm.data import Segment, Trajectory, TrajectoryBatch, pack
+from tbrm.trajectories.packing import Segment, Trajectory, TrajectoryBatch, pack
 
 
 def packed(

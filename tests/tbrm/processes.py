@@ -19,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tbrm.config.schema import Config, ParallelConfig
-from tbrm.data import Trajectory
-from tbrm.deal import deal
 from tbrm.experience.collect import Collected
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
@@ -29,6 +27,8 @@ from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
 from tbrm.training.step_metrics import StepMetrics
 from tbrm.training.trainer import Trainer
+from tbrm.trajectories.deal import deal
+from tbrm.trajectories.packing import Trajectory
 from tbrm_kernels import segment_sums, single_pass
 from tests.tbrm.conftest import tiny_config
 

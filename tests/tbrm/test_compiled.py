@@ -11,12 +11,12 @@ from torch._dynamo.utils import counters
 
 from tbrm.config.recipe import parse_config
 from tbrm.config.schema import ConfigError
-from tbrm.data import Trajectory, pack
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.training.trainer import Trainer
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree
 from tests.tbrm.test_model import trajectories
 from tests.tbrm.test_reference_model import scored

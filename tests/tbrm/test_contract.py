@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tbrm.config.schema import ConfigError
-from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.objectives import Objective, Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract, ObjectiveError
 from tbrm.training.trainer import Trainer
+from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 from tbrm_kernels import TokenStats, segment_sums
 from tests.tbrm.conftest import tiny_config
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbrm import data
-from tbrm.data import ScoredBatch, Trajectory, pack
-from tbrm.deal import deal, split_by_tokens
 from tbrm.policy.packed_attention import Tree
+from tbrm.trajectories import packing as data
+from tbrm.trajectories.deal import deal, split_by_tokens
+from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
 

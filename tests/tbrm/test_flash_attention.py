@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tbrm.config.schema import ConfigError, ModelConfig
-from tbrm.data import Segment, Trajectory, pack
 from tbrm.policy.attention_choice import choose_attention
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths, varlen_attention
 from tbrm.policy.model import PolicyModel
+from tbrm.trajectories.packing import Segment, Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.test_model import trajectories, with_and_without_system_prompt
 

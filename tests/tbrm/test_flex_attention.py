@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import tbrm.policy.flex_attention
-from tbrm.data import pack
 from tbrm.policy.flex_attention import BLOCK, FLEX_ATTENTION, Forest
 from tbrm.policy.model import PolicyModel
+from tbrm.trajectories.packing import pack
 from tests.tbrm.conftest import make_lm
 from tests.tbrm.dense_attention import dense_attention, packed, visible
 from tests.tbrm.test_model import trajectories, with_and_without_system_prompt

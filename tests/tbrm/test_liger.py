@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tbrm.config.schema import ConfigError
-from tbrm.data import pack
 from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
+from tbrm.trajectories.packing import pack
 from tests.tbrm.conftest import make_lm, tiny_config
 from tests.tbrm.test_model import trajectories
 

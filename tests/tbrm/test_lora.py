@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.commands.cli import main
 from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig
-from tbrm.data import Trajectory, pack
 from tbrm.policy.load import load_model
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
@@ -31,6 +30,7 @@ from tbrm.rollout.vllm.check import StaleWeightsError, SyncCheck
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters
 from tbrm.training.export import export
 from tbrm.training.trainer import Trainer
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, DENSE, chat_of, make_lm, tiny_config
 from tests.tbrm.test_model import trajectories
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tbrm.data import Trajectory, pack
 from tbrm.policy.model import PolicyModel
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
 
 EVERY_MODEL = [(architecture, tied) for architecture in ARCHITECTURES for tied in (True, False)]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tbrm.config.recipe import parse_config
 from tbrm.config.schema import ConfigError
-from tbrm.data import ScoredBatch, Trajectory, pack
 from tbrm.objectives import OBJECTIVES, Objective, Step
+from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 from tbrm_kernels import TokenStats
 from tests.tbrm.conftest import tiny_tree
 

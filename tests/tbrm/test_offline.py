@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tbrm.config.schema import RolloutConfig
-from tbrm.data import Trajectory
 from tbrm.experience.collect import WAITING, save_collected
 from tbrm.experience.offline import FileSource, RowReader, read_trajectories, write_trajectories
 from tbrm.experience.supply import Supply
@@ -19,6 +18,7 @@ from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Grade, Problem, Task
 from tbrm.tasks.file import FileTask
 from tbrm.tasks.user_code import UserCodeError
+from tbrm.trajectories.packing import Trajectory
 from tests.tbrm.conftest import chat_of
 
 PADDING = 3

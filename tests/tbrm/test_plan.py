@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tbrm.config.schema import Config, ConfigError
-from tbrm.data import Trajectory, pack
 from tbrm.plan import PHASES, make_plan, peaks
 from tbrm.plan.footprint import footprint
 from tbrm.plan.report import changes, largest_budget
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
 
 MIB = 2**20

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tbrm.data import ScoredBatch, Trajectory, pack
-from tbrm.deal import split_by_tokens
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
+from tbrm.trajectories.deal import split_by_tokens
+from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.test_model import trajectories
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tbrm.config.schema import ReplayConfig
-from tbrm.data import ReferenceScore, Trajectory
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases, read_jsonl
 from tbrm.training.trainer import Trainer
+from tbrm.trajectories.packing import ReferenceScore, Trajectory
 from tests.tbrm.conftest import tiny_config
 
 PHASES = Phases(torch.device("cpu"))

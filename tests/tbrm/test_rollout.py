@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tbrm.config.schema import RolloutConfig
-from tbrm.data import Trajectory, pack
 from tbrm.experience.collect import RolloutSource
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
@@ -15,6 +14,7 @@ from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
 from tbrm.rollout.choose import draw
 from tbrm.rollout.packed_weights import packed_weights
 from tbrm.tasks import Grade, Problem, ProblemStream, Task
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, DENSE, VOCABULARY, chat_of, make_lm
 
 PROMPTS = [[5], [5, 6, 7], [8, 9, 10, 11, 12], [5, 6]]

@@ -19,7 +19,6 @@ import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from tbrm.config.schema import Config, ConfigError
-from tbrm.data import Trajectory, pack
 from tbrm.experience.offline import FileSource
 from tbrm.experience.sources import trajectory_source
 from tbrm.parallel import World
@@ -30,6 +29,7 @@ from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
 from tbrm.training.agreement import facts_of, require_agreement
 from tbrm.training.checkpoint import FORMAT, Checkpoint
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import chat_of, tiny_config
 
 PROMPTS = (1, 2, 3, 5)

@@ -10,10 +10,10 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from tbrm.config.schema import Config
-from tbrm.data import Trajectory, pack
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.rollout import RolloutEngine, Sampling, make_requests
+from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import chat_of, tiny_config
 from tests.tbrm.test_rollout import greedy_by_hand
 

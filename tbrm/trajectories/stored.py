@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tbrm.data import ReferenceScore, Trajectory
 from tbrm.storage.files import save_tensors
+from tbrm.trajectories.packing import ReferenceScore, Trajectory
 
 _NONE = -1  # a weight version or a reference version that there is not
 
