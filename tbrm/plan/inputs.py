@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.chat import make_chat
 from tbrm.config.schema import Config, ConfigError
 from tbrm.experience.offline import RowReader, read_trajectories
+from tbrm.plan.attention import planned_attention
 from tbrm.policy.load import load_model
 from tbrm.policy.lora import Adapters, base_layer
 from tbrm.policy.model import PolicyModel
@@ -151,7 +152,8 @@ def meta_policy(config: Config) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
     lm, tokenizer = load_model(config.model, config.seed, meta=True)
     lm = lm.to("meta")  # type: ignore[arg-type]
     adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
-    policy = PolicyModel(lm, precision=precision_of(config))
+    precision = precision_of(config)
+    policy = PolicyModel(lm, precision=precision, attention=planned_attention(config.model, precision, lm))
     policy.adapters = adapters
     if config.parallel.activation_checkpointing:
         policy.checkpoint_activations()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,19 +38,17 @@ class Paths:
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> Paths:
         runs = [run for segment in segments for run in segment.runs()]
-        queries = torch.tensor([0, *(run.stop - run.start for run in runs)])
-        keys = queries + torch.tensor([0, *(run.seen for run in runs)])
+        queries = [run.stop - run.start for run in runs]
+        keys = [run.seen + length for run, length in zip(runs, queries, strict=True)]
         rows = None
-        if len(keys) and keys.sum() > queries.sum():
+        if keys != queries:
             paths = [torch.arange(part.start, part.stop) for run in runs for part in _path(run)]
             rows = torch.cat(paths).to(device, non_blocking=True)
-        return cls(
-            queries.cumsum(0, dtype=torch.int32).to(device, non_blocking=True),
-            keys.cumsum(0, dtype=torch.int32).to(device, non_blocking=True),
-            rows,
-            int(queries.max()),
-            int(keys.max()),
+        cu_queries, cu_keys = (
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+            for lengths in (queries, keys)
         )
+        return cls(cu_queries, cu_keys, rows, max(queries), max(keys))
 
 
 def _path(run: Run) -> tuple[range, range, range]:

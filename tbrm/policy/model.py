@@ -25,7 +25,7 @@ from tbrm.policy.weights import materialise
 from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
-_FORMS: dict[str, Callable[..., Any]] = {
+FORMS: dict[str, Callable[..., Any]] = {
     PACKED_ATTENTION: Tree.of,
     FLASH_ATTENTION: Paths.of,
     VARLEN_ATTENTION: Paths.of,
@@ -105,7 +105,7 @@ class PolicyModel(nn.Module):
     def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
         """[A, D]: the hidden states that predict the batch's actions."""
         tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
-        segments = _FORMS[self.attention](batch.segments, self.device)
+        segments = FORMS[self.attention](batch.segments, self.device)
         backbone = self.lm.base_model(
             **tokens, position_ids=batch.position_ids[None], segments=segments, use_cache=False
         )
