@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from tbrm.config.schema import ModelConfig
-from tbrm.data import Segment
 from tbrm.policy.attention_choice import impossible, unfit
 from tbrm.policy.flash_attention import VARLEN_ATTENTION, Paths, varlen_attention
 from tbrm.policy.model import FORMS
 from tbrm.policy.packed_attention import PACKED_ATTENTION
+from tbrm.trajectories.packing import Segment
 
 _PLANNED_FLEX = "tbrm_planned_flex"
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen2Config
 
-from tbrm.data import TrajectoryBatch
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths, flash_attention, varlen_attention
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest, packed_flex_attention
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree, packed_attention
+from tbrm.trajectories.packing import TrajectoryBatch
 from tests.tbrm.dense_attention import dense_attention, outputs_and_gradients, packed, visible
 
 DEVICE = torch.device(os.environ.get("TBRM_TEST_DEVICE", "cpu"))
