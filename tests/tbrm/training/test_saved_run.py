@@ -1,0 +1,33 @@
+"""A run that an earlier layout of the sources saved goes on as it did there.
+
+`saved_run/` is `tbrm train recipes/tiny.yaml` of the commit before the rooms (0288421), two steps of four trajectories to each
+of four prompts; `resumed.jsonl` are the metrics of the two steps that followed there, with `trainer.steps=4 --resume`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tbrm.commands.cli import main
+from tbrm.reporting.metrics import read_jsonl
+
+SAVED = Path(__file__).with_name("saved_run")
+OF_THE_MACHINE = ("seconds/", "tokens_per_second", "peak_memory_mib")
+
+
+def test_a_run_of_an_earlier_layout_resumes_with_the_figures_it_had_there(tmp_path: Path) -> None:
+    run = shutil.copytree(SAVED, tmp_path / "run", symlinks=True)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["run"]["dir"] = str(run)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(tmp_path / "recipe.yaml"), "trainer.steps=4", "--resume"]) == 0
+    resumed = read_jsonl(run / "metrics.jsonl")[2:]
+    for then, now in zip(read_jsonl(SAVED / "resumed.jsonl"), resumed, strict=True):
+        assert now.keys() == then.keys()
+        figures = {key: value for key, value in then.items() if not key.startswith(OF_THE_MACHINE)}
+        # Another processor rounds otherwise.
+        assert {key: now[key] for key in figures} == pytest.approx(figures, rel=1e-4)
