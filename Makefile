@@ -45,11 +45,11 @@ test-gpu: $(VENV)/installed
 
 # A run of 40 steps killed 20 times, also while it writes checkpoints, must end as if nothing had happened; some minutes.
 soak: $(VENV)/installed
-	SOAK_KILLS=20 SOAK_STEPS=40 $(BIN)/pytest tests/tbrm/test_faults.py -k killed_again_and_again
+	SOAK_KILLS=20 SOAK_STEPS=40 $(BIN)/pytest tests/tbrm/training/test_faults.py -k killed_again_and_again
 
 # 200 steps with a vLLM server that is killed 5 times: nothing lost, nothing counted twice, nothing left behind; some minutes.
 soak-vllm: $(VENV)/installed
-	SOAK_VLLM=5 $(BIN)/pytest tests/tbrm/test_vllm.py -k soak
+	SOAK_VLLM=5 $(BIN)/pytest tests/tbrm/rollout/vllm/test_vllm.py -k soak
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

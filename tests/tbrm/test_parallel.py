@@ -25,7 +25,7 @@ from tbrm.processes.launch import launched
 from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.training.export import export
 from tests.tbrm.conftest import ARCHITECTURES
-from tests.tbrm.processes import MICRO_BATCHES, MODELS
+from tests.tbrm.parallel_steps import MICRO_BATCHES, MODELS
 
 COUNTS = (2, 4)
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
@@ -91,9 +91,9 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     folder = tmp_path_factory.mktemp("steps")
     write_models(folder)
     write_trajectories(folder)
-    subprocess.run([sys.executable, "-m", "tests.tbrm.processes", str(folder)], check=True, timeout=600)
+    subprocess.run([sys.executable, "-m", "tests.tbrm.parallel_steps", str(folder)], check=True, timeout=600)
     for count in COUNTS:
-        torchrun(count, "tests.tbrm.processes", folder)
+        torchrun(count, "tests.tbrm.parallel_steps", folder)
     return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)}
 
 

@@ -1,6 +1,6 @@
 """What the transformers on the path, of any version, makes of Hugging Face folders: a JSON object on standard output.
 
-python tests/tbrm/read_folder.py FOLDER...
+python tests/tbrm/training/read_folder.py FOLDER...
 """
 
 from __future__ import annotations

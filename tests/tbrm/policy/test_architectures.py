@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from tbrm.policy.weights import stored_tensors
 from tbrm.training.export import export
-from tests.tbrm.architectures import MODELS, SEEING, STEPS, write_models
-from tests.tbrm.test_model_files import BROKEN
+from tests.tbrm.policy.architectures import MODELS, SEEING, STEPS, write_models
+from tests.tbrm.policy.test_model_files import BROKEN
 from tests.tbrm.test_parallel import rows, torchrun, write_trajectories
 
 
@@ -29,8 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_trajectories(folder)
     for name, (write, _) in BROKEN.items():
         write(folder / "broken" / name)
-    subprocess.run([sys.executable, "-m", "tests.tbrm.architectures", str(folder)], check=True, timeout=600)
-    torchrun(2, "tests.tbrm.architectures", folder)
+    subprocess.run([sys.executable, "-m", "tests.tbrm.policy.architectures", str(folder)], check=True, timeout=600)
+    torchrun(2, "tests.tbrm.policy.architectures", folder)
     return folder
 
 

@@ -28,7 +28,7 @@ from tbrm.rollout.vllm.same_model import SameModel
 from tbrm.rollout.vllm.server import Server
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.vllm_runs import vllm_config
+from tests.tbrm.rollout.vllm.vllm_runs import vllm_config
 
 NOT_FOUND = 404, '{"detail":"Not Found"}'
 HTML = 200, "<html>please log in</html>"

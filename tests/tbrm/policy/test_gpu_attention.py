@@ -1,4 +1,4 @@
-"""Attention to a packed batch on a real GPU: `TBRM_TEST_DEVICE=cuda pytest --noconftest tests/tbrm/test_gpu_attention.py`.
+"""Packed attention on a real GPU: `TBRM_TEST_DEVICE=cuda pytest --noconftest tests/tbrm/policy/test_gpu_attention.py`.
 
 The truth is one mask over all pairs in float64. In bfloat16 no result may be further from it than 1.5 times torch's SDPA under
 that mask, or than the same mask in plain bfloat16 products where scores are soft-capped.
@@ -22,7 +22,7 @@ from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest, packed_flex_attention
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree, packed_attention
 from tbrm.trajectories.packing import TrajectoryBatch
-from tests.tbrm.dense_attention import dense_attention, outputs_and_gradients, packed, visible
+from tests.tbrm.policy.dense_attention import dense_attention, outputs_and_gradients, packed, visible
 
 DEVICE = torch.device(os.environ.get("TBRM_TEST_DEVICE", "cpu"))
 pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="these kernels run on NVIDIA GPUs: TBRM_TEST_DEVICE=cuda")

@@ -1,7 +1,7 @@
 """Run by torchrun, or alone: every architecture is loaded from the files that transformers writes of it, trained, saved, and
 resumed after its first step.
 
-    torchrun --nproc-per-node N -m tests.tbrm.architectures FOLDER
+    torchrun --nproc-per-node N -m tests.tbrm.policy.architectures FOLDER
 
 reads models and trajectories from FOLDER, and leaves its runs, and what was said of folders that hold no whole model, in
 FOLDER/N.

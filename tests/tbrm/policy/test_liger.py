@@ -18,7 +18,7 @@ from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
 from tbrm.trajectories.packing import pack
 from tests.tbrm.conftest import make_lm, tiny_config
-from tests.tbrm.test_model import trajectories
+from tests.tbrm.policy.test_model import trajectories
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
 
@@ -30,7 +30,7 @@ ARCHITECTURES = ("llama", "qwen3", "gemma3")
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_stats_and_gradients_are_those_of_the_model_itself(architecture: str) -> None:
-    command = [sys.executable, "-m", "tests.tbrm.test_liger", architecture]
+    command = [sys.executable, "-m", "tests.tbrm.policy.test_liger", architecture]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -18,8 +18,8 @@ from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree
-from tests.tbrm.test_model import trajectories
-from tests.tbrm.test_reference_model import scored
+from tests.tbrm.policy.test_model import trajectories
+from tests.tbrm.policy.test_reference import scored
 
 
 def graphs() -> int:

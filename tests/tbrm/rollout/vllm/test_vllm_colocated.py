@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 @pytest.mark.parametrize("head", ["tied", "untied", "adapted"])
 def test_after_a_training_step_vllm_in_the_process_is_the_new_model(tmp_path: Path, head: str) -> None:
-    command = [sys.executable, "-m", "tests.tbrm.colocated", str(tmp_path), head]
+    command = [sys.executable, "-m", "tests.tbrm.rollout.vllm.colocated", str(tmp_path), head]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

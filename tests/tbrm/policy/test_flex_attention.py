@@ -14,8 +14,8 @@ from tbrm.policy.flex_attention import BLOCK, FLEX_ATTENTION, Forest
 from tbrm.policy.model import PolicyModel
 from tbrm.trajectories.packing import pack
 from tests.tbrm.conftest import make_lm
-from tests.tbrm.dense_attention import dense_attention, packed, visible
-from tests.tbrm.test_model import trajectories, with_and_without_system_prompt
+from tests.tbrm.policy.dense_attention import dense_attention, packed, visible
+from tests.tbrm.policy.test_model import trajectories, with_and_without_system_prompt
 
 # Caps and windows, windows in some layers, grouped heads, none grouped, values narrower than keys.
 VARIED = ["gemma2", "gemma3", "qwen2", "gpt-neox", "deepseek-v3"]

@@ -206,7 +206,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_weights(tmp_path: Path)
     counter = tmp_path / "kills"
     torchrun(
         2,
-        "tests.tbrm.killed",
+        "tests.tbrm.training.killed",
         "train",
         write_recipe(tmp_path, "killed", **settings),
         "--resume",

@@ -36,8 +36,8 @@ from tbrm.tasks import ProblemStream
 from tbrm.training.checkpoint import Checkpoint
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import RECIPES
+from tests.tbrm.rollout.vllm.vllm_runs import OPTIONS, PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 from tests.tbrm.test_parallel import torchrun
-from tests.tbrm.vllm_runs import OPTIONS, PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

@@ -1,6 +1,6 @@
 """`tbrm` that is killed (SIGKILL) again and again: at random moments, and at every third time inside a checkpoint write.
 
-    KILLS=20 KILLS_SO_FAR=FILE [torchrun ...] -m tests.tbrm.killed train RECIPE ... --resume
+    KILLS=20 KILLS_SO_FAR=FILE [torchrun ...] -m tests.tbrm.training.killed train RECIPE ... --resume
 
 One process of the run dies at a time. FILE counts the kills, so that it stops after so many.
 """

@@ -1,6 +1,6 @@
 """Run by torchrun in three processes: what they do together where some have nothing to do, fail, or were told something else.
 
-    torchrun --nproc-per-node 3 -m tests.tbrm.together FOLDER
+    torchrun --nproc-per-node 3 -m tests.tbrm.processes.together FOLDER
 
 Each writes what it found to FOLDER/RANK.json.
 """

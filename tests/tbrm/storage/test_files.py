@@ -23,7 +23,7 @@ from tbrm.training.checkpoint import CheckpointError
 from tbrm.training.export import export
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import chat_of, tiny_config
-from tests.tbrm.test_lora import with_adapters
+from tests.tbrm.policy.test_lora import with_adapters
 
 REPLAY = {"capacity": 20, "samples_per_step": 4}
 

@@ -22,7 +22,7 @@ from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
 from tbrm.policy.model import PolicyModel
 from tbrm.trajectories.packing import Segment, Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
-from tests.tbrm.test_model import trajectories, with_and_without_system_prompt
+from tests.tbrm.policy.test_model import trajectories, with_and_without_system_prompt
 
 
 def documented(

@@ -28,9 +28,9 @@ from tbrm.policy.hub_folder import save_model
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.read_folder import read
+from tests.tbrm.training.read_folder import read
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OLD = ROOT / "build" / "transformers-4.57.6"
 _SHAPE: dict[str, Any] = {
     "vocab_size": len(tiny_tokenizer()),

@@ -32,7 +32,7 @@ from tbrm.training.export import export
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, DENSE, chat_of, make_lm, tiny_config
-from tests.tbrm.test_model import trajectories
+from tests.tbrm.policy.test_model import trajectories
 
 TARGETS = ["q_proj", "up_proj", "lm_head"]
 
@@ -237,7 +237,7 @@ def test_a_run_saves_resumes_exports_and_is_evaluated(
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(ids).logits, theirs)
     assert (theirs - plain).abs().max() > 1e-3
 
-    recipe = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
+    recipe = Path(__file__).parents[3] / "recipes" / "tiny.yaml"
     assert main(["eval", str(tmp_path / "run"), "--task", str(recipe), "--prompts", "2"]) == 0
     assert "accuracy" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ from tbrm.policy.reference import ReferenceModel
 from tbrm.trajectories.deal import split_by_tokens
 from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
-from tests.tbrm.test_model import trajectories
+from tests.tbrm.policy.test_model import trajectories
 
 
 def scored(reference: ReferenceModel, items: list[Trajectory]) -> ScoredBatch:

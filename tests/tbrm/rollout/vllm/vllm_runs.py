@@ -15,7 +15,7 @@ from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.rollout import RolloutEngine, Sampling, make_requests
 from tbrm.trajectories.packing import Trajectory, pack
 from tests.tbrm.conftest import chat_of, tiny_config
-from tests.tbrm.test_rollout import greedy_by_hand
+from tests.tbrm.rollout.test_rollout import greedy_by_hand
 
 # Prompts are longer than a block of the prefix cache, so that keys and values of old weights would be used again; and a
 # pass takes one of the longest possible.

@@ -1,6 +1,6 @@
 """Run by torchrun, or alone: one training step of many models and settings, as every number of processes must take it.
 
-    torchrun --nproc-per-node N -m tests.tbrm.processes FOLDER
+    torchrun --nproc-per-node N -m tests.tbrm.parallel_steps FOLDER
 
 reads models and trajectories from FOLDER, and writes what it found to FOLDER/N.pt.
 """

@@ -1,6 +1,6 @@
 """Run in a process of its own, for vLLM leaves its mark on the one it runs in: training with it.
 
-python -m tests.tbrm.colocated FOLDER tied
+python -m tests.tbrm.rollout.vllm.colocated FOLDER tied
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tbrm.rollout import Request, Sampling
 from tbrm.rollout.vllm.check import StaleWeightsError
 from tbrm.rollout.vllm.colocated import ColocatedEngine
 from tbrm.training.trainer import Trainer
-from tests.tbrm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
+from tests.tbrm.rollout.vllm.vllm_runs import PROMPTS, assert_answers_are_the_policys, save_model, vllm_config
 
 
 def state_of_process() -> dict[str, object]:
