@@ -18,16 +18,16 @@ rm -f "$out"/{card,tests,head,trainer}.jsonl "$out"/{profile.txt,trace.json.gz,t
 
 ln -sfn "$PWD/kernels" build/types/tbrm_kernels  # the kernels' import name differs from their folder's
 export PYTHONPATH=$PWD:$PWD/build/types PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-export BENCH_DEVICE=cuda TEST_ROWS=$out/tests.jsonl
+export BENCH_DEVICE=cuda TBRM_TEST_DEVICE=cuda TEST_ROWS=$out/tests.jsonl
 # Of the Makefile's list all but the compilation for other GPUs, which needs none.
 tests=$(sed -n 's/^KERNEL_TESTS := $(addprefix \(.*\),\(.*\))$/\1 \2/p' Makefile | while read -r prefix names; do
   for name in ${names/triton_aot.py/}; do echo "$prefix$name"; done
 done)
-limits=(20 70 120 35 15 30 35) left=285
+limits=(20 70 120 35 20 30 25 30) left=283
 if [ "${1:-}" = --dry-run ]; then
-  export BENCH_DEVICE=cpu CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1
+  export BENCH_DEVICE=cpu TBRM_TEST_DEVICE=cpu CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1
   tests+=" -k bitwise"
-  limits=(60 60 60 60 60 60 60) left=240
+  limits=(90 90 90 90 90 90 90 90) left=600
 fi
 
 say() { echo "$*" | tee -a "$log"; }
@@ -54,17 +54,18 @@ if compgen -G ".whl/*.whl" >/dev/null; then
 fi
 
 has() { "$python" -c "import $1" 2>/dev/null; }
-beside=()  # packages of pytest that speed it up, or end a test that hangs
-if has xdist; then beside+=(-n "$((($(nproc) * 3 + 3) / 4))" --max-worker-restart 20); fi
-if has pytest_timeout; then beside+=(--timeout 40 --timeout-method thread); fi
+pytest=("$python" -m pytest -p bench.gpu.pytest_rows --continue-on-collection-errors --tb=short)
+# What speeds it up, or ends a test that hangs, where it is there.
+if has xdist; then pytest+=(-n "$((($(nproc) * 3 + 3) / 4))" --max-worker-restart 20); fi
+if has pytest_timeout; then pytest+=(--timeout 40 --timeout-method thread); fi
 
 stage card "$python" -m bench.gpu.card "$out/card.jsonl"
 if (($? == 3)); then tail -n 2 "$log"; exit 1; fi
-TBRM_TEST_DEVICE=$BENCH_DEVICE CUBLAS_WORKSPACE_CONFIG=:4096:8 \
-  stage tests "$python" -m pytest -p bench.gpu.pytest_rows --tb=short "${beside[@]}" $tests
+CUBLAS_WORKSPACE_CONFIG=:4096:8 stage tests "${pytest[@]}" $tests
 stage head bash -c 'for _ in {1..8}; do "$0" -m bench.gpu.head "$1" && exit; done; exit 1' "$python" "$out/head.jsonl"
 stage trainer "$python" -m bench.gpu.trainer "$out/trainer.jsonl"
 stage profile "$python" -m bench.gpu.profile "$out/profile.txt" "$out/trace.json.gz"
+CUBLAS_WORKSPACE_CONFIG=:4096:8 stage attention "${pytest[@]}" --noconftest tests/tbrm/test_gpu_attention.py
 stage sdpa "$python" -m bench.gpu.trainer "$out/trainer.jsonl" model.attention=sdpa
 stage compiled "$python" -m bench.gpu.trainer "$out/trainer.jsonl" model.compile=true
 "$python" -m bench.gpu.table "$out" "$out/tables.md" >>"$log" 2>&1 || { say "no tables"; tail -n 5 "$log"; }

@@ -27,7 +27,7 @@ class Head(NamedTuple):
 
 
 HEADS = (Head("0.5B", 151936, 896), Head("8B", 128256, 4096), Head("32B", 151936, 5120))
-TINY = (Head("tiny", 512, 64), Head("tiny, of odd sizes", 777, 80))
+TINY = (Head("tiny", 777, 80),)
 TOKENS, TINY_TOKENS = 8192, 32
 
 

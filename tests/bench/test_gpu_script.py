@@ -57,13 +57,14 @@ def test_every_stage_runs_from_a_bare_copy_of_the_tree(bare_copy: Path, tmp_path
     )
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + log
-    stages = ("card", "tests", "head", "trainer", "profile", "sdpa", "compiled")
+    stages = ("card", "tests", "head", "trainer", "profile", "attention", "sdpa", "compiled")
     assert [line.split()[1] for line in log.splitlines() if "exit status 0" in line] == [
         f"{name}:" for name in stages
     ], log
     assert {path.name for path in out.iterdir()} == set(FILES)
 
-    assert read(out / "tests.jsonl") and all(row["outcome"] == "passed" for row in read(out / "tests.jsonl"))
+    of_kernels = [row for row in read(out / "tests.jsonl") if row["test"].startswith("tests/kernels")]
+    assert of_kernels and {row["outcome"] for row in of_kernels} <= {"passed", "skipped"}
     rows = {(row["what"], row["head"], row["way"]): row for row in read(out / "head.jsonl")}
     assert set(rows) == {(cell.what, cell.head.name, cell.way) for cell in cells(TINY)}
     for (what, _, way), row in rows.items():
@@ -79,7 +80,7 @@ def test_every_stage_runs_from_a_bare_copy_of_the_tree(bare_copy: Path, tmp_path
     for part in (
         "what it is",
         "tests of the kernels",
-        "a tiny model, V = 512",
+        "a tiny model, V = 777",
         "a training step, default",
         "planned_mib",
     ):
