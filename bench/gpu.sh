@@ -65,7 +65,7 @@ CUBLAS_WORKSPACE_CONFIG=:4096:8 stage tests "${pytest[@]}" $tests
 stage head bash -c 'for _ in {1..8}; do "$0" -m bench.gpu.head "$1" && exit; done; exit 1' "$python" "$out/head.jsonl"
 stage trainer "$python" -m bench.gpu.trainer "$out/trainer.jsonl"
 stage profile "$python" -m bench.gpu.profile "$out/profile.txt" "$out/trace.json.gz"
-CUBLAS_WORKSPACE_CONFIG=:4096:8 stage attention "${pytest[@]}" --noconftest tests/tbrm/test_gpu_attention.py
+CUBLAS_WORKSPACE_CONFIG=:4096:8 stage attention "${pytest[@]}" --noconftest $(find tests/tbrm -name 'test_gpu_*.py')
 stage sdpa "$python" -m bench.gpu.trainer "$out/trainer.jsonl" model.attention=sdpa
 stage compiled "$python" -m bench.gpu.trainer "$out/trainer.jsonl" model.compile=true
 "$python" -m bench.gpu.table "$out" "$out/tables.md" >>"$log" 2>&1 || { say "no tables"; tail -n 5 "$log"; }
