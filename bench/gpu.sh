@@ -23,7 +23,7 @@ export BENCH_DEVICE=cuda TBRM_TEST_DEVICE=cuda TEST_ROWS=$out/tests.jsonl
 tests=$(sed -n 's/^KERNEL_TESTS := $(addprefix \(.*\),\(.*\))$/\1 \2/p' Makefile | while read -r prefix names; do
   for name in ${names/triton_aot.py/}; do echo "$prefix$name"; done
 done)
-limits=(20 70 120 35 20 30 25 30) left=283
+limits=(30 70 120 35 20 30 25 30) left=283
 if [ "${1:-}" = --dry-run ]; then
   export BENCH_DEVICE=cpu TBRM_TEST_DEVICE=cpu CUDA_VISIBLE_DEVICES="" TRITON_INTERPRET=1
   tests+=" -k bitwise"
