@@ -39,7 +39,7 @@ test: $(VENV)/installed
 	$(BIN)/pytest
 
 # The tests of every kernel, with all tensors on an NVIDIA GPU.
-KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py autograd.py trajectory.py triton.py exps.py triton_aot.py)
+KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py single_pass_autograd.py autograd.py trajectory.py triton.py exps.py triton_aot.py)
 test-gpu: $(VENV)/installed
 	TBRM_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest $(KERNEL_TESTS)
 
@@ -49,7 +49,7 @@ soak: $(VENV)/installed
 
 # 200 steps with a vLLM server that is killed 5 times: nothing lost, nothing counted twice, nothing left behind; some minutes.
 soak-vllm: $(VENV)/installed
-	SOAK_VLLM=5 $(BIN)/pytest tests/tbrm/rollout/vllm/test_vllm.py -k soak
+	SOAK_VLLM=5 $(BIN)/pytest tests/tbrm/rollout/vllm/test_vllm_runs.py -k soak
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from tbrm.rollout.split import SplitEngine
 from tbrm.training import trainer as trainer_module
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.training.test_trainer import assert_same_run
+from tests.tbrm.training.runs import assert_same_run
 
 
 def weights_of(policy: PolicyModel) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Problem
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.training.test_trainer import assert_same_run
+from tests.tbrm.training.runs import assert_same_run
 
 
 def config_of(folder: Path, files: list[str], run: str = "run", **overrides: object) -> Config:

@@ -19,7 +19,7 @@ from tbrm.reporting.metrics import read_jsonl
 from tbrm.training.resume import HISTORY, MAY_CHANGE, differences, may_change, nothing_left
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
-from tests.tbrm.training.test_trainer import REPLAY, assert_same_run
+from tests.tbrm.training.runs import REPLAY, assert_same_run
 
 
 def save_model(folder: Path, seed: int) -> None:
