@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,8 @@ def test_doctor_names_what_is_usable(trained: Path) -> None:
     text = tbrm("doctor", cwd=trained).stdout
     assert "kernels: torch" in text
     assert "model.device auto takes" in text
+    assert re.search(r"attention: varlen +(no +wants|yes)", text)
+    assert re.search(r"attention: sdpa +yes", text)
     assert "vllm" in text
 
 

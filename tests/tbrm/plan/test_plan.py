@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config, ConfigError, ModelConfig
 from tbrm.plan import PHASES, make_plan, peaks
+from tbrm.plan.attention import planned_attention
 from tbrm.plan.footprint import footprint
 from tbrm.plan.report import changes, largest_budget
+from tbrm.policy.flash_attention import VARLEN_ATTENTION
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.packed_attention import PACKED_ATTENTION
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.trajectories.packing import Trajectory, pack
@@ -176,6 +180,40 @@ def test_the_largest_budget_fits_and_a_larger_one_does_not(model: Path, tmp_path
     assert budget is not None and plan.work.longest <= budget < everything
     step = -(-everything // 256)
     assert plan.peak(budget) <= memory < plan.peak(budget + step)
+
+
+@pytest.mark.parametrize(("architecture", "device", "head_dim", "planned"), [
+    ("qwen2", "cuda", 64, VARLEN_ATTENTION),
+    ("gemma2", "auto", 64, "tbrm_planned_flex"),
+    ("gemma3", "cuda", 512, PACKED_ATTENTION),
+    ("qwen2", "cpu", 64, PACKED_ATTENTION),
+])  # fmt: skip
+def test_attention_is_planned_as_the_device_will_have_it(
+    architecture: str, device: str, head_dim: int, planned: str
+) -> None:
+    settings = copy.deepcopy(ARCHITECTURES[architecture])
+    settings.head_dim = head_dim
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(settings)
+    config = ModelConfig(name="tiny", device=device, precision="bfloat16")
+    assert planned_attention(config, torch.bfloat16, lm) == planned
+
+
+@pytest.mark.parametrize(("architecture", "attention", "grows"), [
+    ("qwen2", VARLEN_ATTENTION, 1.0),
+    ("gemma2", "tbrm_planned_flex", 1.0),
+    ("gemma2", PACKED_ATTENTION, 2.0),  # which soft-caps scores that are all in memory
+])  # fmt: skip
+def test_one_kernel_keeps_no_more_of_a_token_in_a_long_response(
+    architecture: str, attention: str, grows: float
+) -> None:
+    def kept_of_a_token(response: int) -> float:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture])
+        alone = [Trajectory([3 + i, 4, 5], [6] * response, 0.0) for i in range(4)]
+        return footprint(PolicyModel(lm, precision=torch.bfloat16, attention=attention), alone).kept.per_token
+
+    assert kept_of_a_token(200) / kept_of_a_token(50) == pytest.approx(grows, rel=0.25 if grows > 1 else 0.02)
 
 
 def test_a_plan_for_gpus_needs_none(model: Path, tmp_path: Path) -> None:
