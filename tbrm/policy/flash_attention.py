@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -82,8 +83,7 @@ def _attend(
     scaling: float | None,
     sliding_window: int | None,
 ) -> tuple[Tensor, None]:
-    """kernel: of queries, keys and values [., heads, width], where the sequences begin in both, the longest of both, the
-    window to both sides and the scale. A sequence's last query sees the last of its keys."""
+    """kernel: as `varlen_attn`, of [., heads, width]; a sequence's last query sees the last of its keys."""
     if query.dtype is torch.float32:  # rotated in float32, under autocast
         query, key = (x.to(value.dtype) for x in (query, key))
     head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -93,7 +93,7 @@ def _attend(
         k, v = _Gather.apply(k, paths.key_rows), _Gather.apply(v, paths.key_rows)
     lengths = (paths.cu_queries, paths.cu_keys, paths.most_queries, paths.most_keys)
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    output = kernel(q, k, v, *lengths, window, head_dim**-0.5 if scaling is None else scaling)
+    output = kernel(q, k, v, *lengths, window_size=window, scale=head_dim**-0.5 if scaling is None else scaling)
     return output[None, ..., :value_dim], None
 
 
@@ -117,13 +117,12 @@ def flash_attention(
     """The signature is that of transformers' attention functions; returns ([1, T, heads, value_dim], None)."""
     from flash_attn import flash_attn_varlen_func
 
-    def kernel(*inputs: Any) -> Tensor:
-        *tensors_and_lengths, window, scale = inputs
+    def kernel(*inputs: Any, window_size: tuple[int, int], scale: float) -> Tensor:
         output: Tensor = flash_attn_varlen_func(
-            *tensors_and_lengths,
+            *inputs,
             softmax_scale=scale,
             causal=True,
-            window_size=window,
+            window_size=window_size,
             softcap=softcap or 0.0,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -152,12 +151,7 @@ def varlen_attention(
         raise ValueError("torch's varlen_attn does not soft-cap scores: set model.attention to auto")
     # Grouped heads are taken as they are by torch 2.11, and from 2.12 on where one says so.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def kernel(*inputs: Any) -> Tensor:
-        *tensors_and_lengths, window, scale = inputs
-        output: Tensor = varlen_attn(*tensors_and_lengths, window_size=window, scale=scale, **grouped)
-        return output
-
+    kernel: Any = partial(varlen_attn, **grouped)  # whose type allows for auxiliary outputs
     return _attend(kernel, query, key, value, segments, scaling, sliding_window)
 
 
