@@ -145,7 +145,7 @@ def tiled(
         "BLOCK_V": config.block_v,
         "BLOCK_D": config.block_d,
     }
-    types = {"targets": "*i64", "unfit": "*i8", "only": "*i8"} | types
+    types = {"targets": "*i64", "unfit": "*i8"} | types
     tile = f"{config.block_t} x {config.block_v} x {config.block_d}"
     return Case(kernel, options, types, constants, config.warps, config.stages, dtype, tile)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..interface import RowGrads, RowStats, TokenStatsOptions
 from .launch import Operands, TileConfig
-from .tile import derivative, q_tile
+from .tile import derivative, kernel, q_tile
 
 
-@triton.jit
+@kernel
 def dlogits_kernel(
     hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
     maximum, log_sum, entropy,  # [T], [T], [T] or None

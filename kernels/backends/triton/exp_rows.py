@@ -17,18 +17,18 @@ where the entropy H has a gradient w, log p_v comes from E_v, and
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..interface import RowGrads, TokenStatsOptions
 from .exps import Exps
 from .launch import Operands
+from .tile import kernel
 
 BLOCK, WARPS = 2048, 4
 
 
-@triton.jit
+@kernel
 def exp_rows_kernel(
     values, hidden, targets,  # [T, V], [T, D], [T]
     target_q, shift, others, logprobs, log_sum, entropy,  # [T] each, entropy may be None
@@ -73,8 +73,9 @@ def exp_rows_kernel(
         tl.store(row + target, at_target.to(values.dtype.element_ty))
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        x = tl.load(hidden + t.to(tl.int64) * stride_hidden + d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(scaled + t.to(tl.int64) * stride_scaled + d, (x * of_row).to(scaled.dtype.element_ty), mask=d < D)
+        x = tl.load(hidden + t.to(tl.int64) * stride_hidden + d, mask=d < D, other=0.0).to(tl.float32) * of_row
+        x = tl.where(kept, x, 0.0).to(scaled.dtype.element_ty)
+        tl.store(scaled + t.to(tl.int64) * stride_scaled + d, x, mask=d < D)
 
 
 def exp_rows_(

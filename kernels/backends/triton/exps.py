@@ -9,13 +9,14 @@ product. So, with c that number, q the target's Q-value and a the target,
     log pi = -log1p(S' / e^(q - c))       lse = c + log(S' + e^(q - c))
 
 Where the sum is above e^60, since the policy gives the target less than e^-60, c is no good: such rows are computed again,
-relative to the log-sum-exp that `forward.py` finds for them. The device decides; nobody waits.
+relative to their maximum, which is found on the way. The device decides; nobody waits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # Kernels' arguments have no types that mypy knows.
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import RowStats, TokenStatsOptions
-from .forward import forward
-from .launch import Operands, candidates, exp_config, has_tma, multiprocessors
-from .tile import exp, q_tile, scale
+from .launch import ALIGNMENT, Operands, exp_config, has_tma, multiprocessors
+from .tile import LOWEST, exp, kernel, q_tile, scale
 
 LARGEST = tl.constexpr(1.1420073898156842e26)  # e^60
 SUMS_ROWS, SUMS_TILES, SUMS_WARPS = 32, 64, 4
@@ -36,7 +36,7 @@ GROUP_BYTES = 2**24
 """Of the hidden states whose tiles are computed together: a third of an H100's second-level cache."""
 
 
-@triton.jit
+@kernel
 def target_kernel(
     hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
     target_q, shift,  # out: [T] each
@@ -63,7 +63,7 @@ def target_kernel(
 
 @triton.jit
 def exp_tile(
-    hidden, weight, bias, targets, shift, out, sums, weighted,
+    hidden, weight, bias, targets, shift, out, sums, largest, weighted,
     t0, tile, T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -83,6 +83,7 @@ def exp_tile(
     others = tl.where((target - v0).to(tl.int32)[:, None] == lane[None, :], 0.0, e)  # no vocabulary has 2^31 entries
     at = tl.cast(tile, tl.int64) * T + t
     tl.store(sums + at, tl.sum(others, 1), mask=inside)
+    tl.store(largest + at, tl.max(x, 1), mask=inside)
     if weighted is not None:
         # e^-1e4 is 0: the bound only keeps infinities out of the product.
         tl.store(weighted + at, tl.sum(others * tl.maximum(x, -1e4), 1), mask=inside)
@@ -98,11 +99,11 @@ def exp_tile(
             tl.store(corner + row[:, None] * stride_out + lane[None, :], e.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def exp_kernel(
     hidden, weight, bias, targets, shift,  # [T, D], [V, D], [V] or None, [T], [T]
     out,  # [T, V], or None
-    sums, weighted,  # out: [tiles, T] each: of E, and of E (Q - shift); weighted may be None
+    sums, largest, weighted,  # out: [tiles, T] each: of E, the largest Q - shift, of E (Q - shift); weighted may be None
     T, V, D, stride_hidden, stride_weight, stride_out, group, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -115,17 +116,17 @@ def exp_kernel(
         rows = min(row_tiles - first, group)
         within = number - first * tiles
         exp_tile(
-            hidden, weight, bias, targets, shift, out, sums, weighted,
+            hidden, weight, bias, targets, shift, out, sums, largest, weighted,
             (first + within % rows) * BLOCK_T, within // rows,
             T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def exp_again_kernel(
     hidden, weight, bias, targets, shift, unfit,  # as above; [T] int8: rows that are computed again
-    out, sums, weighted,
+    out, sums, largest, weighted,
     T, V, D, stride_hidden, stride_weight, stride_out, splits, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -137,28 +138,30 @@ def exp_again_kernel(
     wanted = tl.max(tl.load(unfit + t, mask=t < T, other=0).to(tl.int32), 0)
     for tile in range(tl.program_id(0) // row_tiles, tiles * wanted, splits):
         exp_tile(
-            hidden, weight, bias, targets, shift, out, sums, weighted,
+            hidden, weight, bias, targets, shift, out, sums, largest, weighted,
             t0, tile, T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def sums_kernel(
-    sums, weighted,  # [tiles, T] each, weighted may be None
+    sums, largest, weighted,  # [tiles, T] each, weighted may be None
     target_q, shift, targets,  # [T] each
-    logprobs_out, others_out, log_sum_out, entropy_out, unfit_out,  # [T] each, entropy_out may be None
+    logprobs_out, others_out, log_sum_out, entropy_out, shift_out, unfit_out,  # [T] each, entropy_out may be None
     T, tiles, ignore_index, BLOCK_T: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < T
     s = tl.zeros([BLOCK_TILES, BLOCK_T], tl.float32)
     u = tl.zeros([BLOCK_TILES, BLOCK_T], tl.float32)
+    m = tl.full([BLOCK_TILES, BLOCK_T], LOWEST, tl.float32)
     for start in range(0, tiles, BLOCK_TILES):
         tile = start + tl.arange(0, BLOCK_TILES)
         at = tile[:, None].to(tl.int64) * T + t[None, :]
         mask = (tile < tiles)[:, None] & inside[None, :]
         s += tl.load(sums + at, mask=mask, other=0.0)
+        m = tl.maximum(m, tl.load(largest + at, mask=mask, other=LOWEST))
         if weighted is not None:
             u += tl.load(weighted + at, mask=mask, other=0.0)
     others = tl.sum(s, 0)
@@ -172,7 +175,9 @@ def sums_kernel(
     # log1p of a small number keeps what a confident token's logprob consists of.
     logprob = tl.where(ratio < 0.5, -log1p(ratio), x - log_sum)
     fits = (total < LARGEST) & (total > 1 / LARGEST)  # written so that a NaN does not fit
-    tl.store(unfit_out + t, tl.where(kept & (fits == 0), 1, 0).to(tl.int8), mask=inside)
+    unfit = kept & (fits == 0)
+    tl.store(unfit_out + t, unfit.to(tl.int8), mask=inside)
+    tl.store(shift_out + t, tl.where(unfit, c + tl.max(m, 0), c), mask=inside)
     tl.store(logprobs_out + t, tl.where(kept, logprob, 0.0), mask=inside)
     tl.store(others_out + t, others, mask=inside)
     tl.store(log_sum_out + t, tl.where(kept, log_sum, 0.0), mask=inside)
@@ -215,8 +220,8 @@ def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: T
     if out is not None and has_tma(out.device):
         written = TensorDescriptor(out, list(out.shape), list(out.stride()), [config.block_t, config.block_v])
     pitch = 0 if out is None else out.stride(0)
-    parts = [targets.new_empty(tiles, T, dtype=torch.float32) for _ in range(1 + options.entropy)]
-    parts += [None] * (2 - len(parts))
+    sums, largest, *rest = _vectors(targets, 2 + options.entropy, tiles, T)
+    parts = (sums, largest, rest[0] if rest else None)
 
     target_q, shift = _target_q(operands, targets, options)
     programs = config.per_sm * multiprocessors(targets.device)
@@ -225,24 +230,20 @@ def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: T
         *arguments.tensors, targets, shift, written, *parts, *arguments.sizes, pitch, group, *operands.scaling,
         FLATTEN=config.flatten, **arguments.constants,
     )  # fmt: skip
-    unfit, found = _add_up(parts, target_q, shift, targets, options)
+    found, unfit = _add_up(parts, out, target_q, shift, targets, options)
 
-    # The device alone knows whether a row does not fit: where none does, what follows finds nothing to do.
-    _, known = forward(operands, targets, options, candidates(operands)[-1], only=unfit)
-    shift = torch.where(unfit != 0, known.lse, shift)
+    # The device alone knows whether a row does not fit: where none does, this finds nothing to do.
     splits = min(tiles, triton.cdiv(4 * programs, row_tiles))
     exp_again_kernel[(row_tiles * splits,)](
-        *arguments.tensors, targets, shift, unfit, written, *parts, *arguments.sizes, pitch, splits, *operands.scaling,
-        **arguments.constants,
+        *arguments.tensors, targets, found.shift, unfit, written, *parts, *arguments.sizes, pitch, splits,
+        *operands.scaling, **arguments.constants,
     )  # fmt: skip
-    _, found = _add_up(parts, target_q, shift, targets, options)
-    return Exps(out, target_q, shift, *found)
+    return _add_up(parts, out, target_q, found.shift, targets, options)[0]
 
 
 def _target_q(operands: Operands, targets: Tensor, options: TokenStatsOptions) -> tuple[Tensor, Tensor]:
     hidden, weight = operands.hidden, operands.weight
-    target_q = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
-    shift = torch.empty_like(target_q)
+    target_q, shift = _vectors(targets, 2, len(targets))
     target_kernel[(len(targets),)](
         hidden, weight, operands.bias, targets, target_q, shift, hidden.shape[1], hidden.stride(0), weight.stride(0),
         options.ignore_index, *operands.scaling, CAPPED=options.softcap is not None, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
@@ -251,16 +252,27 @@ def _target_q(operands: Operands, targets: Tensor, options: TokenStatsOptions) -
 
 
 def _add_up(
-    parts: list[Tensor | None], target_q: Tensor, shift: Tensor, targets: Tensor, options: TokenStatsOptions
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Which rows do not fit, and `others`, `logprobs`, `log_sum` and `entropy` of all."""
-    assert parts[0] is not None
+    parts: tuple[Tensor, Tensor, Tensor | None],
+    values: Tensor | None,
+    target_q: Tensor,
+    shift: Tensor,
+    targets: Tensor,
+    options: TokenStatsOptions,
+) -> tuple[Exps, Tensor]:
+    """The sums over tiles and what follows from them, and which rows [T] do not fit: their shift is a new one."""
     tiles, T = parts[0].shape
-    logprobs, others, log_sum = (torch.empty_like(shift) for _ in range(3))
-    entropy = torch.empty_like(shift) if options.entropy else None
+    logprobs, others, log_sum, better, *rest = _vectors(targets, 4 + options.entropy, T)
+    entropy = rest[0] if rest else None
     unfit = torch.empty(T, dtype=torch.int8, device=shift.device)
     sums_kernel[(triton.cdiv(T, SUMS_ROWS),)](
-        *parts, target_q, shift, targets, logprobs, others, log_sum, entropy, unfit, T, tiles, options.ignore_index,
-        BLOCK_T=SUMS_ROWS, BLOCK_TILES=SUMS_TILES, num_warps=SUMS_WARPS,
+        *parts, target_q, shift, targets, logprobs, others, log_sum, entropy, better, unfit, T, tiles,
+        options.ignore_index, BLOCK_T=SUMS_ROWS, BLOCK_TILES=SUMS_TILES, num_warps=SUMS_WARPS,
     )  # fmt: skip
-    return unfit, (others, logprobs, log_sum, entropy)
+    return Exps(values, target_q, better, others, logprobs, log_sum, entropy), unfit
+
+
+def _vectors(like: Tensor, number: int, *shape: int) -> list[Tensor]:
+    """So many float32 tensors of the shape, in one allocation but each at a round address."""
+    size = math.prod(shape)
+    memory = torch.empty(number, triton.cdiv(size, ALIGNMENT) * ALIGNMENT, dtype=torch.float32, device=like.device)
+    return [part[:size].view(shape) for part in memory.unbind()]

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from ..interface import RowStats, TokenStatsOptions
 from .launch import Operands, TileConfig, program_count
-from .tile import LOWEST, exp, q_tile
+from .tile import LOWEST, exp, kernel, q_tile
 
 COMBINE_BLOCK, COMBINE_WARPS = 128, 4
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
     maximum, total, weighted, target_q,  # out: [splits, T] each; weighted may be None
-    only,  # [T] int8 or None: what is found of tiles without a row that is marked has no meaning
     T, V, D, stride_hidden, stride_weight, splits, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,10 +42,7 @@ def forward_kernel(
     s = tl.zeros([BLOCK_T], tl.float32)  # sum of e^(q - m)
     u = tl.zeros([BLOCK_T], tl.float32)  # sum of e^(q - m) (m - q)
     of_target = tl.zeros([BLOCK_T], tl.float32)
-    last = min(tiles, (split + 1) * tiles_per_split)
-    if only is not None:
-        last *= tl.max(tl.load(only + t, mask=inside, other=0).to(tl.int32), 0)
-    for tile in range(split * tiles_per_split, last):
+    for tile in range(split * tiles_per_split, min(tiles, (split + 1) * tiles_per_split)):
         q = q_tile(
             hidden, weight, bias, t0, tile * BLOCK_V, T, V, D, stride_hidden, stride_weight, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
@@ -73,7 +69,7 @@ def forward_kernel(
         tl.store(weighted + at, u, mask=inside)
 
 
-@triton.jit
+@kernel
 def combine_kernel(
     maximum, total, weighted, target_q, targets,  # [splits, T] each, weighted may be None; [T]
     logprobs_out, max_out, log_sum_out, entropy_out,  # [T] each
@@ -109,17 +105,9 @@ def combine_kernel(
 
 
 def forward(
-    operands: Operands,
-    targets: Tensor,
-    options: TokenStatsOptions,
-    config: TileConfig,
-    *,
-    only: Tensor | None = None,
+    operands: Operands, targets: Tensor, options: TokenStatsOptions, config: TileConfig
 ) -> tuple[Tensor, RowStats]:
-    """The log-probs [T] and the rest.
-
-    only: [T] int8, not 0 in the rows that are asked for; the others may get anything, which takes next to no time.
-    """
+    """The log-probs [T] and the rest."""
     T, V = len(operands.hidden), len(operands.weight)
     row_tiles, tiles = triton.cdiv(T, config.block_t), triton.cdiv(V, config.block_v)
     splits = min(tiles, triton.cdiv(program_count(targets.device), max(1, row_tiles)))
@@ -136,7 +124,6 @@ def forward(
             *arguments.tensors,
             targets,
             *parts,
-            only,
             *arguments.sizes,
             splits,
             *operands.scaling,

@@ -107,7 +107,6 @@ class ExpsChunk:
 
     def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: Tensor) -> None:
         self._head, self._targets = head, targets.contiguous()
-        hidden = kept_rows(hidden.to(head.options.operand_dtype), targets, head.options)
         self._operands = Operands(hidden, head.weight, head.bias, head.options)
         self._exps = exps(self._operands, self._targets, head.options, scratch)
         self.logprobs, self.stats = self._exps.logprobs, self._exps.stats

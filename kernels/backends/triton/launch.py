@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ class Operands:
 
 
 def has_tma(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cuda" or _major(device) >= 9
 
 
 def aligned(matrix: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def candidates(operands: Operands) -> tuple[TileConfig, ...]:
     if device.type != "cuda":
         return (INTERPRETER_CONFIG,)
     # What is newer than the table is taken for 8.x: consumer Blackwell, 12.x, has no tcgen05 and as little shared memory.
-    major = torch.cuda.get_device_capability(device)[0]
+    major = _major(device)
     key = (major if (major, dtype) in CONFIGS else 8, dtype)
     wide = WIDE_CONFIGS.get(key, ()) if operands.plain and len(operands.hidden) > 128 else ()
     return wide + CONFIGS[key]
@@ -150,12 +150,22 @@ def exp_config(operands: Operands, *, keep: bool) -> TileConfig:
     device = operands.hidden.device
     if device.type != "cuda":
         return INTERPRETER_CONFIG
-    major = torch.cuda.get_device_capability(device)[0]
+    major = _major(device)
     return EXP_CONFIGS[major if (major, keep) in EXP_CONFIGS else 8, keep]
 
 
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return _properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@cache
+def _properties(device: torch.device) -> Any:
+    """Asked once: each launch needs them, and torch takes its time."""
+    return torch.cuda.get_device_properties(device)
+
+
+def _major(device: torch.device) -> int:
+    return int(_properties(device).major)
 
 
 def program_count(device: torch.device) -> int:

@@ -9,11 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import program_count
+from .tile import kernel
 
 BLOCK, WARPS = 4096, 8
 
 
-@triton.jit
+@kernel
 def multiply_kernel(values, factor, size, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK

@@ -9,17 +9,16 @@ written over the front half of their own row, behind the place from which float3
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..interface import RowGrads, RowStats, TokenStatsOptions
-from .tile import LOWEST, derivative, exp, scale
+from .tile import LOWEST, derivative, exp, kernel, scale
 
 BLOCK, WARPS = 4096, 8
 
 
-@triton.jit
+@kernel
 def row_stats_kernel(
     logits, bias, targets,  # [T, V] float32, [V] or None, [T]
     logprobs_out, max_out, log_sum_out, entropy_out,  # [T] each, entropy_out may be None
@@ -63,7 +62,7 @@ def row_stats_kernel(
         tl.store(entropy_out + t, entropy)
 
 
-@triton.jit
+@kernel
 def row_dlogits_kernel(
     logits, out, bias, targets,  # [T, V] float32; the same memory as [T, V] of rows as far apart; [V] or None; [T]
     maximum, log_sum, entropy,  # [T], [T], [T] or None

@@ -10,15 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .tile import kernel
+
 BLOCK, WARPS = 1024, 4
 
 
-@triton.jit
+@kernel
 def residual_kernel(
     logprobs, lse, cu_seqlens, ref_logprob_sums, rewards, ref_values,  # [T], [T], [N + 1], [N] each; ref_values may be None
     out,  # [N]
@@ -42,7 +43,7 @@ def residual_kernel(
     tl.store(out + i, result)
 
 
-@triton.jit
+@kernel
 def residual_grad_kernel(
     grad_out, cu_seqlens,  # [N], [N + 1]
     grad_logprobs, grad_lse,  # out: [T] each, grad_lse may be None

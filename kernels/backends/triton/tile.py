@@ -4,8 +4,22 @@
 # Kernels' arguments have no types that mypy knows.
 from __future__ import annotations
 
+from functools import partial
+
 import triton
 import triton.language as tl
+
+VECTORS = (
+    *("targets", "target_q", "shift", "unfit", "logprobs", "lse", "maximum", "log_sum", "entropy", "others"),
+    *("grad_logprobs", "grad_lse", "grad_entropy", "grad_out", "factors"),
+    *("cu_seqlens", "ref_logprob_sums", "rewards", "ref_values"),
+)
+kernel = partial(
+    triton.jit,
+    do_not_specialize=("T", "N", "splits", "group", "tiles", "size", "ignore_index"),
+    do_not_specialize_on_alignment=VECTORS,
+)
+"""One that is compiled once for a model, whatever the number of tokens and wherever a slice of a vector begins."""
 
 LOWEST = tl.constexpr(
     -3.4028234663852886e38
