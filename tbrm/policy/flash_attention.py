@@ -150,7 +150,7 @@ def varlen_attention(
     if softcap is not None:
         raise ValueError("torch's varlen_attn does not soft-cap scores: set model.attention to auto")
     # Grouped heads are taken as they are by torch 2.11, and from 2.12 on where one says so.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     kernel: Any = partial(varlen_attn, **grouped)  # whose type allows for auxiliary outputs
     return _attend(kernel, query, key, value, segments, scaling, sliding_window)
 
