@@ -1,19 +1,21 @@
-"""What is usable on this machine, what will be chosen, and why not the rest."""
+"""`tbrm doctor`."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-import torch
+from tbrm.commands.command import Command
+from tbrm.commands.table import table
 
-from tbrm.config.schema import ModelConfig
-from tbrm.policy.attention_choice import NAMES, Kind, unusable
-from tbrm.rollout.vllm.process import check_installed
-from tbrm.tasks.workers import Workers
-from tbrm_kernels import backends
+if TYPE_CHECKING:
+    import torch
+
+    from tbrm.policy.attention_choice import Kind
 
 _OPTIONAL = {
     "liger_kernel": ("liger-kernel", "gpu", "fused RMSNorm, RoPE and SwiGLU on a GPU"),
@@ -25,8 +27,22 @@ _OPTIONAL = {
 }
 
 
-def examine() -> list[tuple[str, str, str]]:
+def arguments(_: argparse.ArgumentParser) -> None:
+    """Takes none."""
+
+
+def run(_: argparse.Namespace) -> None:
+    print(table(_examine(), ("what", "usable", "detail")))
+
+
+def _examine() -> list[tuple[str, str, str]]:
     """Rows of (what, "yes" or "no", detail)."""
+    import torch
+
+    from tbrm.config.schema import ModelConfig
+    from tbrm.policy.attention_choice import NAMES
+    from tbrm_kernels import backends
+
     model = ModelConfig(name="any")
     device = model.resolve_device()
     rows = [
@@ -52,6 +68,8 @@ def examine() -> list[tuple[str, str, str]]:
 
 
 def _gpus() -> list[tuple[str, str, str]]:
+    import torch
+
     if not torch.cuda.is_available():
         built = "torch sees no NVIDIA GPU" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
         return [("cuda", "no", built)]
@@ -71,11 +89,15 @@ _ATTENTION: dict[Kind, str] = {
 
 
 def _attention(kind: Kind, device: torch.device, precision: torch.dtype) -> tuple[str, str, str]:
+    from tbrm.policy.attention_choice import unusable
+
     reason = unusable(kind, device, precision)
     return f"attention: {kind}", "no" if reason else "yes", reason or _ATTENTION[kind]
 
 
 def _vllm() -> tuple[str, str, str]:
+    from tbrm.rollout.vllm.process import check_installed
+
     try:
         return "vllm", "yes", f"{check_installed()}, for rollout.engine=vllm"
     except (ModuleNotFoundError, ValueError) as error:
@@ -83,6 +105,8 @@ def _vllm() -> tuple[str, str, str]:
 
 
 def _sandbox() -> tuple[str, str, str]:
+    from tbrm.tasks.workers import Workers
+
     workers = Workers("tbrm.tasks.sandbox", count=1, memory_bytes=2**30)
     try:
         missing = workers.call("confine", seconds=60).value
@@ -99,3 +123,8 @@ def _package(module: str, package: str, extra: str, purpose: str) -> tuple[str, 
         return package, "yes", f"{version(package)}, for {purpose}"
     except PackageNotFoundError:
         return package, "yes", f"for {purpose}"
+
+
+DOCTOR = Command(
+    "doctor", "Show what is usable on this machine, what will be chosen, and why not the rest.", arguments, run
+)

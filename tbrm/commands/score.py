@@ -1,32 +1,62 @@
-"""Auditing recorded trajectories under a model."""
+"""`tbrm score`: an audit of recorded trajectories."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tqdm import tqdm
+from tbrm.commands.command import Command, model_argument, overrides, path
+from tbrm.commands.start import load_libraries, of_checkpoint
 
-from tbrm.chat import Chat
-from tbrm.experience.offline import RowReader, read_trajectories
-from tbrm.policy.model import PolicyModel
-from tbrm.trajectories.deal import split_by_tokens
-from tbrm.trajectories.packing import pack
-from tbrm_kernels import segment_sums
+if TYPE_CHECKING:
+    from tbrm.chat import Chat
+    from tbrm.policy.model import PolicyModel
 
 
-@torch.no_grad()
+def arguments(parser: argparse.ArgumentParser) -> None:
+    model_argument(parser)
+    parser.add_argument("data", type=path, help="JSON lines with prompt or messages, response and reward")
+    overrides(parser, "keys of model, rollout.temperature, ...")
+    parser.add_argument("--out", type=path, metavar="FILE", help="write there instead of to the terminal")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tbrm.config.recipe import load_sections
+
+    config = load_sections(None, args.overrides, model={"name": args.model})
+    load_libraries(args.model)
+    from tbrm.chat import make_chat
+    from tbrm.policy.load import load_policy
+
+    policy, tokenizer = load_policy(of_checkpoint(config))
+    with open(args.out, "w") if args.out else sys.stdout as out:
+        for row in score_file(policy, make_chat(config, policy.lm, tokenizer), args.data, config.trainer.batch_tokens):
+            out.write(json.dumps(row) + "\n")
+
+
 def score_file(
     policy: PolicyModel, chat: Chat, path: str | Path, batch_tokens: int
 ) -> Iterator[dict[str, float | int]]:
     """One row per trajectory of the file, in its order: the sum of its actions' log-probs, V(s_1), and their number."""
+    import torch
+    from tqdm import tqdm
+
+    from tbrm.experience.offline import RowReader, read_trajectories
+    from tbrm.trajectories.deal import split_by_tokens
+    from tbrm.trajectories.packing import pack
+    from tbrm_kernels import segment_sums
+
     trajectories = read_trajectories(path, RowReader(chat))
     rows: dict[int, dict[str, float | int]] = {}
     bar = tqdm(total=len(trajectories), disable=None, desc="scoring", unit="trajectory")
     for members in split_by_tokens(trajectories, batch_tokens):
         batch = pack([trajectories[i] for i in members]).to(policy.device)
-        stats = policy(batch)
+        with torch.no_grad():
+            stats = policy(batch)
         sums = segment_sums(stats.logprobs, batch.cu_seqlens).tolist()
         values = stats.lse[batch.cu_seqlens[:-1].long()].tolist()
         for i, logprob_sum, value in zip(members, sums, values, strict=True):
@@ -35,3 +65,12 @@ def score_file(
         bar.update(len(members))
     bar.close()
     yield from (rows[i] for i in sorted(rows))
+
+
+SCORE = Command(
+    "score",
+    "Audit recorded trajectories: sum of log-probs and V(s_1) under a model, a JSON line each.",
+    arguments,
+    run,
+    of_one_process=True,
+)

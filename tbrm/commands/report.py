@@ -1,0 +1,28 @@
+"""`tbrm report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tbrm.commands.command import Command, path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=path, help="the run's folder, such as runs/demo")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tbrm.reporting.page import summary_lines, write_report
+
+    write_report(Path(args.run))
+    print("\n".join(summary_lines(Path(args.run))))
+
+
+REPORT = Command(
+    "report",
+    "Write a run's report.html and plots; works on a running or killed run too.",
+    arguments,
+    run,
+    of_one_process=True,
+)

@@ -1,0 +1,48 @@
+"""What commands do before their work: libraries, the other processes, and the checkpoint that a run's folder stands for."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tbrm.processes.place import find_place
+
+if TYPE_CHECKING:
+    from tbrm.config.schema import Config
+    from tbrm.parallel import World
+
+
+def load_libraries(model: str) -> None:
+    """Says so first, once, for it takes many seconds. Then only errors of transformers: its bars and notices would break the
+    progress bar. And that one process saves alone is what is meant."""
+    place = find_place()
+    if place is None or place.rank == 0:
+        print(f"loading torch, transformers and {model}", file=sys.stderr)
+
+    import transformers
+
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def processes(config: Config, **command: object) -> Iterator[World]:
+    """Those that a launcher started, once they are known to have been told the same; or this one alone."""
+    from tbrm.processes.launch import launched
+    from tbrm.training.agreement import facts_of, require_agreement
+
+    with launched(config.model, config.parallel) as world:
+        require_agreement(world, lambda: facts_of(config, command))
+        yield world
+
+
+def of_checkpoint(config: Config) -> Config:
+    """The config with the checkpoint that a run's folder stands for as its model."""
+    from tbrm.policy.load import resolve_model
+
+    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
+    return config.model_copy(update={"model": model})
