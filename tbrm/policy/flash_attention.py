@@ -57,8 +57,8 @@ def _path(run: Run) -> tuple[range, range, range]:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of keys or values, of which a prompt's are taken once for each response. Their gradients are added up in float32:
-    torch's own would round after each."""
+    """Rows of keys or values, of which a prompt's are taken once for each response. Their gradients are added up in float32: a
+    GPU's index_add would round after each."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, M
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths, flash_attention, varlen_attention
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest, packed_flex_attention
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree, packed_attention
-from tbrm.trajectories.packing import TrajectoryBatch
+from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack
 from tests.tbrm.policy.dense_attention import dense_attention, outputs_and_gradients, packed, visible
 
 DEVICE = torch.device(os.environ.get("TBRM_TEST_DEVICE", "cpu"))
@@ -146,6 +146,17 @@ def test_small_batches(kind: str, batch: TrajectoryBatch) -> None:
     truth = outputs_and_gradients(dense, *(x.double() for x in inputs))
     found = outputs_and_gradients(partial(attend, kind, QWEN, batch), *inputs)
     assert max(errors_of(found, truth)) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["varlen", flash])
+def test_a_prompts_gradient_is_summed_over_its_responses_in_float32(kind: str) -> None:
+    """Added up in bfloat16, parts of 1 would come to 256 and stay there."""
+    batch = pack([Trajectory([3], [4 + i, 4], 0.0) for i in range(300)])
+    query, value = (torch.zeros(1, 1, 301, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    value.requires_grad_()
+    output = attend(kind, Heads(64, 1, 1), batch, query, query, value)
+    (grad,) = torch.autograd.grad(output, value, torch.full_like(output, 2))
+    assert grad[0, 0, 0].tolist() == [302.0] * 64  # its own 2, and half of each response's
 
 
 @pytest.mark.parametrize(("kind", "heads"), [("varlen", QWEN), ("varlen", MISTRAL), ("flex", CAPPED)], ids=str)
