@@ -157,8 +157,8 @@ def fused_linear_trajectory_loss(
         float32) and 16 KiB x V on a GPU (4096 tokens); but where all T tokens take no more than that and the sum that the
         weight's gradient needs beside it over several chunks (2 V D for a 16-bit weight on a CPU), one chunk takes them all.
         A trajectory that does not fit is computed twice instead, in pieces that do: four products.
-    The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU, `cu_seqlens` is read, for
-    which the call waits once.
+    The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU the call waits for nothing, but
+    where there is more than one chunk: then once, for `cu_seqlens`.
     """
     check_head(hidden, weight, targets, bias)
     options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
@@ -237,10 +237,7 @@ def _run(
     vector = hidden.new_empty(hidden.shape[0], dtype=options.compute_dtype)
     all_stats = TokenStats(vector, vector.clone(), vector.clone() if options.entropy else None)
     loss = vector.new_zeros(())
-    bounds = plan.cu_seqlens.tolist()
-
-    for first, last in _whole_trajectories(bounds, max_tokens):
-        tokens = slice(bounds[first], bounds[last])
+    for first, last, tokens in _whole_trajectories(plan.cu_seqlens, hidden.shape[0], max_tokens):
         keep = any(needs) and 0 < tokens.stop - tokens.start <= max_tokens
         chunk = head.chunk(hidden[tokens], targets[tokens]) if keep else None
         if chunk is not None:
@@ -248,14 +245,14 @@ def _run(
         else:
             logprobs, stats = plan.backend.token_stats_forward(hidden[tokens], weight, bias, targets[tokens], options)
         local = TokenStats(logprobs, stats.lse, stats.entropy)
-        relative = plan.cu_seqlens[first : last + 1] - bounds[first]
+        relative = plan.cu_seqlens[first : last + 1] - tokens.start
         part_loss, part, row_grads = _loss_and_gradients(plan, local, tokens, relative, first, any(needs))
         for whole, values in zip(all_stats, part, strict=True):
             if whole is not None and values is not None:
                 whole[tokens] = values
         loss += part_loss
         if chunk is not None:
-            chunk.backward(row_grads, into, tokens, last=tokens.stop == bounds[-1])
+            chunk.backward(row_grads, into, tokens, last=tokens.stop == hidden.shape[0])
         elif any(needs):
             _recompute(head, hidden, targets, tokens, row_grads, into, max_tokens)
     return loss, all_stats, into.finish(bias)
@@ -270,15 +267,23 @@ def _tokens_of_a_chunk(head: Head, plan: _Plan, needs: Needs, tokens: int) -> in
     return alone if tokens <= alone else head.tokens_within(usual)
 
 
-def _whole_trajectories(bounds: list[int], max_tokens: int) -> Iterator[tuple[int, int]]:
-    """Runs of trajectories (first, last + 1) of at most `max_tokens` tokens; one that has more is a run of its own."""
+def _whole_trajectories(cu_seqlens: Tensor, tokens: int, max_tokens: int) -> Iterator[tuple[int, int, slice]]:
+    """Runs of trajectories (first, last + 1) and their tokens, at most `max_tokens`; one that has more is a run of its own.
+
+    The bounds are read only where there is more than one run, since on a GPU that means waiting for it.
+    """
+    count = cu_seqlens.shape[0] - 1
+    if tokens <= max_tokens:
+        if count > 0:
+            yield 0, count, slice(0, tokens)
+        return
+    bounds = cu_seqlens.tolist()
     first = 0
-    for last in range(1, len(bounds)):
+    for last in range(1, count + 1):
         if last - first > 1 and bounds[last] - bounds[first] > max_tokens:
-            yield first, last - 1
+            yield first, last - 1, slice(bounds[first], bounds[last - 1])
             first = last - 1
-    if len(bounds) > 1:
-        yield first, len(bounds) - 1
+    yield first, count, slice(bounds[first], bounds[count])
 
 
 def _loss_and_gradients(

@@ -26,7 +26,7 @@ CHUNKS = [
 
 
 def bounds(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
 
 
 def chunk_bytes(tokens: int | None, head: Head) -> int | None:

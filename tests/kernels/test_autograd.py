@@ -148,7 +148,9 @@ def test_autocast_rounds_hidden_and_weight_and_nothing_else(backend: str, hidden
     expected_stats = token_stats_reference(targets=targets(), entropy=True, **expected)
     loss_of(expected_stats).backward()
 
-    multiplies_bfloat16 = backend == "triton" or (backend == "cpu" and cpu.multiplies_bfloat16())
+    multiplies_bfloat16 = (
+        backend == "triton" or DEVICE.type == "cuda" or (backend == "cpu" and cpu.multiplies_bfloat16())
+    )
     not_truncating = backend != "triton" or DEVICE.type == "cuda"  # as Triton's interpreter does where GPUs round
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         stats = linear_token_stats(targets=targets(), entropy=True, **inputs)

@@ -4,6 +4,7 @@ would leave the range of a float. All else is tested with the other backends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -131,7 +132,7 @@ def test_only_rows_that_do_not_fit_are_computed_again() -> None:
     found = exps.exps(operands, head.targets, options, out)
     moved = found.shift != found.target_q
     assert moved.nonzero().flatten().tolist() == [3, 40]
-    assert (found.log_sum[moved].abs() < 1e-3).all()  # relative to the log-sum-exp itself
+    assert ((found.log_sum[moved] >= 0) & (found.log_sum[moved] <= math.log(150))).all()  # relative to the maximum
     assert out.isfinite().all()
 
 
@@ -157,16 +158,13 @@ def test_nothing_waits_for_the_device() -> None:
     head = head_at(torch.linspace(-90, -1e-3, BOUNDS[-1]))
     generator = seeded(0)
     weights = torch.randn(BOUNDS[-1], generator=generator)
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
     found_and_exact(head)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         leaves = [x.detach().clone().requires_grad_() for x in (head.hidden, head.weight)]
         (linear_token_stats(*leaves, head.targets).logprobs * weights).sum().backward()
-        torch.cuda.set_sync_debug_mode("warn")
-        bounds = torch.tensor(BOUNDS, dtype=torch.int32)
-        with pytest.warns(UserWarning, match="synchronizing") as waits:
-            loss, _ = fused_linear_trajectory_loss(*leaves, head.targets, bounds, loss_fn)
-            loss.backward()
-        assert len(waits) <= 1  # for cu_seqlens, as it says
+        loss, _ = fused_linear_trajectory_loss(*leaves, head.targets, bounds, loss_fn)
+        loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

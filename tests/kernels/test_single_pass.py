@@ -18,7 +18,7 @@ from tbrm_kernels import (
     segment_sums,
 )
 from tbrm_kernels.backends import registry
-from tests.kernels.heads import DEVICE, Head, random_head
+from tests.kernels.heads import DEVICE, EXAMPLES, Head, random_head
 from tests.kernels.packed import (
     BETA,
     CHUNKS,
@@ -47,7 +47,7 @@ def test_loss_residuals_and_gradients(vocab: int, dtype: torch.dtype, tokens: in
 
 
 @settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     lengths=st.lists(st.integers(0, 12), max_size=6),

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from tbrm_kernels import linear_token_stats
 from tbrm_kernels.backends import torch_tiles
 from tbrm_kernels.reference import token_stats_reference
-from tests.kernels.heads import OUTPUTS, Head, assert_as_good_as_plain_torch, random_head, values_and_gradients
+from tests.kernels.heads import (
+    EXAMPLES,
+    OUTPUTS,
+    Head,
+    assert_as_good_as_plain_torch,
+    random_head,
+    values_and_gradients,
+)
 
 SetTiles = Callable[[int, int], None]
 pytestmark = pytest.mark.usefixtures("backend")
@@ -82,7 +89,7 @@ def test_gradient_through_any_subset_of_the_outputs(
     assert_as_good_as_plain_torch(random_head(41, 211, 24), through=through, entropy=True, softcap=softcap)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES * 3 // 2, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(0, 40),
     vocab=st.integers(1, 90),
@@ -245,11 +252,11 @@ def test_strided_inputs() -> None:
 def test_error_of_a_bf16_weight_gradient_does_not_grow_with_the_number_of_chunks(
     row_chunk: int, set_tiles: SetTiles
 ) -> None:
-    """One rounding to bf16 costs at most 2^-9 of a value, and the rounding of dlogits to bf16, where products want it, half
-    as much again. Rounding each chunk's part would cost 1e-2 at 256 chunks."""
+    """One rounding to bf16 costs at most 2^-9 of a value, and the rounding of dlogits to bf16, where products want it, up to as
+    much again. Rounding each chunk's part would cost 1e-2 at 256 chunks."""
     set_tiles(row_chunk, 2**21)
     head = random_head(2048, 16, 8, torch.bfloat16, bias=False, ignored=0)
     head.hidden += 1  # a mean that the sum over rows keeps, so that parts are small against the whole
     truth = values_and_gradients(token_stats_reference, head.double(), through=("lse",))["d_weight"]
     ours = values_and_gradients(linear_token_stats, head, through=("lse",))["d_weight"]
-    assert ((ours - truth).norm() / truth.norm()).item() < 1.5 * 2**-9
+    assert ((ours - truth).norm() / truth.norm()).item() < 2 * 2**-9

@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 it runs on the CPU too, slowly: that is how its kernels 
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 
@@ -26,6 +27,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels do not take {dtype}"
     if device.type == "cpu":
         return None if INTERPRETED else "it runs on NVIDIA GPUs (on the CPU with TRITON_INTERPRET=1, to test it)"
+    return _why_not_gpu(device)
+
+
+@cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    """Asked once: it stands at the beginning of every call."""
     if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return "it runs on NVIDIA GPUs"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
