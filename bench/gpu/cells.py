@@ -20,6 +20,10 @@ ONE_CHUNK = "tbrm: single pass, one chunk"
 """However much memory that takes: what the chunks of the default cost."""
 
 
+LIGER_MEAN = "Liger-Kernel, mean cross-entropy"
+"""Its kernel for supervised training, whose loss is a sum over tokens: no trajectory's, but what it is known for."""
+
+
 class Head(NamedTuple):
     name: str
     vocab: int
@@ -43,7 +47,7 @@ def cells(heads: tuple[Head, ...]) -> Iterator[Cell]:
         ("time", (single, SCORING, recompute, FLOOR, FLOAT32_FLOOR)),
         ("errors", (single, recompute)),
         ("time", (ONE_CHUNK,)),
-        ("time", ("Liger-Kernel", "cut-cross-entropy")),
+        ("time", ("Liger-Kernel", LIGER_MEAN, "cut-cross-entropy")),
         ("errors", ("Liger-Kernel", "cut-cross-entropy", "torch, eager")),
         ("time", ("torch, eager",)),
         ("time", ("torch.compile",)),
@@ -69,8 +73,16 @@ def one_chunk(problem: Problem) -> Tensor:
     ).loss
 
 
+def liger_mean(problem: Problem) -> Tensor:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(problem.hidden, problem.weight, problem.targets)[0]
+
+
 def step(way: str, problem: Problem) -> Callable[[], object]:
     """What is timed."""
+    if way == LIGER_MEAN:
+        return lambda: liger_mean(problem).backward()
     if way == FLOAT32_FLOOR:
         return lambda: three_products(problem)
     return (lambda: loss_of(way, problem).backward()) if way == ONE_CHUNK else step_of(way, problem)
