@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from bench.worker import serve, taken_mib
+from tbrm.config.model import ModelConfig
 from tbrm.config.recipe import load_config
-from tbrm.config.schema import ModelConfig
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.packing import pack
 

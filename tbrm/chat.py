@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from inspect import signature
 from typing import Any, cast
 
@@ -13,7 +12,8 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.policy.ends import Ends, find_ends
 from tbrm.policy.positions import positions_of
 from tbrm.tasks import Problem
@@ -190,13 +190,6 @@ def make_chat(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenize
     drops_long = rollout.long_prompts == "drop"
     room = (positions_of(lm.config), rollout.max_new_tokens)
     return Chat(tokenizer, ends, vocabulary, *room, kwargs, barred, rollout.max_prompt_tokens, drops_long, said)
-
-
-def set_day(tokenizer: Any, day: date) -> None:
-    """From now on templates that name the day (Llama 3.2, Mistral, gpt-oss) name this one, or a run's prompts would change at
-    midnight. It goes with the tokenizer and its copies: `load_policy` sets the day of loading, and the trainer that on which
-    its run began, which checkpoints keep."""
-    tokenizer.chat_day = day
 
 
 def check_token_ids(where: str, ids: Sequence[int], vocabulary: int) -> None:

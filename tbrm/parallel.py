@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from tbrm.config.schema import ParallelConfig
+from tbrm.config.training import ParallelConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -39,7 +39,7 @@ def _examine() -> list[tuple[str, str, str]]:
     """Rows of (what, "yes" or "no", detail)."""
     import torch
 
-    from tbrm.config.schema import ModelConfig
+    from tbrm.config.model import ModelConfig
     from tbrm.policy.attention_choice import NAMES
     from tbrm_kernels import backends
 

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from tbrm.config.recipe import load_config
-    from tbrm.config.schema import ConfigError
+    from tbrm.config.section import ConfigError
 
     if args.overwrite and args.resume_anyway:
         raise ConfigError("--overwrite and --resume-anyway: one deletes what the other goes on with; give one of them")

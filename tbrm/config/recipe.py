@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.objectives import OBJECTIVES, Objective
 from tbrm.tasks import TASKS, Task
 

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 
 import torch
 
-from tbrm.config.schema import RolloutConfig
+from tbrm.config.rollout import RolloutConfig
 from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.experience.supply import Supply
 from tbrm.reporting.metrics import Phases

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tbrm.chat import Chat
-from tbrm.config.schema import RolloutConfig
+from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests

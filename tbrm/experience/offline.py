@@ -25,7 +25,7 @@ from typing import Any, Literal
 from safetensors import safe_open
 
 from tbrm.chat import Chat, check_token_ids
-from tbrm.config.schema import RolloutConfig
+from tbrm.config.rollout import RolloutConfig
 from tbrm.experience.collect import WAITING, Collected, load_collected
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed

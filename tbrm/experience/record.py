@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tbrm.chat import Chat, make_chat
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.experience.offline import RowReader
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases

@@ -24,7 +24,7 @@ from statistics import fmean
 import numpy as np
 from safetensors import SafetensorError
 
-from tbrm.config.schema import ReplayConfig
+from tbrm.config.rollout import ReplayConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from tbrm.chat import Chat
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.experience.ahead import SupplyAhead
 from tbrm.experience.collect import RolloutSource
 from tbrm.experience.offline import FileSource, RowReader, read_trajectories

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from tbrm.config.schema import ModelConfig
+from tbrm.config.model import ModelConfig
 from tbrm.policy.attention_choice import impossible, unfit
 from tbrm.policy.flash_attention import VARLEN_ATTENTION, Paths, varlen_attention
 from tbrm.policy.model import FORMS

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tbrm.chat import make_chat
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.experience.offline import RowReader, read_trajectories
 from tbrm.plan.attention import planned_attention
 from tbrm.policy.load import load_model

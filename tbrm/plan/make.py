@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.plan.footprint import footprint
 from tbrm.plan.inputs import few_of, is_sharded, meta_policy, precision_of, sizes_of, trajectories_of, work_of
 from tbrm.plan.terms import Plan

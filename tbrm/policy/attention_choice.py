@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from tbrm.config.schema import ConfigError, ModelConfig
+from tbrm.config.model import ModelConfig
+from tbrm.config.section import ConfigError
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION
 from tbrm.policy.flex_attention import FLEX_ATTENTION
 from tbrm.policy.packed_attention import PACKED_ATTENTION

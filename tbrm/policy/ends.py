@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tbrm.config.schema import ConfigError, RolloutConfig
+from tbrm.config.rollout import RolloutConfig
+from tbrm.config.section import ConfigError
 
 _CONTENT = "abcdef"
 

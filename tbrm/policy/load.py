@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tbrm.chat import set_day
-from tbrm.config.schema import Config, ConfigError, ModelConfig
+from tbrm.config.model import ModelConfig
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, Sharding, World
 from tbrm.policy.attention_choice import NAMES, choose_attention
 from tbrm.policy.hub_folder import remember_dtype
@@ -143,6 +144,13 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     policy.check_architecture()
     set_day(tokenizer, date.today())
     return policy, tokenizer
+
+
+def set_day(tokenizer: Any, day: date) -> None:
+    """From now on templates that name the day (Llama 3.2, Mistral, gpt-oss) name this one, or a run's prompts would change at
+    midnight. It goes with the tokenizer and its copies: `load_policy` sets the day of loading, and the trainer that on which
+    its run began, which checkpoints keep."""
+    tokenizer.chat_day = day
 
 
 def find_model(name: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tbrm.config.schema import LoraConfig, ModelConfig
+from tbrm.config.model import LoraConfig, ModelConfig
 from tbrm.policy.weights import whole
 from tbrm.storage.files import save_tensors
 from tbrm.storage.paths import is_path

@@ -16,7 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from tbrm.config.schema import ConfigError, ModelConfig, ParallelConfig
+from tbrm.config.model import ModelConfig
+from tbrm.config.section import ConfigError
+from tbrm.config.training import ParallelConfig
 from tbrm.parallel import ALONE, World
 from tbrm.processes.place import Place, find_place
 from tbrm.processes.watch import ProcessLostError, Watch

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from tbrm.chat import Chat
-from tbrm.config.schema import ConfigError, RolloutConfig
+from tbrm.config.rollout import RolloutConfig
+from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import RolloutEngine

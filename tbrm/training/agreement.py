@@ -17,7 +17,8 @@ import transformers
 import tbrm
 import tbrm_kernels
 from tbrm.config.recipe import config_to_dict
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.parallel import World
 from tbrm.policy.attention_choice import NAMES, unusable
 from tbrm.training.resolved import resolve

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.config.schema import CheckpointConfig
+from tbrm.config.training import CheckpointConfig
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.supply import Supply
 from tbrm.parallel import ALONE, World

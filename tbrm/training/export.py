@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tbrm.config.recipe import load_sections
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.hub_folder import own_dtype, write_folder
 from tbrm.policy.load import find_model, load_policy
 from tbrm.training.checkpoint import Checkpoint

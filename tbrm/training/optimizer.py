@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from tbrm.config.schema import OptimConfig
+from tbrm.config.training import OptimConfig
 from tbrm.policy.model import PolicyModel
 
 

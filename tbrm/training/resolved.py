@@ -10,7 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from tbrm.config.schema import Config, ConfigError, ModelConfig
+from tbrm.config.model import ModelConfig
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.policy.lora import CONFIG as ADAPTERS
 from tbrm.policy.lora import base_of, has_adapters
 

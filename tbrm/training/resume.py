@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from tbrm.config.recipe import config_to_dict
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.reporting.run_folder import HISTORY
 from tbrm.training.checkpoint import latest_step

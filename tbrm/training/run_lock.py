@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Self
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 
 LOCK_FILE = ".lock"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tbrm.config.recipe import config_to_dict
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Metric, MetricsLog, Progress
 from tbrm.reporting.run_folder import HISTORY

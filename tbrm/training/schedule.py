@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tbrm.config.schema import OptimConfig
+from tbrm.config.training import OptimConfig
 
 
 def learning_rate_at(step: int, optim: OptimConfig, steps: int) -> float:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbrm.chat import make_chat, set_day
-from tbrm.config.schema import Config, ConfigError
+from tbrm.chat import make_chat
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.experience.offline import RowReader, write_trajectories
 from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
@@ -33,7 +34,7 @@ from tbrm.experience.sources import make_supply, trajectory_source
 from tbrm.objectives import Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract
 from tbrm.parallel import ALONE, World, accumulate
-from tbrm.policy.load import load_policy
+from tbrm.policy.load import load_policy, set_day
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.weights import whole
 from tbrm.reporting.metrics import Phases, peak_memory_mib

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tbrm.config.schema import Config, ParallelConfig
+from tbrm.config.schema import Config
+from tbrm.config.training import ParallelConfig
 from tbrm.experience.collect import Collected
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
@@ -114,6 +115,10 @@ def budget_for(trajectories: list[Trajectory], processes: int, count: int) -> in
 
 
 def run(folder: Path, world: World) -> dict[str, Any]:
+    return of_models(folder, world) | of_settings(folder, world)
+
+
+def of_models(folder: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     budgets: dict[int, int] = {}
     for model in MODELS:
@@ -139,7 +144,11 @@ def run(folder: Path, world: World) -> dict[str, Any]:
                 }
                 if world.mesh and not divided:
                     found["gathers"] = gathers(step)
+    return found
 
+
+def of_settings(folder: Path, world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, keys in {
         "shard in pairs": {"shard": min(2, world.size)},
         "reduce every micro-batch": {"accumulate_sharded": True},

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import tbrm.training.trainer
-from tbrm.chat import Chat, set_day
+from tbrm.chat import Chat
 from tbrm.commands.score import score_file
 from tbrm.config.recipe import parse_config
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.experience.record import record
+from tbrm.policy.load import set_day
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.tasks import Problem
 from tbrm.training.trainer import Trainer

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tbrm.commands.cli import main
 from tbrm.config.recipe import load_config
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.processes.launch import launched
 from tbrm.reporting.metrics import is_timing, read_jsonl

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.server import sampling_params

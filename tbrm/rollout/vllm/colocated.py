@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tbrm.chat import Chat
-from tbrm.config.schema import RolloutConfig
+from tbrm.config.rollout import RolloutConfig
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu

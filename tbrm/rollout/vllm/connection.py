@@ -19,7 +19,8 @@ from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
-from tbrm.config.schema import ConfigError, VllmConfig
+from tbrm.config.section import ConfigError
+from tbrm.config.vllm import VllmConfig
 
 _LOOK_SECONDS = 5.0
 """How often a server that owes an answer is looked at, and how long it may take to say that it is well."""

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from tbrm.config.schema import ConfigError, VllmConfig
+from tbrm.config.section import ConfigError
+from tbrm.config.vllm import VllmConfig
 
 Item = TypeVar("Item")
 

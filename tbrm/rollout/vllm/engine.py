@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tbrm.chat import Chat
-from tbrm.config.schema import ConfigError, RolloutConfig
+from tbrm.config.rollout import RolloutConfig
+from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling

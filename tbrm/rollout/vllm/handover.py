@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tbrm.config.schema import VllmConfig
+from tbrm.config.vllm import VllmConfig
 from tbrm.policy.ends import Ends
 from tbrm.policy.hub_folder import save_config, save_tokenizer
 from tbrm.policy.lora import WEIGHTS

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from tbrm.config.schema import ConfigError, VllmConfig
+from tbrm.config.section import ConfigError
+from tbrm.config.vllm import VllmConfig
 from tbrm.rollout.vllm import guard
 from tbrm.rollout.vllm.server import check_version
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.ends import Ends
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.connection import Endpoint, RefusedError, ServerError

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from tbrm.commands.cli import main
+from tbrm.config.model import ModelConfig
 from tbrm.config.recipe import config_to_dict, describe, load_config, load_sections, parse_config
-from tbrm.config.schema import ConfigError, ModelConfig
+from tbrm.config.section import ConfigError
 from tbrm.policy.load import load_policy
 from tests.tbrm.conftest import RECIPES, tiny_tree
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.experience import ahead
 from tbrm.experience.ahead import RolloutLateError, SupplyAhead
 from tbrm.parallel import World

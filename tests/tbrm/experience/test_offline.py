@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from tbrm.config.schema import RolloutConfig
+from tbrm.config.rollout import RolloutConfig
 from tbrm.experience.collect import WAITING, save_collected
 from tbrm.experience.offline import FileSource, RowReader, read_trajectories, write_trajectories
 from tbrm.experience.supply import Supply

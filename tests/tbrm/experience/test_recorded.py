@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.experience.record import record
 from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Problem

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tbrm.config.schema import ReplayConfig
+from tbrm.config.rollout import ReplayConfig
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases, read_jsonl
 from tbrm.training.trainer import Trainer

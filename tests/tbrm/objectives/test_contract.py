@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.objectives import Objective, Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract, ObjectiveError
 from tbrm.training.trainer import Trainer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tbrm.config.recipe import parse_config
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.objectives import OBJECTIVES, Objective, Step
 from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
 from tbrm_kernels import TokenStats

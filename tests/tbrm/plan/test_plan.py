@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tbrm.config.schema import Config, ConfigError, ModelConfig
+from tbrm.config.model import ModelConfig
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.plan import PHASES, make_plan, peaks
 from tbrm.plan.attention import planned_attention
 from tbrm.plan.footprint import footprint

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tbrm.config.recipe import parse_config
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import read_jsonl

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tbrm.chat import Chat
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.ends import Ends, end_of_turn
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_tokenizer

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tbrm.config.schema import ConfigError, ModelConfig
+from tbrm.config.model import ModelConfig
+from tbrm.config.section import ConfigError
 from tbrm.policy.attention_choice import choose_attention
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
 from tbrm.policy.model import PolicyModel

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tbrm.config.schema import ConfigError, LoraConfig, ModelConfig
+from tbrm.config.model import LoraConfig, ModelConfig
+from tbrm.config.section import ConfigError
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel

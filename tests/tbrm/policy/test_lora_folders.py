@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.commands.cli import main
-from tbrm.config.schema import ModelConfig
+from tbrm.config.model import ModelConfig
 from tbrm.policy.load import load_model
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl

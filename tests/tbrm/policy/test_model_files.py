@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Model
 
-from tbrm.config.schema import ModelConfig
+from tbrm.config.model import ModelConfig
 from tbrm.policy.load import load_model
 from tests.tbrm.conftest import ARCHITECTURES, write_model
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from tbrm.config.schema import Config, ConfigError
+from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.experience.offline import FileSource
 from tbrm.experience.sources import trajectory_source
 from tbrm.parallel import World

@@ -5,7 +5,7 @@ from collections.abc import Collection
 import pytest
 import torch
 
-from tbrm.config.schema import RolloutConfig
+from tbrm.config.rollout import RolloutConfig
 from tbrm.experience.collect import RolloutSource
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer

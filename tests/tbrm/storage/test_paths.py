@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tbrm.config.model import ModelConfig
 from tbrm.config.recipe import load_config
-from tbrm.config.schema import ConfigError, ModelConfig
+from tbrm.config.section import ConfigError
 from tbrm.policy.load import load_model
 from tbrm.storage.paths import expand, is_path
 from tests.tbrm.conftest import RECIPES

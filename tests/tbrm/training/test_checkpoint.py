@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.training.run_writer import prepare_run_dir
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from tbrm.config.schema import LoraConfig, ModelConfig, OptimConfig, ParallelConfig
+from tbrm.config.model import LoraConfig, ModelConfig
+from tbrm.config.training import OptimConfig, ParallelConfig
 from tbrm.parallel import Sharding
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel

@@ -13,7 +13,7 @@ import yaml
 
 from tbrm.commands.cli import main
 from tbrm.config.recipe import config_to_dict, describe
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.training.resume import HISTORY, MAY_CHANGE, differences, may_change, nothing_left

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.training import run_lock
 from tbrm.training.run_lock import RunLock
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.experience.record import record
 from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import read_jsonl

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tbrm.config.schema import ConfigError
+from tbrm.config.section import ConfigError
 from tbrm.rollout import Request, Sampling, make_requests
 from tbrm.rollout.vllm import handover
 from tbrm.rollout.vllm.check import StaleWeightsError

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tbrm.config.schema import ConfigError, VllmConfig
+from tbrm.config.section import ConfigError
+from tbrm.config.vllm import VllmConfig
 from tbrm.rollout.vllm import devices, process
 from tbrm.rollout.vllm.connection import ServerError
 from tbrm.training.trainer import Trainer

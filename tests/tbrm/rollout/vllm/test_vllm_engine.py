@@ -13,7 +13,8 @@ import pytest
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tbrm.config.recipe import config_to_dict
-from tbrm.config.schema import ConfigError, VllmConfig
+from tbrm.config.section import ConfigError
+from tbrm.config.vllm import VllmConfig
 from tbrm.parallel import World
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import Request, Sampling

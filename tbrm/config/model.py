@@ -1,0 +1,106 @@
+"""Keys of the model, its adapters and its chat template."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tbrm.config.section import ConfigError, Section
+from tbrm.storage.paths import ExpandedPath
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModelConfig(Section):
+    name: ExpandedPath = Field(
+        description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot."
+    )
+    revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
+    ignore_weights: list[str] = Field(
+        [],
+        description="Patterns (*, ?) of tensors in its files to read past, such as a vision tower. What is missing there, or "
+        "has no place in the model, is an error.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the products; weights are float32. auto: bfloat16 where the processor has it (GPUs, AVX512-BF16, AMX).",
+    )
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = Field(
+        "auto",
+        description="In training. On a GPU in bfloat16, flash: flash-attn (pip install 'tbrm[gpu]'), varlen: torch's own, "
+        "flex: its FlexAttention, compiled. sdpa: segment by segment, anywhere. auto: the first that is there and fits.",
+    )
+    liger: bool = Field(
+        False, description="liger-kernel's RMSNorm, RoPE and gated MLP, on a GPU (pip install 'tbrm[gpu]')."
+    )
+    compile: bool = Field(
+        False, description="torch.compile of each block's norms and MLP; the first steps wait for it. Not with liger."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto takes a GPU where there is one.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Off for good reason."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_fuse(self) -> ModelConfig:
+        if self.compile and self.liger:
+            raise ValueError("compile and liger are both true, and both replace norms and MLP: set one to false")
+        return self
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"got {device!r}; wants auto, cpu, cuda or cuda:N")
+        return device
+
+    def resolve_device(self) -> torch.device:
+        """Raises ConfigError for a GPU that is not there."""
+        import torch
+
+        device, seen = self._device(), torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= seen:
+            raise ConfigError(
+                f"model.device: {self.device}; torch sees {seen or 'no'} GPU{'' if seen == 1 else 's'} here, counted from 0 "
+                "(`tbrm doctor` says why): set it to auto or cpu"
+            )
+        return device
+
+    def _device(self) -> torch.device:
+        import torch
+
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+
+    def resolve_precision(self) -> torch.dtype:
+        import torch
+
+        from tbrm_kernels.backends.cpu import multiplies_bfloat16
+
+        if self.precision == "auto":
+            on_cpu = self._device().type == "cpu"
+            return torch.float32 if on_cpu and not multiplies_bfloat16() else torch.bfloat16
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+    def device_and_precision(self) -> tuple[torch.device, torch.dtype]:
+        """As they would be, whether the device is there or not."""
+        return self._device(), self.resolve_precision()
+
+
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, description="Of the adapters (pip install 'tbrm[lora]'); 0: all weights are trained.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is scaled by alpha / rank.")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="Linear layers that get an adapter; lm_head is one where it is not tied to the embedding.",
+    )
+
+
+class ChatConfig(Section):
+    template_kwargs: dict[str, Any] = Field(
+        {},
+        description="What the model's chat template takes beside messages and tools, such as {enable_thinking: false}.",
+    )
