@@ -39,7 +39,7 @@ test: $(VENV)/installed
 	$(BIN)/pytest
 
 # The tests of every kernel, with all tensors on an NVIDIA GPU.
-KERNEL_TESTS := $(addprefix tests/kernels/test_,token_stats.py single_pass.py single_pass_autograd.py autograd.py trajectory.py triton.py exps.py triton_aot.py)
+KERNEL_TESTS := $(addprefix tests/kernels/,test_token_stats.py test_single_pass.py test_single_pass_autograd.py test_autograd.py test_trajectory.py backends/test_triton.py backends/test_exps.py backends/test_triton_aot.py)
 test-gpu: $(VENV)/installed
 	TBRM_TEST_DEVICE=cuda CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest $(KERNEL_TESTS)
 

@@ -21,7 +21,7 @@ export PYTHONPATH=$PWD:$PWD/build/types PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export BENCH_DEVICE=cuda TBRM_TEST_DEVICE=cuda TEST_ROWS=$out/tests.jsonl
 # Of the Makefile's list all but the compilation for other GPUs, which needs none.
 tests=$(sed -n 's/^KERNEL_TESTS := $(addprefix \(.*\),\(.*\))$/\1 \2/p' Makefile | while read -r prefix names; do
-  for name in ${names/triton_aot.py/}; do echo "$prefix$name"; done
+  for name in ${names/backends\/test_triton_aot.py/}; do echo "$prefix$name"; done
 done)
 limits=(30 70 120 35 20 30 25 30) left=283
 if [ "${1:-}" = --dry-run ]; then
