@@ -14,7 +14,7 @@ T tokens, V vocabulary entries, D hidden width, N trajectories.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,16 +79,13 @@ def fused_linear_tbrm_loss(
 
         loss = mean of residual^2, with the residual of `trajectory_residual`
 
-    0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and
-    `fused_linear_trajectory_loss`.
+    0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and `fused_linear_trajectory_loss`.
     """
     check_head(hidden, weight, targets, bias)
     check_packing("targets", targets, cu_seqlens)
     n_trajectories = cu_seqlens.shape[0] - 1
-    dtype = torch.promote_types(operand_dtype(hidden, weight), torch.float32)
-    for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
-        if tensor is not None:
-            check_vector(name, tensor, n_trajectories, dtype, hidden.device)
+    scores = {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}
+    _check_scores(hidden, weight, scores, n_trajectories)
     residuals, values, sums = [], [], []
 
     def squared_residuals(stats: TokenStats, bounds: Tensor, first: int) -> Tensor:
@@ -119,6 +116,13 @@ def fused_linear_tbrm_loss(
     )
     nothing = [loss.new_zeros(0)]
     return TbrmOutput(loss, *(torch.cat(parts or nothing) for parts in (residuals, values, sums)))
+
+
+def _check_scores(hidden: Tensor, weight: Tensor, scores: Mapping[str, Tensor | None], count: int) -> None:
+    dtype = torch.promote_types(operand_dtype(hidden, weight), torch.float32)
+    for name, tensor in scores.items():
+        if tensor is not None:
+            check_vector(name, tensor, count, dtype, hidden.device)
 
 
 @torch.compiler.disable

@@ -1,8 +1,8 @@
 """How much memory a recipe will take in each process, term by term, before anything runs.
 
 A step goes through phases, and a term is held in some of them; the largest sum is the peak. The terms follow the trainer:
-weights, gradients and moments (`tbrm.training.trainer`), what FSDP2 gathers and reduces (`tbrm.parallel`), the head's scratch
-(docs/kernels.md), what autograd keeps of the blocks (`tbrm.plan.footprint`) and generation (`tbrm.rollout.embedded`).
+weights, gradients and moments (`tbrm.training.trainer`), what FSDP2 gathers and reduces (`tbrm.policy.sharding`), the head's
+scratch (docs/kernels.md), what autograd keeps of the blocks (`tbrm.plan.footprint`) and generation (`tbrm.rollout.embedded`).
 
 All responses are taken to be as long as they may be, and the process is the one that has most to do.
 """

@@ -21,13 +21,14 @@ from transformers import (
 from tbrm.config.model import ModelConfig
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
-from tbrm.parallel import ALONE, Sharding, World
+from tbrm.parallel import ALONE, World
 from tbrm.policy.attention_choice import NAMES, choose_attention
 from tbrm.policy.hub_folder import remember_dtype
 from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
 from tbrm.policy.lora import Adapters, has_adapters, load_merged
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.model_files import ModelFiles
+from tbrm.policy.sharding import Sharding
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.policy.weights import materialise
 from tbrm.storage.paths import is_path

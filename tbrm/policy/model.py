@@ -13,13 +13,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from tbrm.parallel import Sharding
 from tbrm.policy.compiled import compile_around_attention, not_compiled
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest
 from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.lora import Adapters, adapted_weight, is_adapter, saved_name
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree
+from tbrm.policy.sharding import Sharding
 from tbrm.policy.vocab_parallel import DividedVocabulary, VocabParallelPass
 from tbrm.policy.weights import materialise
 from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack

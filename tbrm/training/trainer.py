@@ -25,17 +25,18 @@ import torch
 from torch import Tensor
 
 from tbrm.chat import make_chat
+from tbrm.config.launched import check_launched
 from tbrm.config.schema import Config
-from tbrm.config.section import ConfigError
 from tbrm.experience.offline import RowReader, write_trajectories
 from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.sources import make_supply, trajectory_source
-from tbrm.objectives import Step, TrajectoryLoss
+from tbrm.objectives import TrajectoryLoss
 from tbrm.objectives.contract import Contract
-from tbrm.parallel import ALONE, World, accumulate
+from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy, set_day
 from tbrm.policy.reference import ReferenceModel
+from tbrm.policy.sharding import accumulate
 from tbrm.policy.weights import whole
 from tbrm.reporting.metrics import Phases, peak_memory_mib
 from tbrm.rollout import Sampling, make_engine
@@ -45,13 +46,13 @@ from tbrm.tasks import Progress
 from tbrm.training.agreement import require_agreement
 from tbrm.training.checkpoint import Checkpoints, TrainerState
 from tbrm.training.interruption import Interrupted, Interruption
+from tbrm.training.micro_batches import MicroBatches
 from tbrm.training.optimizer import make_optimizer
 from tbrm.training.resolved import is_same_reference, resolve
 from tbrm.training.run_writer import RunWriter
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
-from tbrm.trajectories.deal import deal
-from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
+from tbrm.trajectories.packing import ScoredBatch, Trajectory
 from tbrm_kernels import TokenStats
 
 
@@ -60,17 +61,7 @@ class Trainer:
     data or the machine's precision are not what they were."""
 
     def __init__(self, config: Config, *, resume: bool = False, anyway: bool = False, world: World = ALONE) -> None:
-        if config.rollout.max_staleness and config.rollout.engine == "embedded" and world.mesh is not None:
-            raise ConfigError(
-                f"rollout.max_staleness: {config.rollout.max_staleness} under torchrun, where no process has the weights that "
-                "its own engine would need beside training; set rollout.engine to vllm, or this to 0"
-            )
-        patience = config.rollout.vllm.start_timeout + config.rollout.vllm.request_timeout
-        if config.rollout.engine == "vllm" and world.size > 1 and config.parallel.timeout <= patience:
-            raise ConfigError(
-                f"parallel.timeout: {config.parallel.timeout} s, in which others wait for a process that waits for a server: "
-                f"raise it above {patience} s, rollout.vllm.start_timeout and request_timeout together, or lower these"
-            )
+        check_launched(config, processes=world.size, sharded=world.mesh is not None)
         self.config = config
         self.world = world
         self.run_dir = Path(config.run.dir)
@@ -169,20 +160,17 @@ class Trainer:
         trajectories = [t for t in collected.trajectories + replayed if t.acts]
 
         measured = StepMetrics(self.device)
-        unscored, scored = self._micro_batches(trajectories)
+        micro_batches = MicroBatches(trajectories, self.reference, config.trainer.batch_tokens, self.world)
         with self.phases("reference"):
-            for members in unscored:
-                part = [trajectories[i] for i in members]
-                self.reference.score(pack(part).to(self.device), part)
+            micro_batches.score()
         with self.phases("update"):
-            columns = self._columns(trajectories, unscored + scored)
-            for number, members in enumerate(unscored + scored, start=1):
-                batch = self._scored_batch(trajectories, members, columns)
-                last = number == len(unscored) + len(scored)
+            columns = micro_batches.columns(self.objective, self.policy, config.objective.reward_offset)
+            for number, members in enumerate(micro_batches.members, start=1):
+                last = number == len(micro_batches.members)
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
-                self._add_gradients(batch, len(trajectories), measured)
+                self._add_gradients(micro_batches.batch(members, columns), len(trajectories), measured)
             if config.replay.enabled or config.data.trajectories:  # from where they come again
-                self.reference.share_scores(trajectories, [i for members in unscored for i in members], self.world)
+                micro_batches.share_scores()
         with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)
@@ -190,7 +178,7 @@ class Trainer:
             self._update(learning_rate, skipped=skipped)
         if config.replay.enabled:
             with self.phases("replay"):
-                residuals = measured.residuals([i for members in unscored + scored for i in members], self.world)
+                residuals = measured.residuals(micro_batches.order, self.world)
                 self.replay.update(self.state.step, trajectories, residuals)
         if skipped:
             self._give_up_if_repeated(trajectories, means)
@@ -212,47 +200,6 @@ class Trainer:
             "tokens_per_second": measured.tokens / of_step,
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }
-
-    def _micro_batches(self, trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[list[int]]]:
-        """Indices of the trajectories of each forward and backward of this process: of those that the reference has not
-        scored yet, and of those that it has, so that none is scored twice."""
-        parts: tuple[list[list[int]], ...] = ([], [])
-        for part, has in zip(parts, (False, True), strict=True):
-            indices = [i for i, t in enumerate(trajectories) if self.reference.has_scored(t) is has]
-            dealt = deal([trajectories[i] for i in indices], self.config.trainer.batch_tokens, self.world.size)
-            part += [[indices[i] for i in members] for members in dealt[self.world.rank]]
-        return parts[0], parts[1]
-
-    def _scored_batch(
-        self, trajectories: Sequence[Trajectory], members: list[int], columns: dict[str, Tensor]
-    ) -> ScoredBatch:
-        """Some of the step's trajectories, with their part of its columns [N]."""
-        part = {name: column[members] for name, column in columns.items()}
-        return self.reference.scored([trajectories[i] for i in members], part).to(self.device)
-
-    def _columns(self, trajectories: Sequence[Trajectory], micro_batches: Sequence[list[int]]) -> dict[str, Tensor]:
-        """The objective's columns [N] of all trajectories of the step, of which this process has some in its micro-batches."""
-        if not trajectories:
-            return {}
-        rewards = torch.tensor([t.reward for t in trajectories]) + self.config.objective.reward_offset
-        groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
-        measured = self._measure(trajectories, micro_batches, rewards) if self.objective.measures else {}
-        return self.objective.columns(Step(rewards, groups, measured))
-
-    @torch.no_grad()
-    def _measure(
-        self, trajectories: Sequence[Trajectory], micro_batches: Sequence[list[int]], rewards: Tensor
-    ) -> dict[str, Tensor]:
-        found: list[tuple[list[int], dict[str, Tensor]]] = []
-        for members in micro_batches:
-            batch = self._scored_batch(trajectories, members, {"rewards": rewards})
-            stats = self.policy(batch, entropy=True)  # by all processes together, whoever has something to measure
-            if members:
-                values = self.objective.measure(stats, batch)
-                found.append((members, {name: column.cpu() for name, column in values.items()}))
-        everywhere = [part for parts in self.world.gather(found) for part in parts]
-        place = torch.tensor([i for members, _ in everywhere for i in members]).argsort()
-        return {name: torch.cat([values[name] for _, values in everywhere])[place] for name in everywhere[0][1]}
 
     def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics) -> None:
         """Adds the batch's part of the gradient of the mean loss over all of the step's trajectories."""

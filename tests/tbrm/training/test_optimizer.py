@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from tbrm.config.model import LoraConfig, ModelConfig
 from tbrm.config.training import OptimConfig, ParallelConfig
-from tbrm.parallel import Sharding
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.sharding import Sharding
 from tbrm.training.optimizer import make_optimizer
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.trainer import Trainer

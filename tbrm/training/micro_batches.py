@@ -1,0 +1,80 @@
+"""The trajectories of a step, in the parts that run forward and backward at once, and the columns of the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tbrm.objectives import Step
+from tbrm.objectives.contract import Contract
+from tbrm.parallel import World
+from tbrm.policy.model import PolicyModel
+from tbrm.policy.reference import ReferenceModel
+from tbrm.trajectories.deal import deal
+from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
+
+
+class MicroBatches:
+    """Those of this process, of at most `max_tokens` each. What the reference has scored stands apart from what it has not, so
+    that nothing is scored twice."""
+
+    def __init__(
+        self, trajectories: Sequence[Trajectory], reference: ReferenceModel, max_tokens: int, world: World
+    ) -> None:
+        self.trajectories = trajectories
+        self._reference = reference
+        self._world = world
+        self._unscored = self._dealt(max_tokens, scored=False)
+        self.members = self._unscored + self._dealt(max_tokens, scored=True)
+        """Indices of the trajectories of each."""
+
+    def _dealt(self, max_tokens: int, *, scored: bool) -> list[list[int]]:
+        indices = [i for i, t in enumerate(self.trajectories) if self._reference.has_scored(t) is scored]
+        dealt = deal([self.trajectories[i] for i in indices], max_tokens, self._world.size)
+        return [[indices[i] for i in members] for members in dealt[self._world.rank]]
+
+    @property
+    def order(self) -> list[int]:
+        """The trajectories of this process, as they come."""
+        return [i for members in self.members for i in members]
+
+    def score(self) -> None:
+        """By the reference, what it has not scored."""
+        for members in self._unscored:
+            part = [self.trajectories[i] for i in members]
+            self._reference.score(pack(part).to(self._reference.model.device), part)
+
+    def share_scores(self) -> None:
+        """With the other processes: one of them may get the same trajectories next."""
+        scored_here = [i for members in self._unscored for i in members]
+        self._reference.share_scores(self.trajectories, scored_here, self._world)
+
+    def batch(self, members: list[int], columns: dict[str, Tensor]) -> ScoredBatch:
+        """Some of the step's trajectories, with their part of its columns [N]."""
+        part = {name: column[members] for name, column in columns.items()}
+        scored = self._reference.scored([self.trajectories[i] for i in members], part)
+        return scored.to(self._reference.model.device)
+
+    def columns(self, objective: Contract, policy: PolicyModel, reward_offset: float) -> dict[str, Tensor]:
+        """The objective's columns [N] of all trajectories of the step, of which this process has some in its micro-batches."""
+        if not self.trajectories:
+            return {}
+        rewards = torch.tensor([t.reward for t in self.trajectories]) + reward_offset
+        groups = torch.tensor([t.group for t in self.trajectories], dtype=torch.int64)
+        measured = self._measure(objective, policy, rewards) if objective.measures else {}
+        return objective.columns(Step(rewards, groups, measured))
+
+    @torch.no_grad()
+    def _measure(self, objective: Contract, policy: PolicyModel, rewards: Tensor) -> dict[str, Tensor]:
+        found: list[tuple[list[int], dict[str, Tensor]]] = []
+        for members in self.members:
+            batch = self.batch(members, {"rewards": rewards})
+            stats = policy(batch, entropy=True)  # by all processes together, whoever has something to measure
+            if members:
+                values = objective.measure(stats, batch)
+                found.append((members, {name: column.cpu() for name, column in values.items()}))
+        everywhere = [part for parts in self._world.gather(found) for part in parts]
+        place = torch.tensor([i for members, _ in everywhere for i in members]).argsort()
+        return {name: torch.cat([values[name] for _, values in everywhere])[place] for name in everywhere[0][1]}
