@@ -16,8 +16,8 @@ from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, ProblemStream, Progress
 from tbrm.tasks.grading import grade_responses
-from tbrm.trajectories.packing import Trajectory
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
+from tbrm.trajectories.trajectory import Trajectory
 
 WAITING = "waiting"
 """A checkpoint's folder of what is collected and not trained on yet."""

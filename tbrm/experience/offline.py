@@ -34,8 +34,8 @@ from tbrm.tasks import Problem, Task
 from tbrm.tasks.base import Progress, plain
 from tbrm.tasks.grading import grade_responses
 from tbrm.tasks.messages import read_messages, read_tools
-from tbrm.trajectories.packing import Trajectory
 from tbrm.trajectories.stored import score_columns, scores_at
+from tbrm.trajectories.trajectory import Trajectory
 
 _SCORES = "scores.safetensors"
 

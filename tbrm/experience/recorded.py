@@ -12,7 +12,7 @@ from tbrm.config.section import ConfigError
 from tbrm.experience.offline import RowReader
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases
-from tbrm.trajectories.packing import Trajectory
+from tbrm.trajectories.trajectory import Trajectory
 
 
 class RecordedFiles:

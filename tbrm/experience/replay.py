@@ -30,8 +30,8 @@ from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import derive_seed
 from tbrm.storage.files import Discards, lacks_room
 from tbrm.storage.names import plain_name
-from tbrm.trajectories.packing import Trajectory
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
+from tbrm.trajectories.trajectory import Trajectory
 
 _INDEX = "index.json"
 

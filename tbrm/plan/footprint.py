@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
-from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack
+from tbrm.trajectories.packing import TrajectoryBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 
 KV_TOKENS = 16
 

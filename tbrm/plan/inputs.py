@@ -18,7 +18,8 @@ from tbrm.policy.lora import Adapters, base_layer
 from tbrm.policy.model import PolicyModel
 from tbrm.tasks import ProblemStream
 from tbrm.trajectories.deal import deal
-from tbrm.trajectories.packing import Trajectory, common_prefix, pack
+from tbrm.trajectories.packing import common_prefix, pack
+from tbrm.trajectories.trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.vocab_parallel import DividedVocabulary, VocabParallelPass
 from tbrm.policy.weights import materialise
-from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack
+from tbrm.trajectories.packing import TrajectoryBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
 FORMS: dict[str, Callable[..., Any]] = {

@@ -13,7 +13,8 @@ from torch import Tensor
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.weights import read_weights
-from tbrm.trajectories.packing import ReferenceScore, ScoredBatch, Trajectory, TrajectoryBatch, pack
+from tbrm.trajectories.packing import ScoredBatch, TrajectoryBatch, pack
+from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 
 
 class ReferenceModel:

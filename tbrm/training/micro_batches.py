@@ -13,7 +13,8 @@ from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.trajectories.deal import deal
-from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
+from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 
 
 class MicroBatches:

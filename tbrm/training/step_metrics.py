@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tbrm.objectives.base import TrajectoryLoss
 from tbrm.parallel import World
-from tbrm.trajectories.packing import ScoredBatch, Trajectory
+from tbrm.trajectories.packing import ScoredBatch
+from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, segment_sums
 
 

@@ -52,7 +52,8 @@ from tbrm.training.resolved import is_same_reference, resolve
 from tbrm.training.run_writer import RunWriter
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
-from tbrm.trajectories.packing import ScoredBatch, Trajectory
+from tbrm.trajectories.packing import ScoredBatch
+from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tbrm.trajectories.packing import Load, Packer, Trajectory, common_prefix, loads_of
+from tbrm.trajectories.packing import Load, Packer, common_prefix, loads_of
+from tbrm.trajectories.trajectory import Trajectory
 
 
 def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tbrm.storage.files import save_tensors
-from tbrm.trajectories.packing import ReferenceScore, Trajectory
+from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 
 _NONE = -1  # a weight version or a reference version that there is not
 

@@ -29,7 +29,7 @@ from tbrm.rollout.split import SplitEngine
 from tbrm.training.step_metrics import StepMetrics
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.deal import deal
-from tbrm.trajectories.packing import Trajectory
+from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import segment_sums, single_pass
 from tests.tbrm.conftest import tiny_config
 

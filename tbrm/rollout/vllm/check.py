@@ -17,7 +17,8 @@ from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.server import sampling_params
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 
 _TEXT = "Weights that are sent must be the weights that answer: one step behind, and 2 + 2 is what it was yesterday. "
 _PROMPT_TOKENS = 160  # a block of vLLM's cache has 128 on a CPU, 16 on a GPU

@@ -18,7 +18,7 @@ from tbrm.reporting.metrics import Phases
 from tbrm.tasks import Grade, Problem, Task
 from tbrm.tasks.file import FileTask
 from tbrm.tasks.user_code import UserCodeError
-from tbrm.trajectories.packing import Trajectory
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import chat_of
 
 PADDING = 3

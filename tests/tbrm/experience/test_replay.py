@@ -14,7 +14,7 @@ from tbrm.config.rollout import ReplayConfig
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases, read_jsonl
 from tbrm.training.trainer import Trainer
-from tbrm.trajectories.packing import ReferenceScore, Trajectory
+from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 from tests.tbrm.conftest import tiny_config
 
 PHASES = Phases(torch.device("cpu"))

@@ -28,7 +28,8 @@ from tbrm.policy.model import PolicyModel
 from tbrm.policy.packed_attention import PACKED_ATTENTION
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
 
 MIB = 2**20

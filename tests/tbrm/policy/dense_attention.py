@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tbrm.trajectories.packing import Segment, Trajectory, TrajectoryBatch, pack
+from tbrm.trajectories.packing import Segment, TrajectoryBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 
 
 def packed(

@@ -16,7 +16,8 @@ from tbrm.policy.reference import ReferenceModel
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.training.trainer import Trainer
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree
 from tests.tbrm.policy.test_model import trajectories
 from tests.tbrm.policy.test_reference import scored

@@ -21,7 +21,8 @@ from tbrm.config.section import ConfigError
 from tbrm.policy.attention_choice import choose_attention
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
 from tbrm.policy.model import PolicyModel
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.policy.test_model import trajectories, with_and_without_system_prompt
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, M
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths, flash_attention, varlen_attention
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest, packed_flex_attention
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree, packed_attention
-from tbrm.trajectories.packing import Trajectory, TrajectoryBatch, pack
+from tbrm.trajectories.packing import TrajectoryBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.policy.dense_attention import dense_attention, outputs_and_gradients, packed, visible
 
 DEVICE = torch.device(os.environ.get("TBRM_TEST_DEVICE", "cpu"))

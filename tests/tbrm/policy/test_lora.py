@@ -22,7 +22,8 @@ from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import Response
 from tbrm.rollout.vllm.check import StaleWeightsError, SyncCheck
 from tbrm.rollout.vllm.handover import Handover, options_for_adapters
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import DENSE, chat_of, make_lm, tiny_config
 from tests.tbrm.policy.test_model import trajectories
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tbrm.policy.model import PolicyModel
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
 
 EVERY_MODEL = [(architecture, tied) for architecture in ARCHITECTURES for tied in (True, False)]

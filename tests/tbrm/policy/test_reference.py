@@ -6,7 +6,8 @@ import torch
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.trajectories.deal import split_by_tokens
-from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
+from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.policy.test_model import trajectories
 

@@ -30,7 +30,8 @@ from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.base import make_requests
 from tbrm.training.agreement import facts_of, require_agreement
 from tbrm.training.checkpoint import FORMAT, Checkpoint
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import chat_of, tiny_config
 
 PROMPTS = (1, 2, 3, 5)

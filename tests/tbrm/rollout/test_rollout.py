@@ -14,7 +14,8 @@ from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
 from tbrm.rollout.choose import draw
 from tbrm.rollout.packed_weights import packed_weights
 from tbrm.tasks import Grade, Problem, ProblemStream, Task
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, DENSE, VOCABULARY, chat_of, make_lm
 
 PROMPTS = [[5], [5, 6, 7], [8, 9, 10, 11, 12], [5, 6]]

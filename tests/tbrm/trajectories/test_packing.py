@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tbrm.policy.packed_attention import Tree
 from tbrm.trajectories import packing as data
 from tbrm.trajectories.deal import deal, split_by_tokens
-from tbrm.trajectories.packing import ScoredBatch, Trajectory, pack
+from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.trajectory import Trajectory
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
 

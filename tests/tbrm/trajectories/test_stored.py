@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from tbrm.trajectories.packing import ReferenceScore, Trajectory
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
+from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 
 
 def test_trajectories_come_back_bit_for_bit_and_in_any_order(tmp_path: Path) -> None:

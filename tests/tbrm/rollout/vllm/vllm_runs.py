@@ -13,7 +13,8 @@ from tbrm.config.schema import Config
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.rollout import RolloutEngine, Sampling, make_requests
-from tbrm.trajectories.packing import Trajectory, pack
+from tbrm.trajectories.packing import pack
+from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import chat_of, tiny_config
 from tests.tbrm.rollout.test_rollout import greedy_by_hand
 
