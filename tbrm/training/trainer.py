@@ -44,7 +44,8 @@ from tbrm.rollout.base import derive_seed
 from tbrm.rollout.evaluate import evaluate
 from tbrm.tasks import Progress
 from tbrm.training.agreement import require_agreement
-from tbrm.training.checkpoint import Checkpoints, TrainerState
+from tbrm.training.checkpoint import TrainerState
+from tbrm.training.checkpoints import Checkpoints
 from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
 from tbrm.training.optimizer import make_optimizer

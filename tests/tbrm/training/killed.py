@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tbrm.commands.cli import main
-from tbrm.training import checkpoint, trainer
+from tbrm.training import checkpoints, trainer
 
 
 def die() -> None:
@@ -29,15 +29,15 @@ def arrange_death(number: int) -> None:
     """Of this process: a moment after its first step began, or half-way through writing a checkpoint."""
     rng = random.Random(number)
     if number % 3 == 0:
-        inside = rng.choice(["_hash", "dcp.save", "rename"])
-        if inside == "_hash":
-            checkpoint._hash = lambda *_: die()
+        inside = rng.choice(["hash_of", "dcp.save", "rename"])
+        if inside == "hash_of":
+            checkpoints.hash_of = lambda *_: die()
         elif inside == "rename":
-            real = checkpoint.Checkpoints._link
-            checkpoint.Checkpoints._link = lambda *a: die() if rng.random() < 0.5 else real(*a)
+            real = checkpoints.Checkpoints._link
+            checkpoints.Checkpoints._link = lambda *a: die() if rng.random() < 0.5 else real(*a)
         else:
-            save = checkpoint.dcp.save
-            checkpoint.dcp.save = lambda *a, **k: die() if rng.random() < 0.5 else save(*a, **k)
+            save = checkpoints.dcp.save
+            checkpoints.dcp.save = lambda *a, **k: die() if rng.random() < 0.5 else save(*a, **k)
         return
     begun = trainer.Trainer.train_step
 

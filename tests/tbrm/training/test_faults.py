@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from tbrm.reporting.metrics import read_jsonl
-from tbrm.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from tbrm.training.checkpoint import Checkpoint, CheckpointError
+from tbrm.training.checkpoints import Checkpoints
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
 from tests.tbrm.test_parallel import assert_same_weights, rows, torchrun
