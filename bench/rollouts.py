@@ -25,6 +25,7 @@ from bench.conftest import machine
 from tbrm.chat import Chat, make_chat
 from tbrm.config.recipe import load_config
 from tbrm.config.schema import Config
+from tbrm.policy.generation import generation_mode
 from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout import Sampling, make_engine, make_requests
@@ -69,7 +70,7 @@ def plain_generate(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, batc
 
     def generate(prompts: list[list[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         responses: list[list[int]] = []
-        with policy.generation_mode() as lm:
+        with generation_mode(policy) as lm:
             lm = lm.to(policy.precision)
             eos = lm.generation_config.eos_token_id
             for start in range(0, len(prompts), batch_size):

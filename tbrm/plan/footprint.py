@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tbrm.policy.generation import generation_mode
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 from tbrm.trajectories.packing import TrajectoryBatch, pack
@@ -102,7 +103,7 @@ def _kv_bytes(policy: PolicyModel) -> int:
     nobody = torch.zeros(0, dtype=torch.int64)
     reading = Reading(cache, nobody, 0, [Prompts(first=0, count=1, start=0, length=KV_TOKENS)])
     ids = torch.arange(KV_TOKENS)[None]
-    with policy.generation_mode(CACHED_ATTENTION) as lm:
+    with generation_mode(policy, CACHED_ATTENTION) as lm:
         lm.base_model(input_ids=ids, position_ids=ids, reading=reading, use_cache=False)
     return cache.nbytes
 

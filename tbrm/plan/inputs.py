@@ -16,6 +16,7 @@ from tbrm.plan.attention import planned_attention
 from tbrm.policy.load import load_model
 from tbrm.policy.lora import Adapters, base_layer
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import trained_weights
 from tbrm.tasks import ProblemStream
 from tbrm.trajectories.deal import deal
 from tbrm.trajectories.packing import common_prefix, pack
@@ -62,7 +63,7 @@ def slices(shapes: Iterable[torch.Size], shard: int) -> int:
 
 def sizes_of(policy: PolicyModel) -> Sizes:
     head = policy.lm.get_output_embeddings()
-    weights, trained = list(policy.parameters()), list(policy.trained_weights().values())
+    weights, trained = list(policy.parameters()), list(trained_weights(policy).values())
     blocks = [{id(weight): weight.numel() for weight in block.parameters()} for block in policy.blocks]
     largest: dict[int, int] = max(blocks, key=lambda block: sum(block.values()), default={})
     return Sizes(

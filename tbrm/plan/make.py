@@ -7,6 +7,7 @@ from tbrm.config.section import ConfigError
 from tbrm.plan.footprint import footprint
 from tbrm.plan.inputs import few_of, is_sharded, meta_policy, precision_of, sizes_of, trajectories_of, work_of
 from tbrm.plan.terms import Plan
+from tbrm.policy.sharded import sum_in_float32
 from tbrm.policy.vocab_parallel import check_divisible
 
 
@@ -24,6 +25,6 @@ def make_plan(config: Config, processes: int) -> Plan:
     trajectories = trajectories_of(config, policy, tokenizer)
     if is_sharded(config, processes):  # then weights come to the blocks in the precision of the products
         policy.lm.to(precision_of(config))
-        policy.sum_in_float32()
+        sum_in_float32(policy)
     held = footprint(policy, few_of(trajectories))
     return Plan(config, processes, sizes, work_of(config, trajectories, processes), held)

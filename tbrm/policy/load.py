@@ -22,12 +22,15 @@ from tbrm.config.model import ModelConfig
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
+from tbrm.policy.architecture import check_architecture
 from tbrm.policy.attention_choice import NAMES, choose_attention
 from tbrm.policy.hub_folder import remember_dtype
 from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
 from tbrm.policy.lora import Adapters, has_adapters, load_merged
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.model_files import ModelFiles
+from tbrm.policy.named_weights import weights_of
+from tbrm.policy.sharded import shard
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.policy.weights import materialise
@@ -133,16 +136,16 @@ def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreT
     if config.parallel.activation_checkpointing:
         policy.checkpoint_activations()
     if world.mesh is not None:
-        policy.shard(Sharding(world.mesh, config.parallel, precision))
+        shard(policy, Sharding(world.mesh, config.parallel, precision))
     elif files is not None:
         materialise(lm, device, device)
     else:
         policy = policy.to(device)
     if files is not None:
-        files.read(policy.weights())
+        files.read(weights_of(policy))
     if adapters is not None:
         adapters.reset()
-    policy.check_architecture()
+    check_architecture(policy)
     set_day(tokenizer, date.today())
     return policy, tokenizer
 

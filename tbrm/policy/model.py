@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from tbrm.policy.compiled import compile_around_attention, not_compiled
+from tbrm.policy.compiled import compile_around_attention
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest
 from tbrm.policy.liger import use_liger_kernels
-from tbrm.policy.lora import Adapters, adapted_weight, is_adapter, saved_name
+from tbrm.policy.lora import Adapters, adapted_weight
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.vocab_parallel import DividedVocabulary, VocabParallelPass
-from tbrm.policy.weights import materialise
 from tbrm.trajectories.packing import TrajectoryBatch, pack
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
@@ -76,7 +73,7 @@ class PolicyModel(nn.Module):
         self.vocabulary: DividedVocabulary | None = None
         """Embedding and head, where the vocabulary is divided over processes."""
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
-        self._plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
+        self.plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
         lm.set_attn_implementation(attention)
 
     @property
@@ -150,13 +147,6 @@ class PolicyModel(nn.Module):
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not torch.float32):
             yield
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., V] of last hidden states [..., D], as the model itself computes them, in generation mode."""
-        logits: Tensor = self.lm.get_output_embeddings()(hidden)
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
     def checkpoint_activations(self) -> None:
         """From now on the backward pass computes the activations of each block again, from the block's input."""
         wrapped = {block: checkpoint_wrapper(block) for block in self.blocks}
@@ -166,67 +156,9 @@ class PolicyModel(nn.Module):
                     setattr(parent, name, wrapped[child])
         self.blocks = list(wrapped.values())
 
-    def shard(self, sharding: Sharding) -> None:
-        """Cuts the weights over the processes; those on the meta device are given memory, and are still to be read."""
-        if not self.blocks:
-            raise ValueError(
-                f"model.name: {type(self.lm).__name__} does not say what its blocks are (_no_split_modules), so it cannot be "
-                "sharded; run it in one process, without torchrun"
-            )
-        on_meta = self.lm.device.type == "meta"
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        if sharding.config.vocab_parallel:
-            self.vocabulary = DividedVocabulary(self.lm, sharding.weights_mesh)
-        divided = set(self.vocabulary.parameters) if self.vocabulary else set()
-        sharding.apply(self, self.blocks, trained=trained, divided=divided)
-        register_fsdp_forward_method(self, "own_logits")
-        if on_meta:
-            materialise(self.lm, sharding.weights_device, sharding.device)
-        if sharding.precision is not torch.float32:
-            self.sum_in_float32()
-        self.sharding = sharding
-
-    def sum_in_float32(self) -> None:
-        """Keeps the sums over blocks float32 where weights are of lower precision, as they are where autocast makes it."""
-        self.lm.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.float())
-
-    def frozen_copy(self) -> PolicyModel:
-        """The same model as it is now, sharded as a reference is, that takes no gradient."""
-        if self.sharding is None:
-            return copy.deepcopy(self).requires_grad_(False)
-        with torch.device("meta"):
-            lm = type(self.lm)(copy.deepcopy(self.lm.config))
-        twin = PolicyModel(
-            lm,
-            temperature=self.temperature,
-            precision=self.precision,
-            attention=self.attention,
-            liger=self.liger,
-            compiled=self.compiled,
-        ).requires_grad_(False)
-        twin.shard(self.sharding.of_reference())
-        twin.load_state_dict(self.state_dict())
-        return twin
-
-    @contextmanager
-    def generation_mode(self, attention: str | None = None) -> Iterator[PreTrainedModel]:
-        """The transformers model with its usual attention, or that of the given name; on every process all of it."""
-        self.lm.set_attn_implementation(attention or self._plain_attention)
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(self.autocast())
-                stack.enter_context(not_compiled())
-                if self.sharding is not None:
-                    stack.enter_context(self.sharding.gathered(self))
-                if self.vocabulary is not None:
-                    stack.enter_context(self.vocabulary.gathered(self.precision, self.device))
-                yield self.lm
-        finally:
-            self.lm.set_attn_implementation(self.attention)
-
     def own_logits(self, tokens: Tensor) -> Tensor:
         """[T, V]: what the model itself says of one sequence [T], the same on all processes. Sharded as in `forward`."""
-        self.lm.set_attn_implementation(self._plain_attention)
+        self.lm.set_attn_implementation(self.plain_attention)
         try:
             with self.autocast():
                 if self.vocabulary is None:
@@ -239,58 +171,6 @@ class PolicyModel(nn.Module):
                 return logits
         finally:
             self.lm.set_attn_implementation(self.attention)
-
-    @torch.no_grad()
-    def check_architecture(self) -> None:
-        """Compares a few packed tokens with the model's own logits. Raises ValueError where they differ.
-
-        A model may do something to its logits or its attention that we do not know of; training it would go wrong in
-        silence.
-        """
-        vocabulary = self.lm.get_output_embeddings().weight.shape[0]
-        ids = torch.arange(3, 15).mul(7919).remainder(vocabulary).tolist()
-        # The first two share a prompt, and all three what it begins with.
-        pairs = [(ids[:4], ids[4:9]), (ids[:4], ids[9:]), (ids[:2] + ids[6:8], ids[1:5])]
-        trajectories = [Trajectory(prompt, response, reward=0.0) for prompt, response in pairs]
-        packed = self(pack(trajectories).to(self.device)).logprobs.float()
-        own = []
-        for prompt, response in pairs:
-            tokens = torch.tensor([*prompt, *response], device=self.device)
-            logits = self.own_logits(tokens)[len(prompt) - 1 : -1].float()
-            own.append((logits / self.temperature).log_softmax(-1).gather(1, tokens[len(prompt) :, None])[:, 0])
-        if self.sharding is not None:
-            self.sharding.reshard(self)
-        gap = (packed - torch.cat(own)).abs().max().item()
-        low_precision = torch.bfloat16 in (self.precision, self.lm.dtype)
-        if not gap <= (0.5 if low_precision else 0.01) / min(1.0, self.temperature):
-            raise ValueError(
-                f"model.name: {type(self.lm).__name__} is not supported: packed token log-probs differ from the model's own by "
-                f"{gap:.3g}. Its head or its attention does something tbrm does not know of (linear attention, a scaled hidden "
-                "state, attention sinks); use another model, or report it"
-            )
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Every weight of the transformers model once, by the first of its names: a tied head goes by the embedding's. Buffers
-        that are saved (a router's correction bias) are among them, adapters are not."""
-        named: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, weight in self._state().items():
-            if not is_adapter(name):
-                named.setdefault(id(weight), (name.replace(".base_layer.", "."), weight))
-        return dict(named.values())
-
-    def saved_weights(self) -> dict[str, nn.Parameter]:
-        """What a checkpoint holds: all weights or, where there are adapters, those of the adapters alone, by peft's names."""
-        if self.adapters is None:
-            return self.weights()
-        return {saved_name(name): weight for name, weight in self._state().items() if is_adapter(name)}
-
-    def trained_weights(self) -> dict[str, nn.Parameter]:
-        """Those of them that learn."""
-        return {name: weight for name, weight in self.saved_weights().items() if weight.requires_grad}
-
-    def _state(self) -> dict[str, nn.Parameter]:
-        # Not named_parameters: this has the names without wrappers, and slices where the weights are gathered just now.
-        return {name.removeprefix("lm."): weight for name, weight in self.state_dict(keep_vars=True).items()}
 
 
 def _logit_scale(config: object) -> float:

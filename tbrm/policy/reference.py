@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import weights_of
+from tbrm.policy.sharded import frozen_copy
 from tbrm.policy.weights import read_weights
 from tbrm.trajectories.packing import ScoredBatch, TrajectoryBatch, pack
 from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
@@ -26,7 +28,7 @@ class ReferenceModel:
 
     def __init__(self, policy: PolicyModel) -> None:
         self._adapters = policy.adapters
-        self.model = policy.frozen_copy() if policy.adapters is None else policy
+        self.model = frozen_copy(policy) if policy.adapters is None else policy
         self.version = 0
         """Of its scores."""
         self.moved = False
@@ -40,7 +42,7 @@ class ReferenceModel:
 
     def load(self, folder: Path) -> None:
         """Takes the weights that a checkpoint kept of the reference."""
-        read_weights(self.model.weights(), folder)
+        read_weights(weights_of(self.model), folder)
         self.moved = True
 
     def has_scored(self, trajectory: Trajectory) -> bool:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tbrm.chat import Chat
 from tbrm.policy.ends import Ends
+from tbrm.policy.generation import generation_mode, logits_of
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.base import Request, Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
@@ -59,7 +60,7 @@ class EmbeddedEngine:
             for sample in range(requests[i].samples)
         )
         with (
-            self.policy.generation_mode(CACHED_ATTENTION) as lm,
+            generation_mode(self.policy, CACHED_ATTENTION) as lm,
             packed_weights(lm, self.policy.precision),
         ):
             batch = _Batch(self.policy, lm, min(self.batch_size, len(waiting)), self.ends, self._barred, sampling)
@@ -208,7 +209,7 @@ class _Batch:
             input_ids=ids[None], position_ids=positions[None], reading=reading, use_cache=False
         ).last_hidden_state[0, :count]
         if count:
-            self._write(self._policy.logits(hidden))
+            self._write(logits_of(self._policy, hidden))
 
     def _write(self, logits: Tensor) -> None:
         count = len(self.rows)

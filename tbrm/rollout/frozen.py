@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.sharded import frozen_copy
 from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling
 
 
@@ -17,7 +18,7 @@ class FrozenEngine:
 
     def __init__(self, policy: PolicyModel, make: Callable[[PolicyModel], RolloutEngine]) -> None:
         self._policy = policy
-        self._copy = policy.frozen_copy()
+        self._copy = frozen_copy(policy)
         self._engine = make(self._copy)
         self._version: int | None = None
         self._closed = False

@@ -27,6 +27,7 @@ from tbrm.experience.supply import Supply
 from tbrm.parallel import ALONE, World
 from tbrm.policy.lora import WEIGHTS as ADAPTERS
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import saved_weights, trained_weights
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.weights import read_weights, stored_tensors
 from tbrm.storage.names import path_within
@@ -117,11 +118,11 @@ class Checkpoint:
         # One that was never reset is the model as it was first loaded, which it holds by now.
         if (self.folder / REFERENCE).exists() and policy.adapters is None:
             reference.load(self.folder / REFERENCE)
-        read_weights(policy.saved_weights(), self.folder / ADAPTERS if policy.adapters else self.folder)
+        read_weights(saved_weights(policy), self.folder / ADAPTERS if policy.adapters else self.folder)
         if not (self.folder / OPTIMIZER).exists():  # no step was ever taken
             return
         stored = stored_tensors(self.folder / OPTIMIZER)
-        for name, parameter in policy.trained_weights().items():
+        for name, parameter in trained_weights(policy).items():
             if f"{name}/step" not in stored:  # it never had a gradient
                 continue
             moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
@@ -167,7 +168,7 @@ def optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> 
     """Views of the optimiser's state; safetensors reads no slice of a tensor without dimensions, so AdamW's `step` gets one."""
     return {
         f"{name}/{key}": value[None] if value.dim() == 0 else value
-        for name, parameter in policy.trained_weights().items()
+        for name, parameter in trained_weights(policy).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 

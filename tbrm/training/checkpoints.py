@@ -26,6 +26,7 @@ from tbrm.experience.supply import Supply
 from tbrm.parallel import World
 from tbrm.policy.hub_folder import save_config, save_tokenizer
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import saved_weights, weights_of
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.weights import whole
 from tbrm.storage.files import Discards, lacks_room, save_tensors
@@ -86,11 +87,11 @@ class Checkpoints:
         tensors = {OPTIMIZER: optimizer_tensors(policy, optimizer)}
         adapters = {}
         if policy.adapters is None:
-            tensors["."] = _detached(policy.saved_weights())
+            tensors["."] = _detached(saved_weights(policy))
         else:
-            adapters = {name: whole(tensor) for name, tensor in _detached(policy.saved_weights()).items()}
+            adapters = {name: whole(tensor) for name, tensor in _detached(saved_weights(policy)).items()}
         if reference.moved:
-            tensors[REFERENCE] = _detached(reference.model.weights())
+            tensors[REFERENCE] = _detached(weights_of(reference.model))
 
         def begin() -> dict[str, str]:
             """Of what the main process writes; returns the hashes of files that need not be read for it."""

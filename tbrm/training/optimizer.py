@@ -9,13 +9,14 @@ from torch import nn
 
 from tbrm.config.training import OptimConfig
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import trained_weights
 
 
 def make_optimizer(policy: PolicyModel, config: OptimConfig) -> torch.optim.AdamW:
     """A norm's gain belongs near 1 and a bias where it is: neither is drawn to 0."""
     left_alone = set(_gains_and_biases(policy))
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
-    for weight in policy.trained_weights().values():
+    for weight in trained_weights(policy).values():
         groups[weight in left_alone or weight.dim() <= 1].append(weight)
     decays = (config.weight_decay, 0.0)
     return torch.optim.AdamW(

@@ -22,7 +22,8 @@ from tbrm.config.schema import Config
 from tbrm.config.training import ParallelConfig
 from tbrm.experience.collect import Collected
 from tbrm.parallel import World
-from tbrm.policy.model import PolicyModel
+from tbrm.policy import load
+from tbrm.policy.named_weights import trained_weights, weights_of
 from tbrm.processes.launch import launched
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.rollout.split import SplitEngine
@@ -74,7 +75,7 @@ class OneStep:
         log_ratios: list[float] = [0.0]
 
         def keep(_learning_rate: float, *, skipped: bool) -> None:
-            for name, weight in trainer.policy.trained_weights().items():
+            for name, weight in trained_weights(trainer.policy).items():
                 if weight.grad is not None:
                     grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
                     gradients[name] = grad.clone()
@@ -197,7 +198,7 @@ def sampled(step: OneStep, batch_size: int) -> list[list[list[int]]]:
 def learn_something(step: OneStep) -> None:
     """Adapters whose B is not zero any more."""
     generator = torch.Generator().manual_seed(0)
-    for name, weight in step.trainer.policy.trained_weights().items():
+    for name, weight in trained_weights(step.trainer.policy).items():
         value = torch.randn(weight.shape, generator=generator) * 0.1
         if "lora_B" in name:
             mesh = [weight.device_mesh, weight.placements] if isinstance(weight, DTensor) else None
@@ -220,7 +221,7 @@ def gathers(step: OneStep) -> dict[str, int]:
     head runs in many chunks."""
     counts = {"head": 0, "blocks": 0}
     policy = step.trainer.policy
-    in_head_group = len(list(policy.weights())) - sum(len(list(block.parameters())) for block in policy.blocks)
+    in_head_group = len(list(weights_of(policy))) - sum(len(list(block.parameters())) for block in policy.blocks)
     assert isinstance(policy, FSDPModule)
     real, chunk = _fsdp_param_group.foreach_all_gather, single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY
     chunks = []
@@ -260,11 +261,11 @@ def whole_heads(config: Config, world: World) -> int:
     """How many tensors of the whole head's or embedding's shape come to be on this process from when the weights have been read
     until the gradients of the first step are clipped."""
     counts = []
-    check = PolicyModel.check_architecture
+    check = load.check_architecture
     with Shapes() as shapes:
-        PolicyModel.check_architecture = lambda policy: (shapes.seen.clear(), check(policy))[1]
+        load.check_architecture = lambda policy: (shapes.seen.clear(), check(policy))[1]
         step = OneStep(config, world)
-        PolicyModel.check_architecture = check
+        load.check_architecture = check
         trainer, clip = step.trainer, step.trainer._clip_gradients
         shape = trainer.policy.lm.get_output_embeddings().weight.shape
         trainer._clip_gradients = lambda: (clip(), counts.append(shapes.seen.count(shape)))[0]

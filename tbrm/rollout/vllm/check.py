@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import weights_of
 from tbrm.rollout.base import Response
 from tbrm.rollout.vllm.server import sampling_params
 from tbrm.trajectories.packing import pack
@@ -36,7 +37,7 @@ class StaleWeightsError(RuntimeError):
 
 
 def has_experts(policy: PolicyModel) -> bool:
-    return any("expert" in name or "moe" in name for name in policy.weights())
+    return any("expert" in name or "moe" in name for name in weights_of(policy))
 
 
 def refuse_experts_on_cpu(policy: PolicyModel, vllm_version: str) -> None:

@@ -19,6 +19,7 @@ from tbrm.policy.ends import Ends
 from tbrm.policy.hub_folder import save_config, save_tokenizer
 from tbrm.policy.lora import WEIGHTS
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import saved_weights, weights_of
 from tbrm.policy.weights import whole, write_whole
 from tbrm.rollout.vllm.connection import RefusedError, ServerError
 from tbrm.rollout.vllm.server import Server
@@ -76,7 +77,7 @@ class Handover:
             self._replace("model.safetensors", self._named(), (weight for _, weight in self.weights()))
             self._has_model = True
         if self._apart is not None:
-            adapters = self.policy.saved_weights()
+            adapters = saved_weights(self.policy)
             self._replace(f"{ADAPTERS}/{WEIGHTS}", adapters, (whole(weight.detach()) for weight in adapters.values()))
 
     def _replace(self, name: str, weights: Mapping[str, Tensor], gathered: Iterator[Tensor]) -> None:
@@ -90,13 +91,13 @@ class Handover:
         """What vLLM must be sent, by its names in the transformers model: one weight at a time, whole, and with what an adapter
         adds to it, unless they go apart. All processes go through them together."""
         adapters = None if self._apart else self.policy.adapters
-        added = self.policy.saved_weights() if adapters else {}
+        added = saved_weights(self.policy) if adapters else {}
         for name, weight in self._named().items():
             gathered = whole(weight.detach())
             yield name, adapters.merged(name, gathered, added) if adapters else gathered
 
     def _named(self) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = dict(self.policy.weights())
+        weights: dict[str, Tensor] = dict(weights_of(self.policy))
         if "lm_head.weight" not in weights:
             # A tied head goes by the embedding's name, but on a CPU vLLM has a copy of it, which would stay as it was.
             lm = self.policy.lm

@@ -17,6 +17,7 @@ from tbrm.experience.ahead import RolloutLateError, SupplyAhead
 from tbrm.parallel import World
 from tbrm.policy.ends import Ends
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import weights_of
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Request, Sampling
 from tbrm.rollout.frozen import EngineClosed, FrozenEngine
@@ -27,8 +28,8 @@ from tests.tbrm.conftest import tiny_config
 from tests.tbrm.training.runs import assert_same_run
 
 
-def weights_of(policy: PolicyModel) -> list[torch.Tensor]:
-    return [weight.detach().clone() for weight in policy.weights().values()]
+def copies_of(policy: PolicyModel) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in weights_of(policy).values()]
 
 
 def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
@@ -50,7 +51,7 @@ def test_each_rollout_is_made_with_the_weights_it_says(
         evaluation={"prompts": 0},
     )
     trainer = Trainer(config)
-    at_version = {0: weights_of(trainer.policy)}
+    at_version = {0: copies_of(trainer.policy)}
     answered: list[tuple[int, bool]] = []
     real = FrozenEngine.generate
 
@@ -58,14 +59,14 @@ def test_each_rollout_is_made_with_the_weights_it_says(
         responses = real(self, *arguments)
         [version] = {r.weight_version for group in responses for r in group}
         time.sleep(0.05)  # so that training would overtake it if it could
-        answered.append((version, same(weights_of(self._copy), at_version[version])))
+        answered.append((version, same(copies_of(self._copy), at_version[version])))
         return responses
 
     monkeypatch.setattr(FrozenEngine, "generate", generate)
     seen = []
     for step in range(1, 7):
         seen.append(trainer.train_step()["staleness_max"])
-        at_version[step] = weights_of(trainer.policy)
+        at_version[step] = copies_of(trainer.policy)
     trainer.supply.close()
     assert seen == staleness
     assert len(answered) == 6 // updates
@@ -91,7 +92,7 @@ def test_an_evaluation_is_of_the_weights_of_now(tmp_path: Path, monkeypatch: pyt
     real = trainer_module.evaluate
 
     def evaluate(engine: SplitEngine, *arguments, **options):
-        checked.append(same(weights_of(engine.engine._copy), weights_of(trainer.policy)))
+        checked.append(same(copies_of(engine.engine._copy), copies_of(trainer.policy)))
         return real(engine, *arguments, **options)
 
     monkeypatch.setattr(trainer_module, "evaluate", evaluate)

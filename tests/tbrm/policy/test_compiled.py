@@ -13,6 +13,7 @@ from tbrm.config.recipe import parse_config
 from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
+from tbrm.policy.sharded import frozen_copy
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.training.trainer import Trainer
@@ -65,7 +66,7 @@ def test_stats_and_gradients_are_those_of_the_model_itself(architecture: str, pr
 
 def test_a_copy_has_weights_of_its_own() -> None:
     policy = PolicyModel(make_lm("llama", tied=True), compiled=True)
-    frozen = policy.frozen_copy()
+    frozen = frozen_copy(policy)
     batch = pack(trajectories())
     before = frozen(batch).logprobs
     with torch.no_grad():

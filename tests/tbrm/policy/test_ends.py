@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from tbrm.chat import Chat
 from tbrm.config.section import ConfigError
 from tbrm.policy.ends import Ends, end_of_turn
+from tbrm.policy.generation import generation_mode
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import EmbeddedEngine, Sampling, embedded, make_requests
@@ -145,7 +146,7 @@ def test_ids_without_text_are_not_drawn_when_barred_and_the_others_keep_their_od
     assert (free >= len(tokenizer)).any()
     assert not (barred >= len(tokenizer)).any()
     # What was drawn has the odds that it had, over the mass of what may be drawn.
-    with torch.no_grad(), policy.generation_mode() as model:
+    with torch.no_grad(), generation_mode(policy) as model:
         full = (model(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 2.0).log_softmax(-1)
     allowed = full[: len(tokenizer)].logsumexp(0)
     torch.testing.assert_close(free_logprobs, full[free], rtol=1e-4, atol=1e-4)

@@ -16,6 +16,7 @@ from tbrm.config.section import ConfigError
 from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.sharded import frozen_copy
 from tbrm.trajectories.packing import pack
 from tests.tbrm.conftest import make_lm, tiny_config
 from tests.tbrm.policy.test_model import trajectories
@@ -47,7 +48,7 @@ def compare(architecture: str) -> None:
     assert "Liger" in str(lm), "no kernel was put in"
     for ours, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    frozen = policy.frozen_copy()
+    frozen = frozen_copy(policy)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.zero_()

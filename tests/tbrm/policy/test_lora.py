@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from tbrm.config.model import LoraConfig, ModelConfig
 from tbrm.config.section import ConfigError
+from tbrm.policy.generation import generation_mode
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import trained_weights, weights_of
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.rollout import Response
@@ -42,7 +44,7 @@ def with_adapters(architecture: str, *targets: str, tied: bool = False) -> Polic
 def test_a_check_beside_training_sees_the_adapters_though_the_reference_is_scored_without_them() -> None:
     policy = with_adapters("llama", *TARGETS)
     with torch.no_grad():
-        for name, weight in policy.trained_weights().items():
+        for name, weight in trained_weights(policy).items():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     check = SyncCheck(policy, tiny_tokenizer(), limit=None)
@@ -80,12 +82,12 @@ def gap_of(check: Callable[[], dict[str, float]]) -> float:
 def test_gradients_are_those_of_the_adapted_model_itself(architecture: str) -> None:
     policy = with_adapters(architecture, *TARGETS)
     lm, items = policy.lm, trajectories()
-    weights = {name: weight for name, weight in policy.trained_weights().items()}
+    weights = {name: weight for name, weight in trained_weights(policy).items()}
     assert len(weights) == 2 * (3 + 3 + 1)
     for weight in weights.values():
         torch.nn.init.normal_(weight, std=0.2)
     for t in items:
-        with policy.generation_mode():
+        with generation_mode(policy):
             logits = lm(input_ids=torch.tensor([t.prompt_ids + t.response_ids]), use_cache=False).logits[0]
         rows = [len(t.prompt_ids) + i - 1 for i in t.actions]
         targets = torch.tensor([t.response_ids[i] for i in t.actions])
@@ -96,14 +98,14 @@ def test_gradients_are_those_of_the_adapted_model_itself(architecture: str) -> N
     for name, weight in weights.items():
         assert expected[name].any()
         assert (weight.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-6, name
-    assert all(weight.grad is None for weight in policy.weights().values())
+    assert all(weight.grad is None for weight in weights_of(policy).values())
 
 
 @torch.no_grad()
 def test_vllm_is_handed_the_sums() -> None:
     """Under the names of the model without adapters, which then says what the adapted one does."""
     policy, plain = with_adapters("qwen3", *TARGETS), make_lm("qwen3", tied=False)
-    for weight in policy.trained_weights().values():
+    for weight in trained_weights(policy).values():
         torch.nn.init.normal_(weight, std=0.2)
     handover = Handover(policy, torch.float32, chat_of(policy.lm).ends)
     assert handover.folder is not None

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tbrm.commands.cli import main
 from tbrm.config.model import ModelConfig
+from tbrm.policy.generation import generation_mode
 from tbrm.policy.load import load_model
 from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
@@ -89,7 +90,7 @@ def test_a_run_saves_resumes_exports_and_is_evaluated(
     lm = AutoModelForCausalLM.from_pretrained(base)
     plain = lm(ids).logits
     theirs = PeftModel.from_pretrained(lm, latest).eval()(ids).logits
-    with trainer.policy.generation_mode() as ours:
+    with generation_mode(trainer.policy) as ours:
         torch.testing.assert_close(ours(ids).logits, theirs)
     export(str(latest), tmp_path / "exported")
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(ids).logits, theirs)

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tbrm.policy.architecture import check_architecture
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import trained_weights
 from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, VOCABULARY, make_lm
@@ -107,18 +109,18 @@ def test_bfloat16_stays_near_float32(architecture: str) -> None:
     batch = pack(trajectories())
     exact = policy(batch)
     policy.precision = torch.bfloat16
-    policy.check_architecture()
+    check_architecture(policy)
     rounded = policy(batch)
     assert rounded.logprobs.dtype is torch.float32
     gap = (rounded.logprobs - exact.logprobs).abs()
     assert 0 < gap.median() < 0.02 * exact.logprobs.abs().max()
     rounded.logprobs.sum().backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in policy.trained_weights().values())
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained_weights(policy).values())
 
 
 @pytest.mark.parametrize(("architecture", "tied"), EVERY_MODEL)
 def test_supported_models_pass_the_check(architecture: str, tied: bool) -> None:
-    PolicyModel(make_lm(architecture, tied=tied)).check_architecture()
+    check_architecture(PolicyModel(make_lm(architecture, tied=tied)))
 
 
 def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
@@ -126,4 +128,4 @@ def test_a_model_that_does_something_unknown_to_its_logits_is_refused() -> None:
     policy = PolicyModel(lm)
     policy.logit_scale = 2.0  # as if the model divided its logits under a name we do not know
     with pytest.raises(ValueError, match="LlamaForCausalLM is not supported"):
-        policy.check_architecture()
+        check_architecture(policy)

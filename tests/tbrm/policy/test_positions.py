@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, OPTConfig, PreTrainedConfig
 
-from tbrm.policy.model import PolicyModel
 from tbrm.policy.positions import positions_of
+from tbrm.rollout import embedded
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 
@@ -64,7 +64,7 @@ def test_a_prompt_that_leaves_no_room_is_named_before_anything_is_generated(
     def generates(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(PolicyModel, "generation_mode", generates)
+    monkeypatch.setattr(embedded, "generation_mode", generates)
     config = tiny_config(tmp_path / "run", rollout__max_new_tokens=510, evaluation={"prompts": heldout})
     said = (
         r"rollout\.max_new_tokens: 510 tokens after a prompt of \d+ are more than the model's 512 positions "

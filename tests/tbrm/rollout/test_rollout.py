@@ -7,6 +7,7 @@ import torch
 
 from tbrm.config.rollout import RolloutConfig
 from tbrm.experience.collect import RolloutSource
+from tbrm.policy.generation import generation_mode
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.reporting.metrics import Phases
@@ -37,7 +38,7 @@ def count_tokens(policy: PolicyModel) -> list[int]:
 @torch.no_grad()
 def greedy_by_hand(policy: PolicyModel, prompt: list[int], eos_ids: Collection[int], steps: int) -> list[int]:
     """One prompt, no batch, no padding, no cache."""
-    with policy.generation_mode() as lm:
+    with generation_mode(policy) as lm:
         ids = list(prompt)
         while len(ids) < len(prompt) + steps:
             ids.append(int(lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -149,7 +150,7 @@ def test_bfloat16_is_the_models_own() -> None:
     policy = PolicyModel(make_lm("llama", tied=True), precision=torch.bfloat16)
     [[response]] = engine_of(policy).generate(make_requests([[5, 6, 7]], 1, 3), Sampling(max_new_tokens=12))
     ids = [5, 6, 7, *response.token_ids]
-    with torch.no_grad(), policy.generation_mode() as lm:
+    with torch.no_grad(), generation_mode(policy) as lm:
         logits = lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 2:-1].float()
     expected = logits.log_softmax(-1).gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(response.logprobs), expected, rtol=0, atol=0.1)
@@ -248,7 +249,7 @@ def test_samples_follow_the_policys_own_probabilities() -> None:
     [responses] = engine_of(policy, batch_size=n).generate(
         make_requests([[5, 6]], n), Sampling(max_new_tokens=1, temperature=2.0)
     )
-    with torch.no_grad(), policy.generation_mode() as lm:
+    with torch.no_grad(), generation_mode(policy) as lm:
         expected = (lm(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 2.0).softmax(-1)
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in responses]), minlength=VOCABULARY)
     # Pearson's chi-square over 97 outcomes, those that are too rare for it together in one.

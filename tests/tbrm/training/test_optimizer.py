@@ -15,6 +15,8 @@ from tbrm.config.model import LoraConfig, ModelConfig
 from tbrm.config.training import OptimConfig, ParallelConfig
 from tbrm.policy.lora import Adapters
 from tbrm.policy.model import PolicyModel
+from tbrm.policy.named_weights import trained_weights
+from tbrm.policy.sharded import shard
 from tbrm.policy.sharding import Sharding
 from tbrm.training.optimizer import make_optimizer
 from tbrm.training.schedule import learning_rate_at
@@ -27,14 +29,14 @@ def test_weight_decay_leaves_norms_and_biases_alone(tmp_path: Path) -> None:
     for decay in (0.0, 0.5):
         trainer = Trainer(tiny_config(tmp_path, optim__weight_decay=decay, evaluation={"prompts": 0}))
         trainer.train_step()
-        after[decay] = {name: weight.detach() for name, weight in trainer.policy.trained_weights().items()}
+        after[decay] = {name: weight.detach() for name, weight in trained_weights(trainer.policy).items()}
     changed = {name for name, weight in after[0.5].items() if not torch.equal(weight, after[0.0][name])}
     assert changed == {name for name, weight in after[0.0].items() if weight.dim() > 1}
     assert 0 < len(changed) < len(after[0.0])
 
 
 def undecayed(policy: PolicyModel) -> set[str]:
-    names = {weight: name for name, weight in policy.trained_weights().items()}
+    names = {weight: name for name, weight in trained_weights(policy).items()}
     groups = make_optimizer(policy, OptimConfig(weight_decay=0.1)).param_groups
     assert sum(len(group["params"]) for group in groups) == len(names)
     return {names[weight] for group in groups if group["weight_decay"] == 0 for weight in group["params"]}
@@ -51,11 +53,11 @@ def test_gains_and_biases_of_two_dimensions_are_not_decayed_either() -> None:
         mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
         for config, wide in ((gains, ("q_norm.weight", "k_norm.weight")), (biases, ("_proj_bias",))):
             policy = PolicyModel(AutoModelForCausalLM.from_config(config))
-            weights = policy.trained_weights()
+            weights = trained_weights(policy)
             expected = {name for name, weight in weights.items() if weight.dim() == 1 or name.endswith(wide)}
             assert undecayed(policy) == expected
             assert any(weights[name].dim() == 2 for name in expected)
-            policy.shard(Sharding(mesh, ParallelConfig(), torch.float32))
+            shard(policy, Sharding(mesh, ParallelConfig(), torch.float32))
             assert undecayed(policy) == expected
     finally:
         dist.destroy_process_group()
@@ -63,7 +65,7 @@ def test_gains_and_biases_of_two_dimensions_are_not_decayed_either() -> None:
     adapters = Adapters(lm, LoraConfig(rank=2, targets=["q_proj"]), ModelConfig(name="base"), seed=0)
     policy = PolicyModel(lm)
     policy.adapters = adapters
-    assert policy.trained_weights() and not undecayed(policy)
+    assert trained_weights(policy) and not undecayed(policy)
 
 
 @pytest.mark.parametrize(
