@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,16 @@ def cases(major: int) -> Iterator[Case]:
 
 def exp_cases(major: int) -> Iterator[Case]:
     """The kernels that take exponentials relative to a known number: bfloat16 alone."""
-    for keep in (True, False):
-        config = launch.EXP_CONFIGS[major, keep]
-        blocks = f"tensordesc<bf16[{config.block_t}, {config.block_v}]>" if major >= 9 else "*bf16"
-        for options, types, capped in OPTIONS:
-            types = operands(major, "bf16", config) | types | {"out": blocks if keep else ""}
+    for keep, (options, types, capped) in product((True, False), OPTIONS):
+        config = launch.of_exps(launch.EXP_CONFIGS[major, not options], keep=keep)
+        again = replace(config, block_t=config.block_t // 2)
+        for kernel, its in ((exps.exp_kernel, config), (exps.exp_again_kernel, again)):
+            blocks = f"tensordesc<bf16[{its.block_t}, {its.block_v}]>" if major >= 9 else "*bf16"
+            of_kernel = operands(major, "bf16", its) | types | {"out": blocks if keep else ""}
             name = ", ".join(filter(None, ["kept" if keep else "scoring", options]))
-            exp = tiled(exps.exp_kernel, name, types, capped, torch.bfloat16, config)
-            yield replace(exp, constants=exp.constants | {"FLATTEN": config.flatten})
-            if keep:
-                again = tiled(exps.exp_again_kernel, name, types, capped, torch.bfloat16, config)
-                yield again
+            case = tiled(kernel, name, of_kernel, capped, torch.bfloat16, its)
+            flat = {"FLATTEN": its.flatten} if kernel is exps.exp_kernel else {}
+            yield replace(case, constants=case.constants | flat)
     row = {"targets": "*i64"} | dict.fromkeys(("values", "hidden", "weight", "scaled"), "*bf16")
     for options, types, capped in OPTIONS:
         constants = {"CAPPED": capped, "BLOCK": exps.ROW_BLOCK}

@@ -25,7 +25,7 @@ from .exps import Exps
 from .launch import Operands
 from .tile import kernel
 
-BLOCK, WARPS = 2048, 4
+BLOCK, WARPS = 1024, 4
 
 
 @kernel

@@ -17,7 +17,8 @@ relative to their maximum, which is found on the way. The device decides; nobody
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import RowStats, TokenStatsOptions
-from .launch import ALIGNMENT, Operands, exp_config, has_tma, multiprocessors
+from .launch import ALIGNMENT, Operands, TileConfig, exp_config, has_tma, multiprocessors
 from .tile import LOWEST, exp, kernel, q_tile, scale
 
 LARGEST = tl.constexpr(1.1420073898156842e26)  # e^60
@@ -77,13 +78,14 @@ def exp_tile(
     row, lane = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
     t = t0 + row
     inside = t < T
-    x = q - tl.load(shift + t, mask=inside, other=0.0)[:, None]
+    c = tl.load(shift + t, mask=inside, other=0.0)
+    at = tl.cast(tile, tl.int64) * T + t
+    tl.store(largest + at, tl.max(q, 1) - c, mask=inside)
+    x = q - c[:, None]
     e = exp(x)
     target = tl.load(targets + t, mask=inside, other=-1)
     others = tl.where((target - v0).to(tl.int32)[:, None] == lane[None, :], 0.0, e)  # no vocabulary has 2^31 entries
-    at = tl.cast(tile, tl.int64) * T + t
     tl.store(sums + at, tl.sum(others, 1), mask=inside)
-    tl.store(largest + at, tl.max(x, 1), mask=inside)
     if weighted is not None:
         # e^-1e4 is 0: the bound only keeps infinities out of the product.
         tl.store(weighted + at, tl.sum(others * tl.maximum(x, -1e4), 1), mask=inside)
@@ -214,31 +216,38 @@ def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: T
     """Of T > 0 tokens. The exponentials go to `out`, if given: [T, V] bfloat16, its rows a multiple of 16 bytes apart."""
     T, V = len(targets), len(operands.weight)
     config = exp_config(operands, keep=out is not None)
+    again = replace(config, block_t=config.block_t // 2)  # which leaves it registers
     row_tiles, tiles = triton.cdiv(T, config.block_t), triton.cdiv(V, config.block_v)
-    arguments = operands.arguments(config)
-    written = out
-    if out is not None and has_tma(out.device):
-        written = TensorDescriptor(out, list(out.shape), list(out.stride()), [config.block_t, config.block_v])
     pitch = 0 if out is None else out.stride(0)
     sums, largest, *rest = _vectors(targets, 2 + options.entropy, tiles, T)
     parts = (sums, largest, rest[0] if rest else None)
 
     target_q, shift = _target_q(operands, targets, options)
-    programs = config.per_sm * multiprocessors(targets.device)
+    programs = multiprocessors(targets.device)
+    arguments = operands.arguments(config)
     group = max(1, GROUP_BYTES // (config.block_t * operands.hidden.stride(0) * operands.hidden.element_size()))
     exp_kernel[(min(programs, row_tiles * tiles),)](
-        *arguments.tensors, targets, shift, written, *parts, *arguments.sizes, pitch, group, *operands.scaling,
+        *arguments.tensors, targets, shift, _blocks(out, config), *parts, *arguments.sizes, pitch, group, *operands.scaling,
         FLATTEN=config.flatten, **arguments.constants,
     )  # fmt: skip
     found, unfit = _add_up(parts, out, target_q, shift, targets, options)
 
     # The device alone knows whether a row does not fit: where none does, this finds nothing to do.
+    row_tiles = triton.cdiv(T, again.block_t)
     splits = min(tiles, triton.cdiv(4 * programs, row_tiles))
+    arguments = operands.arguments(again)
     exp_again_kernel[(row_tiles * splits,)](
-        *arguments.tensors, targets, found.shift, unfit, written, *parts, *arguments.sizes, pitch, splits,
+        *arguments.tensors, targets, found.shift, unfit, _blocks(out, again), *parts, *arguments.sizes, pitch, splits,
         *operands.scaling, **arguments.constants,
     )  # fmt: skip
     return _add_up(parts, out, target_q, found.shift, targets, options)[0]
+
+
+def _blocks(out: Tensor | None, config: TileConfig) -> Any:
+    """`out` as the kernels write it: by a descriptor where there is a unit (TMA) that stores blocks."""
+    if out is None or not has_tma(out.device):
+        return out
+    return TensorDescriptor(out, list(out.shape), list(out.stride()), [config.block_t, config.block_v])
 
 
 def _target_q(operands: Operands, targets: Tensor, options: TokenStatsOptions) -> tuple[Tensor, Tensor]:
