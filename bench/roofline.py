@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
 import torch
 
-from tbrm_kernels.backends.triton import head, launch
+from tbrm_kernels.backends.triton import exps, head, launch
 from tbrm_kernels.single_pass import CHUNK_BYTES_PER_VOCABULARY_ENTRY
 
 T = 8192
@@ -74,45 +74,53 @@ class Work:
 
 
 def works(gpu: Gpu, V: int, D: int) -> Iterator[Work]:
-    config = launch.WIDE_CONFIGS[gpu.major, torch.bfloat16][0]
-    product = 2.0 * T * V * D
-    hidden, weight, logits = T * D, V * D, T * V
-    row_tiles, tiles = ceil(T / config.block_t), ceil(V / config.block_v)
-    splits = min(tiles, ceil(8 * gpu.sms / row_tiles))
-    fetched = row_tiles * tiles * (config.block_t + config.block_v) * D * BF16
-    # All row tiles of a split run at once, so that each part of the weight comes from DRAM once; hidden stays in the cache.
-    passes = ceil(row_tiles / gpu.sms)
-    yield Work(
-        "forward (recompute)",
-        product,
-        logits,
-        (hidden + passes * weight) * BF16 + 4 * splits * T * F32,
-        fetched,
-        serial_epilogue=True,
-    )
-    yield Work("combine (recompute)", 0, 2 * splits * T, T * (4 * splits * F32 + INT64 + 4 * F32))
-
-    width = config.block_v * max(1, head.SCRATCH_BYTES // (T * config.block_v * BF16))
-    slices = ceil(V / width)
-    operands = slices * hidden + passes * weight
-    yield Work("dlogits (recompute)", product, logits, (operands + logits) * BF16, fetched, serial_epilogue=True)
-    yield Work("cuBLAS: dH and dW (recompute)", 2 * product, 0, *_products(logits, hidden, weight, slices))
-
-    chunk = max(1, CHUNK_BYTES_PER_VOCABULARY_ENTRY["cuda"] // F32)
-    chunks = ceil(T / chunk)
-    yield Work("cuBLAS: logits (single pass)", product, 0, (hidden + chunks * weight) * BF16 + logits * F32)
-    yield Work("row_stats (single pass)", 0, 2 * logits, logits * F32)
-    yield Work("row_dlogits (single pass)", 0, logits, logits * (F32 + BF16))
-    accumulate = (2 * chunks - 1) * weight * F32 + weight * (F32 + BF16)
-    operands = 2 * logits + 2 * hidden + chunks * weight
-    yield Work("cuBLAS: dH and dW (single pass)", 2 * product, 0, operands * BF16 + accumulate)
+    yield from single_pass(gpu, V, D)
+    yield from recompute(gpu, V, D)
     of_each = INT64 + 5 * F32  # cu_seqlens; reference, reward, lse of the first token, residual, its gradient
     yield Work("residual and its gradient (both)", 0, 0, 3 * T * F32 + TRAJECTORIES * of_each)
 
 
-def _products(logits: int, hidden: int, weight: int, slices: int) -> tuple[float]:
-    """Both products read dlogits; hidden is read, and its gradient read and written in float32, once per slice."""
-    return ((2 * logits + weight + slices * hidden) * BF16 + 2 * slices * hidden * F32 + weight * (2 * F32 + BF16),)
+def single_pass(gpu: Gpu, V: int, D: int) -> Iterator[Work]:
+    config = launch.EXP_CONFIGS[gpu.major, True]
+    hidden, weight, logits = T * D, V * D, T * V
+    row_tiles, tiles = ceil(T / config.block_t), ceil(V / config.block_v)
+    group = max(1, exps.GROUP_BYTES // (config.block_t * D * BF16))
+    sums = 2 * tiles * T * F32  # and the largest of each tile
+    yield Work("target's logit (single pass)", 0, 0, 2 * hidden * BF16 + T * (INT64 + 2 * F32))
+    yield Work(
+        "exponentials (single pass)",
+        2.0 * T * V * D,
+        logits,
+        # The hidden states of a group of row tiles stay in the cache, so that each group reads the weight once.
+        (hidden + ceil(row_tiles / group) * weight + logits) * BF16 + sums,
+        row_tiles * tiles * (config.block_t + config.block_v) * D * BF16,
+        serial_epilogue=True,
+    )
+    yield Work("sums (single pass)", 0, 2 * T, 2 * sums)  # once more after rows that did not fit
+    yield Work("rows (single pass)", 0, T, 2 * hidden * BF16 + 10 * T * F32)
+    chunks = ceil(T / (CHUNK_BYTES_PER_VOCABULARY_ENTRY["cuda"] // BF16))
+    gradient = weight * BF16 if chunks == 1 else (2 * chunks - 1) * weight * F32 + weight * (F32 + BF16)
+    products = (2 * logits + chunks * weight + hidden) * BF16 + gradient + 2 * hidden * F32 + hidden * BF16
+    yield Work("cuBLAS: dH and dW (single pass)", 4.0 * T * V * D, 0, products)
+
+
+def recompute(gpu: Gpu, V: int, D: int) -> Iterator[Work]:
+    config = launch.CONFIGS[gpu.major, torch.bfloat16][0]
+    config = next(iter(launch.WIDE_CONFIGS.get((gpu.major, torch.bfloat16), ())), config)
+    product = 2.0 * T * V * D
+    hidden, weight, logits = T * D, V * D, T * V
+    row_tiles, tiles = ceil(T / config.block_t), ceil(V / config.block_v)
+    fetched = row_tiles * tiles * (config.block_t + config.block_v) * D * BF16
+    passes = ceil(row_tiles / gpu.sms)
+    scoring = next(work for work in single_pass(gpu, V, D) if work.kernel.startswith("exponentials"))
+    yield replace(scoring, kernel="exponentials' sums alone (recompute)", dram=scoring.dram - logits * BF16)
+    width = config.block_v * max(1, head.SCRATCH_BYTES // (T * config.block_v * BF16))
+    slices = ceil(V / width)
+    operands = slices * hidden + passes * weight
+    yield Work("dlogits (recompute)", product, logits, (operands + logits) * BF16, fetched, serial_epilogue=True)
+    # Both products read dlogits; hidden is read, and its gradient read and written in float32, once per slice.
+    products = (2 * logits + weight + slices * hidden) * BF16 + 2 * slices * hidden * F32 + weight * (2 * F32 + BF16)
+    yield Work("cuBLAS: dH and dW (recompute)", 2 * product, 0, products)
 
 
 def main() -> None:
@@ -140,10 +148,12 @@ def main() -> None:
                 for way in totals:
                     if way in work.kernel or "both" in work.kernel:
                         totals[way] += best
-            floor = 3 * 2 * T * V * D / gpu.tensor
+            product = 2 * T * V * D / gpu.tensor
+            score = next(work for work in recompute(gpu, V, D)).seconds(gpu)
             lines.append(
-                f"| {name} | **single pass {totals['single pass'] / floor:.2f}, recompute {totals['recompute'] / floor:.2f} "
-                "times three products at the tensor cores' rate** | | | | | | |"
+                f"| {name} | **single pass {totals['single pass'] / product / 3:.2f}, recompute "
+                f"{totals['recompute'] / product / 3:.2f} times three products at the tensor cores' rate, scoring "
+                f"{(score['tensor'] + score['exp']) / product:.2f} times one** | | | | | | |"
             )
         lines.append("")
     Path(sys.argv[1]).write_text("# Roofline of the Triton backend\n\n" + "\n".join(lines))
