@@ -2,8 +2,8 @@
 
     make bench-memory
 
-Two steps of the demo's recipe in fresh processes, rollouts included: `peak_memory_mib` of metrics.jsonl, of the process that
-holds most, less what an idle process holds that has imported the trainer. Fails if 4 processes hold more than 0.40 of one.
+Two steps of recipes/chain_sum.yaml in fresh processes, rollouts included: `peak_memory_mib` of metrics.jsonl, of the process
+that holds most, less what an idle process holds that has imported the trainer. Fails if 4 processes hold more than 0.40 of one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SETTINGS = (
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "4194304"}
 AT_MOST = 0.40  # of one process's, on 4
 
-HEAD = """Made by `make bench-memory` on {processor}, torch {torch}, gloo: the demo's recipe (SmolLM2-135M-Instruct) with
+HEAD = """Made by `make bench-memory` on {processor}, torch {torch}, gloo: recipes/chain_sum.yaml (SmolLM2-135M-Instruct) with
 64 prompts a step of one response each, micro-batches of at most 4,096 tokens, bfloat16 products, float32 weights and moments,
 the reference, two steps. MiB of the process that holds most, beyond the {idle:.0f} of an idle one that has imported the
 trainer:
 
-    {environment} torchrun --nproc-per-node 4 -m tbrm train recipes/demo.yaml {settings}
+    {environment} torchrun --nproc-per-node 4 -m tbrm train recipes/chain_sum.yaml {settings}
 
 | processes | peak, MiB | of one process | with `parallel.vocab_parallel=true` | of one process |
 |---|---|---|---|---|

@@ -24,7 +24,7 @@ from bench.machine import processor
 from tbrm.policy.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-RECIPE = str(ROOT / "recipes/demo.yaml")
+RECIPE = str(ROOT / "recipes/chain_sum.yaml")
 MIB = 2**20
 TOLERANCE = 0.15
 SETTINGS = (
@@ -111,8 +111,8 @@ def make_random_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-HEAD = """Made by `make bench-plan` on {processor}, torch {torch}, gloo: the demo's recipe with 64 prompts a step, two steps,
-bfloat16 products. Planned: by `tbrm plan`, and the phase of its peak. Measured: `peak_memory_mib` of the process that
+HEAD = """Made by `make bench-plan` on {processor}, torch {torch}, gloo: recipes/chain_sum.yaml with 64 prompts a step, two
+steps, bfloat16 products. Planned: by `tbrm plan`, and the phase of its peak. Measured: `peak_memory_mib` of the process that
 holds most, in fresh processes, less the {idle:.0f} MiB of an idle one.
 
 | model | processes | tokens of a micro-batch, at most | planned, MiB | measured, MiB | planned / measured |

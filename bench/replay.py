@@ -1,5 +1,5 @@
-"""Three experiments on the demo's task, with tables and plots from the metrics of real runs: what replay saves, what rollouts
-beside training save (`overlap`), and what training on stale ones costs (`staleness`).
+"""Three experiments on recipes/chain_sum.yaml, with tables and plots from the metrics of real runs: what replay saves, what
+rollouts beside training save (`overlap`), and what training on stale ones costs (`staleness`).
 
     python -m bench.replay RUNS OUT [--only replay] [--seeds 0 1 2] [--recipe R] [key.sub=value ...]
 
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--only", choices=COST, help="one of the experiments")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--recipe", default="recipes/chain_sum.yaml")
     parser.add_argument("--prompts", type=int, default=128, help="responses that each update of replay is made of")
     parser.add_argument("--rollouts", type=int, default=12, help="of each run of replay")
     parser.add_argument("--target", type=float, default=0.5)

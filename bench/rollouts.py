@@ -31,7 +31,7 @@ from tbrm.policy.model import PolicyModel
 from tbrm.rollout import Sampling, make_engine, make_requests
 from tbrm.tasks import ProblemStream
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "chain_sum.yaml"
 WAYS = {"generate": "transformers `generate`", "embedded": "embedded engine", "vllm": "vLLM engine"}
 ROUNDS = 3
 
@@ -57,7 +57,7 @@ def workloads(config: Config, chat: Chat) -> dict[str, tuple[list[list[int]], Sa
     asked = [question.format(thing) for thing in _THINGS for question in _QUESTIONS][:64]
     questions = [chat.encode([{"role": "user", "content": text}]) for text in asked]
     return {
-        f"the demo's {len(demo)} prompts, up to {rollout.max_new_tokens} tokens": (
+        f"{len(demo)} sums, up to {rollout.max_new_tokens} tokens": (
             demo,
             Sampling(rollout.max_new_tokens, rollout.temperature),
         ),

@@ -1,8 +1,9 @@
 """The ways to take the step of `bench.step`, each in a process of its own.
 
-The trajectories (bench/step_trajectories.jsonl) are 16 problems of the demo's task with 4 answers each, of up to 16 tokens:
+The trajectories (bench/step_trajectories.jsonl) are 16 problems with 4 answers each, of up to 16 tokens:
 
-    tbrm rollout recipes/demo.yaml --out bench/step_trajectories.jsonl rollout.prompts=16 rollout.samples=4 evaluation.prompts=0
+    tbrm rollout recipes/chain_sum.yaml --out bench/step_trajectories.jsonl rollout.prompts=16 rollout.samples=4 \
+        evaluation.prompts=0
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Tbrm:
             "evaluation.prompts=0",
             f"run.dir={tempfile.gettempdir()}/unused",
         ]
-        self.trainer = Trainer(load_config("recipes/demo.yaml", overrides))
+        self.trainer = Trainer(load_config("recipes/chain_sum.yaml", overrides))
 
     @torch.no_grad()
     def logprobs(self) -> list[float]:
