@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     temperature = "0 is greedy; the default is 0 for one response, 1 for several"
     parser.add_argument("--temperature", type=float, help=temperature)
     parser.add_argument("--prompts", type=int, help="held-out problems (default: the recipe's number, else 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
     parser.add_argument("--json", type=path, metavar="FILE", help="also write all figures and responses there")
 
 

@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: as the model's files had them before training)",
+        help="data type of the weights (default: as the model's files had them before training)",
     )
 
 

@@ -14,9 +14,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
     parser.add_argument("--gpus", type=at_least_one, default=1, help="processes, each with a GPU (default 1)")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="of each; without it nothing is said of what fits"
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each; without it nothing is said of what fits"
     )
-    parser.add_argument("--json", action="store_true", help="bytes, for programs")
+    parser.add_argument("--json", action="store_true", help="print bytes, as JSON for programs")
 
 
 def run(args: argparse.Namespace) -> None:

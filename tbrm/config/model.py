@@ -26,20 +26,24 @@ class ModelConfig(Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Of the products; weights are float32. auto: bfloat16 where the processor has it (GPUs, AVX512-BF16, AMX).",
+        description="Precision of the products; weights are float32. auto: bfloat16 where the processor has it (GPUs, "
+        "AVX512-BF16, AMX).",
     )
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = Field(
         "auto",
-        description="In training. On a GPU in bfloat16, flash: flash-attn (pip install 'tbrm[gpu]'), varlen: torch's own, "
-        "flex: its FlexAttention, compiled. sdpa: segment by segment, anywhere. auto: the first that is there and fits.",
+        description="Attention in training. On a GPU in bfloat16, flash: flash-attn (pip install 'tbrm[gpu]'), varlen: torch's "
+        "own, flex: its FlexAttention, compiled. sdpa: segment by segment, anywhere. auto: the first that is there and fits.",
     )
     liger: bool = Field(
-        False, description="liger-kernel's RMSNorm, RoPE and gated MLP, on a GPU (pip install 'tbrm[gpu]')."
+        False, description="Use liger-kernel's RMSNorm, RoPE and gated MLP, on a GPU (pip install 'tbrm[gpu]')."
     )
     compile: bool = Field(
-        False, description="torch.compile of each block's norms and MLP; the first steps wait for it. Not with liger."
+        False,
+        description="Run each block's norms and MLP through torch.compile; the first steps wait for it. Not with liger.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N. auto takes a GPU where there is one.")
+    device: str = Field(
+        "auto", description="Device of the model: auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off for good reason."
     )
@@ -90,7 +94,9 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int = Field(0, ge=0, description="Of the adapters (pip install 'tbrm[lora]'); 0: all weights are trained.")
+    rank: int = Field(
+        0, ge=0, description="Rank of the adapters (pip install 'tbrm[lora]'); 0: all weights are trained."
+    )
     alpha: float = Field(16.0, gt=0, description="What an adapter adds is scaled by alpha / rank.")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],

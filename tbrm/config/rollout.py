@@ -30,7 +30,8 @@ class RolloutConfig(Section):
     )
     max_prompt_tokens: int = Field(0, ge=0, description="Longest prompt, in tokens. 0: no limit.")
     long_prompts: Literal["refuse", "drop"] = Field(
-        "refuse", description="A longer one: an error that names it, or left out, counted as prompts_dropped."
+        "refuse",
+        description="What becomes of a longer prompt: an error that names it, or left out, counted as prompts_dropped.",
     )
     stop_ids: list[Annotated[int, Field(ge=0)]] = Field(
         [], description="Token ids that end a response, beside those of the model, its tokenizer and its chat template."
@@ -53,15 +54,19 @@ class RolloutConfig(Section):
         description="Optimiser steps by which rollouts may run ahead, beside training, with weights as many steps old. 0: off.",
     )
     timeout: int = Field(1800, ge=1, description="Seconds that training waits for a rollout made beside it.")
-    temperature: float = Field(1.0, gt=0, description="Of sampling, and of Q = logits / temperature in training.")
+    temperature: float = Field(
+        1.0, gt=0, description="Temperature of sampling, and of Q = logits / temperature in training."
+    )
     batch_size: int = Field(64, ge=1, description="Responses generated at once.")
     truncated: Literal["reward", "fixed", "drop"] = Field(
-        "reward", description="A truncated response: its verifier's reward, the fixed reward below, or dropped."
+        "reward",
+        description="What a truncated response gets: its verifier's reward, the fixed reward below, or dropped.",
     )
     truncated_reward: float = Field(0.0, description="The reward of a truncated response when truncated is 'fixed'.")
     ungraded: Literal["drop", "zero"] = Field(
         "drop",
-        description="A response that could not be graded (a reward of None, a grader out of time): left out, or reward 0.",
+        description="What becomes of a response that could not be graded (a reward of None, a grader out of time): left out, "
+        "or reward 0.",
     )
     vllm: VllmConfig = VllmConfig()
 
@@ -84,7 +89,7 @@ class ReplayConfig(Section):
         description="Old trajectories added to each step's fresh ones; all responses to a problem come together.",
     )
     sampling: Literal["uniform", "residual"] = Field(
-        "uniform", description="How they are drawn: all alike, or in proportion to their last |residual|."
+        "uniform", description="How old trajectories are drawn: all alike, or in proportion to their last |residual|."
     )
     max_staleness: int = Field(
         0,

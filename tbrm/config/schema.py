@@ -24,7 +24,7 @@ class Config(Section):
     """Everything a run depends on."""
 
     run: RunConfig
-    seed: int = Field(0, ge=0, description="Of the problems drawn, the sampling, and the tiny model's weights.")
+    seed: int = Field(0, ge=0, description="Seed of the problems drawn, the sampling, and the tiny model's weights.")
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     task: SerializeAsAny[Task] | None = Field(

@@ -18,7 +18,7 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Section):
-    learning_rate: float = Field(1e-6, gt=0, description="Of AdamW, after warm-up.")
+    learning_rate: float = Field(1e-6, gt=0, description="Learning rate of AdamW, after warm-up.")
     betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = Field((0.9, 0.95), description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
@@ -69,7 +69,7 @@ class EvaluationConfig(Section):
     prompts: int = Field(200, ge=0, description="Held-out problems; never trained on. 0: no evaluation.")
     every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after training.")
     samples: int = Field(1, ge=1, description="Responses to each problem: k of avg@k and pass@k.")
-    temperature: float = Field(0.0, ge=0, description="0: greedy.")
+    temperature: float = Field(0.0, ge=0, description="Temperature of the sampling; 0: greedy.")
 
     @model_validator(mode="after")
     def _greedy_repeats(self) -> EvaluationConfig:
@@ -83,7 +83,8 @@ class CheckpointConfig(Section):
     every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only after the last step.")
     keep: int = Field(2, ge=1, description="Latest checkpoints kept, beside the best.")
     asynchronous: bool = Field(
-        False, description="Write while training goes on, from a copy of weights and optimiser in the CPU's memory."
+        False,
+        description="Write checkpoints while training goes on, from a copy of weights and optimiser in the CPU's memory.",
     )
 
 

@@ -29,10 +29,12 @@ class VllmConfig(Section):
     servers: int = Field(1, ge=1, description="Servers to start, where no addresses are given.")
     devices: list[Annotated[int, Field(ge=0)]] = Field(
         [],
-        description="Dealt out to the servers that we start: numbers of visible GPUs; of cores on a CPU. None: GPUs that "
-        "training leaves, then the others; on a CPU a part of the cores for each of several servers.",
+        description="Devices dealt out to the servers that we start: numbers of visible GPUs; of cores on a CPU. None: GPUs "
+        "that training leaves, then the others; on a CPU a part of the cores for each of several servers.",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Of vLLM's model. auto: model.precision.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Data type of vLLM's model. auto: model.precision."
+    )
     kv_cache_gib: int = Field(2, ge=1, description="Memory for keys and values on a CPU, in GiB.")
     gpu_memory: float = Field(0.45, gt=0, le=1, description="Share of the GPU's memory that vLLM may use in all.")
     options: dict[str, Any] = Field(

@@ -30,7 +30,7 @@ class FileTask(Task):
     heldout_rows: int = Field(
         0,
         ge=0,
-        description="Or: keep the problems of the last so many rows of `path` for evaluation; other rows of them are left out.",
+        description="Rows at the end of `path` whose problems are kept for evaluation; other rows of them are left out.",
     )
     prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
     answer_column: str = Field("answer", description="Column of the reference answers: text or a number.")

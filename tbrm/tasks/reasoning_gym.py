@@ -42,7 +42,7 @@ class ReasoningGym(Task):
     partial_credit: bool = Field(
         False, description="Reward answers that are not right with the scorer's value below 1."
     )
-    heldout_seed: int = Field(0, description="Which held-out problems.")
+    heldout_seed: int = Field(0, description="Seed of the held-out problems.")
     timeout_seconds: float = Field(10.0, gt=0, description="Scoring one response may take this long.")
 
     @model_validator(mode="after")
