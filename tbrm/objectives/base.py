@@ -46,8 +46,8 @@ class Objective(ABC, BaseModel):
     )
     reward_offset: float = Field(
         0.0,
-        description="What is added to each reward: the best policy stays, V(s_1) rises by offset / beta. For tbrm, choose it so "
-        "that the mean of R/beta starts a little above the metric value_mean.",
+        description="What is added to each reward: the best policy stays, V(s_1) rises by offset / beta. For tbrm, choose it "
+        "so that the mean of R/beta starts a little above the metric value_mean.",
     )
     reset_reference_every: int = Field(
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
