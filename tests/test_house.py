@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from docs.rooms import BEGIN, END, MAP, ORDER, PACKAGES, drawn, imports, parsed
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"tbrm": ROOT / "tbrm", "tbrm_kernels": ROOT / "kernels", "tests": ROOT / "tests", "bench": ROOT / "bench"}
-ORDER = [
-    "__main__", "commands", "processes", "training", "plan", "experience", "rollout", "chat", "policy", "config", "objectives",
-    "tasks", "trajectories", "reporting", "parallel", "storage", "registry", "spelling",
-]  # fmt: skip
-"""The rooms of tbrm/, and the modules beside them: each imports what stands after it. (`__init__` is of none.)"""
-
-
-def parsed(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(folder.rglob("*.py")):
-        yield path, ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def module_of(dotted: str) -> Path | None:
@@ -36,19 +27,6 @@ def module_of(dotted: str) -> Path | None:
             holder = path / "__init__.py" if path.is_dir() else path
             return path if re.search(rf"\b{name}\b", holder.read_text(encoding="utf-8")) else None
     return path
-
-
-def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of all that is imported of ours, in functions and for type checkers too."""
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            if name.partition(".")[0] in PACKAGES:
-                yield node.lineno, name
 
 
 def room_of(dotted: str) -> str | None:
@@ -125,3 +103,20 @@ def test_help_takes_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_map_shows_the_rooms_as_they_are() -> None:
+    assert BEGIN + drawn() + END in MAP.read_text(encoding="utf-8"), "run `python -m docs.rooms`"
+
+
+def test_what_the_map_names_is_there() -> None:
+    text = MAP.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_.]+)`", text):
+        if name.partition(".")[0] in ORDER and not name.endswith(".py"):
+            found = importlib.import_module(f"tbrm.{name.partition('.')[0]}")
+            for part in name.split(".")[1:]:
+                if not hasattr(found, part) and hasattr(found, "__path__"):
+                    importlib.import_module(f"{found.__name__}.{part}")
+                found = getattr(found, part)
+    for path in re.findall(r"`((?:[a-z_]+/)+[a-z_.]*)`", text):
+        assert any((root / path).exists() for root in (ROOT, ROOT / "tbrm")), path

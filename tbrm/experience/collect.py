@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
+from tbrm.rollout.graded import grade_answers
 from tbrm.tasks import Problem, ProblemStream, Progress
-from tbrm.tasks.grading import grade_responses
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
 from tbrm.trajectories.trajectory import Trajectory
 
@@ -117,15 +116,13 @@ class RolloutSource:
             problems, prompts, left_out = self._draw()
             requests = make_requests(prompts, config.samples, "rollout", self.seed, step)
             answers = self.engine.generate(requests, Sampling(config.max_new_tokens, config.temperature))
-        flat = [(i, response) for i, responses in enumerate(answers) for response in responses]
         with phases("reward"):
-            texts = [self.chat.decode(response.token_ids) for _, response in flat]
-            grader = partial(grade_responses, self.stream.task, progress=Progress(step - 1, self.steps))
-            ids = [response.token_ids for _, response in flat]
-            grades = self.world.split(grader, [problems[i] for i, _ in flat], texts, ids)
+            progress = Progress(step - 1, self.steps)
+            graded = grade_answers(self.stream.task, problems, answers, self.chat, progress, self.world)
 
         collected = Collected([])
-        for (i, response), grade in zip(flat, grades, strict=True):
+        for each in graded:
+            i, response, grade = each.number, each.response, each.grade
             fixed = response.truncated and config.truncated == "fixed"
             if response.truncated and config.truncated == "drop":
                 continue
@@ -143,10 +140,10 @@ class RolloutSource:
                 )
             )
         collected.metrics = {
-            "correct_share": sum(grade.correct for grade in grades) / len(grades),
-            "ungraded": sum(grade.failure is not None for grade in grades),
-            "dropped": len(grades) - len(collected.trajectories),
-            "generated_tokens": sum(len(response.token_ids) for _, response in flat),
+            "correct_share": sum(each.grade.correct for each in graded) / len(graded),
+            "ungraded": sum(each.grade.failure is not None for each in graded),
+            "dropped": len(graded) - len(collected.trajectories),
+            "generated_tokens": sum(len(each.response.token_ids) for each in graded),
         }
         if config.max_prompt_tokens:
             collected.metrics["prompts_dropped"] = left_out

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import sqrt
 from statistics import fmean
 
 from tbrm.chat import Chat
 from tbrm.parallel import ALONE, World
 from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
+from tbrm.rollout.graded import grade_answers
 from tbrm.tasks import Problem, Progress, Task
-from tbrm.tasks.grading import grade_responses
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,8 @@ def evaluate(
     if not problems:
         raise ValueError("evaluation.prompts: got 0 problems; wants at least 1 (of rollout.max_prompt_tokens, if set)")
     answers = engine.generate(make_requests(prompts, k, "evaluation", seed), sampling)
-    flat = [(problem, response) for problem, responses in zip(problems, answers, strict=True) for response in responses]
-    texts = [chat.decode(response.token_ids) for _, response in flat]
-    grader = partial(grade_responses, task, progress=progress or Progress())
-    ids = [response.token_ids for _, response in flat]
-    grades = world.split(grader, [problem for problem, _ in flat], texts, ids)
+    graded = grade_answers(task, problems, answers, chat, progress or Progress(), world)
+    grades = [each.grade for each in graded]
     right = [sum(grade.correct for grade in grades[i : i + k]) for i in range(0, len(grades), k)]
     accuracy = sum(right) / len(grades)
     ci_low, ci_high = wilson_interval(accuracy, len(problems))
@@ -81,14 +77,19 @@ def evaluate(
         k=k,
         n=len(problems),
         reward_mean=fmean([grade.reward for grade in grades if grade.failure is None] or [0.0]),
-        response_length_mean=fmean(len(response.token_ids) for _, response in flat),
-        truncated_share=fmean(response.truncated for _, response in flat),
+        response_length_mean=fmean(len(each.response.token_ids) for each in graded),
+        truncated_share=fmean(each.response.truncated for each in graded),
         ungraded=sum(grade.failure is not None for grade in grades),
         samples=[
             Sample(
-                problem.messages[-1]["content"], text, problem.answer, grade.reward, grade.correct, response.truncated
+                prompt=problems[each.number].messages[-1]["content"],
+                response=each.text,
+                answer=problems[each.number].answer,
+                reward=each.grade.reward,
+                correct=each.grade.correct,
+                truncated=each.response.truncated,
             )
-            for (problem, response), text, grade in zip(flat, texts, grades, strict=True)
+            for each in graded
         ],
     )
 
