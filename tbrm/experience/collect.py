@@ -12,8 +12,8 @@ from tbrm.chat import Chat
 from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
-from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.rollout.graded import grade_answers
+from tbrm.rollout.interface import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, ProblemStream, Progress
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
 from tbrm.trajectories.trajectory import Trajectory

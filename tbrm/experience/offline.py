@@ -28,12 +28,12 @@ from tbrm.chat import Chat, check_token_ids
 from tbrm.config.rollout import RolloutConfig
 from tbrm.experience.collect import WAITING, Collected, load_collected
 from tbrm.reporting.metrics import Phases
-from tbrm.rollout.base import derive_seed
+from tbrm.rollout.interface import derive_seed
 from tbrm.storage.files import save_tensors
 from tbrm.tasks import Problem, Task
-from tbrm.tasks.base import Progress, plain
 from tbrm.tasks.grading import grade_responses
 from tbrm.tasks.messages import read_messages, read_tools
+from tbrm.tasks.task import Progress, plain
 from tbrm.trajectories.stored import score_columns, scores_at
 from tbrm.trajectories.trajectory import Trajectory
 

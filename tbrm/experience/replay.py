@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from tbrm.config.rollout import ReplayConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
-from tbrm.rollout.base import derive_seed
+from tbrm.rollout.interface import derive_seed
 from tbrm.storage.files import Discards, lacks_room
 from tbrm.storage.names import plain_name
 from tbrm.trajectories.stored import load_trajectories, save_trajectories

@@ -3,7 +3,7 @@
 Their fields are keys of a recipe, which is checked before torch is loaded: what needs torch is imported where it is used.
 """
 
-from tbrm.objectives.base import Objective, Step, TrajectoryLoss
+from tbrm.objectives.objective import Objective, Step, TrajectoryLoss
 from tbrm.registry import Registry
 
 OBJECTIVES = Registry(

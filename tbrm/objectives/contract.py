@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tbrm.objectives.base import Objective, Step, TrajectoryLoss
+from tbrm.objectives.objective import Objective, Step, TrajectoryLoss
 from tbrm.trajectories.packing import ScoredBatch
 from tbrm_kernels import TokenStats
 

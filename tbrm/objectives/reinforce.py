@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tbrm.objectives.base import Objective, Step, TrajectoryLoss, comparable, group_means
+from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, comparable, group_means
 
 if TYPE_CHECKING:
     from torch import Tensor

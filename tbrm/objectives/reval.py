@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from tbrm.objectives.base import Objective, Step, TrajectoryLoss, group_means
+from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, group_means
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tbrm.objectives.base import Objective, TrajectoryLoss
+from tbrm.objectives.objective import Objective, TrajectoryLoss
 
 if TYPE_CHECKING:
     from tbrm.trajectories.packing import ScoredBatch

@@ -1,7 +1,7 @@
 """Rollouts: engines that turn prompts into responses, and what collects graded trajectories with them."""
 
-from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling, make_requests
 from tbrm.rollout.embedded import EmbeddedEngine
 from tbrm.rollout.engines import make_engine
+from tbrm.rollout.interface import Request, Response, RolloutEngine, Sampling, make_requests
 
 __all__ = ["EmbeddedEngine", "Request", "Response", "RolloutEngine", "Sampling", "make_engine", "make_requests"]

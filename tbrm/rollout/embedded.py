@@ -20,8 +20,8 @@ from tbrm.chat import Chat
 from tbrm.policy.ends import Ends
 from tbrm.policy.generation import generation_mode, logits_of
 from tbrm.policy.model import PolicyModel
-from tbrm.rollout.base import Request, Response, Sampling, derive_seed
 from tbrm.rollout.choose import draw, most_likely
+from tbrm.rollout.interface import Request, Response, Sampling, derive_seed
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 from tbrm.rollout.packed_weights import packed_weights
 from tbrm.trajectories.packing import common_prefix

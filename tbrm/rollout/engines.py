@@ -11,9 +11,9 @@ from tbrm.config.rollout import RolloutConfig
 from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.model import PolicyModel
-from tbrm.rollout.base import RolloutEngine
 from tbrm.rollout.embedded import EmbeddedEngine
 from tbrm.rollout.frozen import FrozenEngine
+from tbrm.rollout.interface import RolloutEngine
 from tbrm.rollout.split import SplitEngine
 
 

@@ -9,8 +9,8 @@ from statistics import fmean
 
 from tbrm.chat import Chat
 from tbrm.parallel import ALONE, World
-from tbrm.rollout.base import RolloutEngine, Sampling, make_requests
 from tbrm.rollout.graded import grade_answers
+from tbrm.rollout.interface import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, Progress, Task
 
 

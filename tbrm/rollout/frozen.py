@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.sharded import frozen_copy
-from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling
+from tbrm.rollout.interface import Request, Response, RolloutEngine, Sampling
 
 
 class EngineClosed(RuntimeError):

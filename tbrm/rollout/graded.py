@@ -8,7 +8,7 @@ from functools import partial
 
 from tbrm.chat import Chat
 from tbrm.parallel import World
-from tbrm.rollout.base import Response
+from tbrm.rollout.interface import Response
 from tbrm.tasks import Grade, Problem, Progress, Task
 from tbrm.tasks.grading import grade_responses
 

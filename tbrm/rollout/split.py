@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tbrm.parallel import World
-from tbrm.rollout.base import Request, Response, RolloutEngine, Sampling
+from tbrm.rollout.interface import Request, Response, RolloutEngine, Sampling
 
 
 class SplitEngine:

@@ -1,7 +1,7 @@
 """Tasks: where problems come from and how responses are graded."""
 
 from tbrm.registry import Registry
-from tbrm.tasks.base import Grade, Problem, ProblemStream, Progress, Task
+from tbrm.tasks.task import Grade, Problem, ProblemStream, Progress, Task
 
 TASKS = Registry("task", {"reasoning_gym": "tbrm.tasks.reasoning_gym:ReasoningGym", "file": "tbrm.tasks.file:FileTask"})
 

@@ -13,9 +13,9 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from tbrm.spelling import hint
 from tbrm.storage.paths import ExpandedPath
-from tbrm.tasks.base import Grade, Problem, Progress, Task
 from tbrm.tasks.messages import Message, read_messages, read_tools
-from tbrm.tasks.rows import read_rows
+from tbrm.tasks.row_files import read_rows
+from tbrm.tasks.task import Grade, Problem, Progress, Task
 from tbrm.tasks.verifiers import Verifier, make_verifier
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tbrm.tasks.base import Grade, Problem, Progress, Task
+from tbrm.tasks.task import Grade, Problem, Progress, Task
 from tbrm.tasks.user_code import explained
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tbrm.tasks.answers import Extractor
-from tbrm.tasks.base import Grade, Problem, Task
+from tbrm.tasks.task import Grade, Problem, Task
 from tbrm.tasks.workers import Workers
 
 # Training and held-out items come from different halves of reasoning-gym's seeds, of which 2^32 are usable (numpy's

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tbrm.tasks.base import Problem
+from tbrm.tasks.task import Problem
 from tbrm.tasks.time_limit import TooLateError
 
 Result = TypeVar("Result")

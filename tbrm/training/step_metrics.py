@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from tbrm.objectives.base import TrajectoryLoss
+from tbrm.objectives.objective import TrajectoryLoss
 from tbrm.parallel import World
 from tbrm.trajectories.packing import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory

@@ -40,8 +40,8 @@ from tbrm.policy.sharding import accumulate
 from tbrm.policy.weights import whole
 from tbrm.reporting.metrics import Phases, peak_memory_mib
 from tbrm.rollout import Sampling, make_engine
-from tbrm.rollout.base import derive_seed
 from tbrm.rollout.evaluate import evaluate
+from tbrm.rollout.interface import derive_seed
 from tbrm.tasks import Progress
 from tbrm.training.agreement import require_agreement
 from tbrm.training.checkpoint import TrainerState

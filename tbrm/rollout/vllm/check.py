@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.named_weights import weights_of
-from tbrm.rollout.base import Response
+from tbrm.rollout.interface import Response
 from tbrm.rollout.vllm.server import sampling_params
 from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory

@@ -17,7 +17,7 @@ import torch
 from tbrm.chat import Chat
 from tbrm.config.rollout import RolloutConfig
 from tbrm.policy.model import PolicyModel
-from tbrm.rollout.base import Request, Response, Sampling
+from tbrm.rollout.interface import Request, Response, Sampling
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
 from tbrm.rollout.vllm.process import FolderGuard, check_installed, engine_options, environment, socket_folder

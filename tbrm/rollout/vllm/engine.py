@@ -24,7 +24,7 @@ from tbrm.config.rollout import RolloutConfig
 from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.model import PolicyModel
-from tbrm.rollout.base import Request, Response, Sampling
+from tbrm.rollout.interface import Request, Response, Sampling
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.connection import HungError, ServerError, headers_from_environment

@@ -9,7 +9,7 @@ from typing import Any
 
 from tbrm.config.section import ConfigError
 from tbrm.policy.ends import Ends
-from tbrm.rollout.base import Response
+from tbrm.rollout.interface import Response
 from tbrm.rollout.vllm.connection import Endpoint, RefusedError, ServerError
 
 SUPPORTED = ((0, 32), (0, 34))

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from tbrm.registry import Registry
 from tbrm.spelling import hint
-from tbrm.tasks.verifiers.base import Verifier
 from tbrm.tasks.verifiers.reward_function import RewardFunction
+from tbrm.tasks.verifiers.verifier import Verifier
 
 VERIFIERS = Registry(
     "verifier",

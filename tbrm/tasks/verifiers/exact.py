@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from tbrm.tasks.answers import EXTRACTORS, Extractor
-from tbrm.tasks.base import Grade, Problem
-from tbrm.tasks.verifiers.base import Verifier
+from tbrm.tasks.task import Grade, Problem
+from tbrm.tasks.verifiers.verifier import Verifier
 
 
 class Exact(Verifier):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from tbrm.tasks.answers import last_number
-from tbrm.tasks.base import Grade, Problem
-from tbrm.tasks.verifiers.base import Verifier
+from tbrm.tasks.task import Grade, Problem
+from tbrm.tasks.verifiers.verifier import Verifier
 
 
 class LastNumber(Verifier):

@@ -8,8 +8,8 @@ from functools import cache
 
 from pydantic import Field, model_validator
 
-from tbrm.tasks.base import Grade, Problem
-from tbrm.tasks.verifiers.base import Verifier
+from tbrm.tasks.task import Grade, Problem
+from tbrm.tasks.verifiers.verifier import Verifier
 from tbrm.tasks.workers import Outcome, Workers
 
 

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tbrm.tasks.base import Grade, Problem, Progress
+from tbrm.tasks.task import Grade, Problem, Progress
 from tbrm.tasks.time_limit import TooLateError, within
 from tbrm.tasks.user_code import explained
-from tbrm.tasks.verifiers.base import Verifier
+from tbrm.tasks.verifiers.verifier import Verifier
 
 _OURS = ("prompts", "completions", "completion_ids", "trainer_state")
 _NOT_COLUMNS = {"prompt", "completion", *_OURS}  # TRL keeps these back too

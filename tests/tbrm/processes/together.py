@@ -27,7 +27,7 @@ from tbrm.policy.load import load_policy
 from tbrm.policy.model import PolicyModel
 from tbrm.processes.launch import launched
 from tbrm.rollout import Sampling, make_engine
-from tbrm.rollout.base import make_requests
+from tbrm.rollout.interface import make_requests
 from tbrm.training.agreement import facts_of, require_agreement
 from tbrm.training.checkpoint import FORMAT, Checkpoint
 from tbrm.trajectories.packing import pack

@@ -22,7 +22,7 @@ DIES = textwrap.dedent(
     """
     import os, signal, sys
     from tbrm.commands.cli import main
-    from tbrm.objectives.base import Objective
+    from tbrm.objectives.objective import Objective
     from tbrm.objectives.tbrm import Tbrm
     from tbrm.objectives.reval import Reval
     calls = 0

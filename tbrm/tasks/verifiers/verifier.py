@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from tbrm.tasks.base import Grade, Problem, Progress
+from tbrm.tasks.task import Grade, Problem, Progress
 from tbrm.tasks.user_code import explained
 
 
