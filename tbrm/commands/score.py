@@ -58,7 +58,7 @@ def score_file(
         with torch.no_grad():
             stats = policy(batch)
         sums = segment_sums(stats.logprobs, batch.cu_seqlens).tolist()
-        values = stats.lse[batch.cu_seqlens[:-1].long()].tolist()
+        values = batch.values(stats.lse).tolist()
         for i, logprob_sum, value in zip(members, sums, values, strict=True):
             reward, actions = trajectories[i].reward, len(trajectories[i].actions)
             rows[i] = {"index": i, "logprob_sum": logprob_sum, "value": value, "actions": actions, "reward": reward}

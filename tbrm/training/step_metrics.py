@@ -33,14 +33,13 @@ class StepMetrics:
         self._trajectories += len(batch.bounds) - 1
         self._actions += len(batch.targets)
         self._residuals.append(losses.residual.detach())
-        first = batch.cu_seqlens[:-1].long()  # every trajectory of a step has at least one action
         log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
         self._sums += torch.stack(
             [
                 losses.loss.double().sum(),
                 losses.residual.double().sum(),
                 losses.residual.double().square().sum(),
-                stats.lse[first].double().sum(),
+                batch.values(stats.lse).double().sum(),
                 log_ratio.double().sum(),
                 stats.entropy.double().sum(),
             ]

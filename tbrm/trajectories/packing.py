@@ -86,6 +86,10 @@ class TrajectoryBatch:
         }
         return replace(self, **moved)
 
+    def values(self, lse: Tensor) -> Tensor:
+        """[N]: V(s_1), the `lse` [A] at the first action of each trajectory; every one must have an action."""
+        return lse[self.cu_seqlens[:-1].long()]
+
 
 @dataclass(frozen=True)
 class ScoredBatch(TrajectoryBatch):

@@ -1,4 +1,4 @@
-"""Rollouts beside training. That such a run repeats itself and survives a kill bit for bit: test_trainer.py."""
+"""Rollouts beside training. That such a run repeats itself and survives a kill bit for bit: test_trainer, test_checkpoint."""
 
 from __future__ import annotations
 

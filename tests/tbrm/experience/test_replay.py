@@ -1,4 +1,4 @@
-"""The buffer by itself, and in real runs. That it survives a kill bit for bit: test_trainer.py, test_faults.py."""
+"""The buffer by itself, and in real runs. That it survives a kill bit for bit: test_checkpoint.py, test_faults.py."""
 
 from __future__ import annotations
 
