@@ -15,6 +15,9 @@ from typing import Any
 
 from tbrm.spelling import hint
 
+GIVEN = "given"
+"""In a recipe, the name of what no name finds: an object, which Python code gives to `tbrm.train`."""
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -48,3 +51,10 @@ def import_path(path: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {error}") from error
+
+
+def path_of(thing: Any) -> str | None:
+    """The import path of a function or class, by which another process may find it; None if it has none."""
+    module_name, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", "")
+    found = getattr(sys.modules.get(module_name or ""), name, None)
+    return f"{module_name}:{name}" if found is thing and module_name != "__main__" else None

@@ -1,14 +1,24 @@
-"""`tbrm train`."""
+"""`tbrm train`, and `tbrm.train`, which it calls."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tbrm.commands.command import Command, recipe_arguments
 from tbrm.commands.start import load_libraries, processes
 from tbrm.commands.table import table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tbrm.config.schema import Config
+    from tbrm.objectives import Objective
+    from tbrm.tasks import Task
+    from tbrm.training.callbacks import Callback
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,31 +33,70 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from tbrm.config.recipe import load_config
-    from tbrm.config.section import ConfigError
 
-    if args.overwrite and args.resume_anyway:
-        raise ConfigError("--overwrite and --resume-anyway: one deletes what the other goes on with; give one of them")
     config = load_config(args.recipe, args.overrides)
-    resume = args.resume or args.resume_anyway
     load_libraries(config.model.name)
+    train(config, resume=args.resume, resume_anyway=args.resume_anyway, overwrite=args.overwrite)
+
+
+def train(
+    config: Config,
+    *,
+    task: Task | None = None,
+    objective: Objective | None = None,
+    reward: Callable[..., Any] | None = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    resume_anyway: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Trains as the config says; returns what result.json holds. Under a launcher every process calls it.
+
+    `task` and `objective` replace those of the config. `reward`, a function with the signature of TRL's reward functions, is
+    for a task.verifier, and `model`, which is trained in place, with its `tokenizer` for a model.name that are `given`. What is
+    in the run's folder is kept, gone on with or deleted as by `tbrm train`. Raises ConfigError; Interrupted after a signal,
+    with the step saved.
+    """
+    from tbrm.config.section import ConfigError
+    from tbrm.policy.given import lent
+    from tbrm.training.given import check_objects, with_objects
     from tbrm.training.resume import nothing_left
     from tbrm.training.run_lock import RunLock
     from tbrm.training.run_writer import prepare_run_dir
     from tbrm.training.trainer import Trainer
 
+    going_on = resume or resume_anyway
+    if overwrite and going_on:
+        raise ConfigError("overwrite and resume: one deletes what the other goes on with; give one of them")
+    config = with_objects(config, task=task, objective=objective, reward=reward)
+    check_objects(config, model, tokenizer, callbacks)  # before anything is deleted
     run_dir = Path(config.run.dir)
 
     def prepare() -> str | None:
-        prepare_run_dir(run_dir, resume=resume, overwrite=args.overwrite)
-        return nothing_left(config, anyway=args.resume_anyway) if resume else None
+        prepare_run_dir(run_dir, resume=going_on, overwrite=overwrite)
+        return nothing_left(config, anyway=resume_anyway) if going_on else None
 
-    fate = {"resume": resume, "resume-anyway": args.resume_anyway, "overwrite": args.overwrite}
-    with processes(config, **fate) as world, RunLock(run_dir, world, resume=resume):
+    fate = {"resume": going_on, "resume-anyway": resume_anyway, "overwrite": overwrite}
+    with processes(config, **fate) as world, RunLock(run_dir, world, resume=going_on), lent(model):
         finished = world.on_main(prepare)
-        if not finished:
-            Trainer(config, resume=resume, anyway=args.resume_anyway, world=world).train()
+        if finished:
+            result = world.on_main(lambda: json.loads((run_dir / "result.json").read_text()))
+        else:
+            trainer = Trainer(
+                config,
+                model=model,
+                tokenizer=tokenizer,
+                callbacks=callbacks,
+                resume=going_on,
+                anyway=resume_anyway,
+                world=world,
+            )
+            result = trainer.train()
         if world.is_main:
             print(finished or f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
+    return dict(result)
 
 
 class _HelpWithKeys(argparse.Action):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 class ModelConfig(Section):
     name: ExpandedPath = Field(
-        description="Hugging Face folder or hub name, or 'tiny': a small random model made on the spot."
+        description="Hugging Face folder or hub name; 'tiny': a small random model made on the spot; 'given': an object "
+        "(docs/python.md)."
     )
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit).")
     ignore_weights: list[str] = Field(

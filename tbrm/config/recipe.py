@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,9 +33,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a recipe, applies `key.sub=value` overrides and checks everything. Raises ConfigError."""
-    return parse_config(_overridden(_read(recipe), overrides))
+def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads a recipe, or takes its sections as they are, applies `key.sub=value` overrides and checks everything. Raises
+    ConfigError."""
+    tree = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else _read(recipe)
+    return parse_config(_overridden(tree, overrides))
 
 
 def load_sections(
@@ -88,6 +91,15 @@ def parse_config(tree: dict[str, Any]) -> Config:
         return config
     # Last, since a task takes its time: it reads its files, or makes a first problem.
     return config.model_copy(update={"task": _build("task", kinds["task"], tree["task"])})
+
+
+def with_sections(config: Config, **sections: BaseModel) -> Config:
+    """The config with other sections, checked as a whole once more. Raises ConfigError."""
+    tree = {**dict(config), **sections}
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, Config, tree)) from None
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -172,6 +184,8 @@ def describe(model: type[BaseModel] = Config, values: dict[str, Any] | None = No
     those of the classes that `values` holds, or of the base class."""
     values = values or {}
     rows: list[tuple[str, str, str]] = []
+    if "name" not in values and issubclass(model, (Objective, Task)):
+        values = {"name": PydanticUndefined, **values}  # only an object does without
     for name, info in model.model_fields.items():
         value = values.get(name, info.get_default(call_default_factory=True))
         section = type(value) if isinstance(value, BaseModel) else _section_type(info.annotation)

@@ -17,6 +17,7 @@ from tbrm.config.training import (
     TrainerConfig,
 )
 from tbrm.objectives import Objective
+from tbrm.registry import GIVEN
 from tbrm.tasks import Task
 
 
@@ -78,9 +79,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _adapters(self) -> Config:
-        if self.lora.rank and self.model.name == "tiny":
+        if self.lora.rank and self.model.name in ("tiny", GIVEN):
             raise ValueError(
-                "lora.rank is set but model.name is 'tiny', which no adapter can name as its base: save a model to a folder"
+                f"lora.rank is set but model.name is {self.model.name!r}, which no adapter can name as its base: save a model "
+                "to a folder"
             )
         if self.rollout.vllm.transfer == "adapters" and not 0 < self.lora.rank <= 512:
             raise ValueError(

@@ -4,7 +4,7 @@ Their fields are keys of a recipe, which is checked before torch is loaded: what
 """
 
 from tbrm.objectives.objective import Objective, Step, TrajectoryLoss
-from tbrm.registry import Registry
+from tbrm.registry import GIVEN, Registry
 
 OBJECTIVES = Registry(
     "objective",
@@ -14,6 +14,7 @@ OBJECTIVES = Registry(
         "brm": "tbrm.objectives.brm:Brm",
         "tba": "tbrm.objectives.tba:Tba",
         "reinforce": "tbrm.objectives.reinforce:Reinforce",
+        GIVEN: "tbrm.objectives.given:GivenObjective",
     },
 )
 

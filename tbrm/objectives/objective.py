@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tbrm.registry import GIVEN
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,7 +42,10 @@ class Objective(ABC, BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = Field(description="Which loss: tbrm, reval, brm, tba, reinforce, or package.module:Class.")
+    name: str = Field(
+        GIVEN,
+        description="Which loss: tbrm, reval, brm, tba, reinforce, package.module:Class, or given, an object (docs/python.md).",
+    )
     beta: float = Field(
         gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."
     )
@@ -57,6 +62,9 @@ class Objective(ABC, BaseModel):
     def wants_several_responses(self) -> str | None:
         """The key, if any, with which all rewards are 0 where every problem has a single response."""
         return None
+
+    def require_objects(self) -> None:
+        """As `Task.require_objects`."""
 
     def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
         """What `columns` wants to know of each of the batch's n trajectories under the policy as it is, [n] each, without

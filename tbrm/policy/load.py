@@ -24,6 +24,7 @@ from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.architecture import check_architecture
 from tbrm.policy.attention_choice import NAMES, choose_attention
+from tbrm.policy.given import refuse_given
 from tbrm.policy.hub_folder import remember_dtype
 from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
 from tbrm.policy.lora import Adapters, has_adapters, load_merged
@@ -45,6 +46,7 @@ def load_model(
 
     With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
     """
+    refuse_given(config)
     if is_path(config.name) and not Path(config.name).is_dir():
         what = "a file" if Path(config.name).exists() else "not there"
         raise ValueError(
@@ -112,16 +114,26 @@ def _cannot_be_loaded(config: ModelConfig, error: Exception) -> ValueError:
     )
 
 
-def load_policy(config: Config, world: World = ALONE) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
-    """The config's model on its device, or sharded over the processes, checked, and its tokenizer.
+def load_policy(
+    config: Config,
+    world: World = ALONE,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
+    """The config's model, or the one given in its place, on its device, or sharded over the processes, checked, and its
+    tokenizer.
 
     No process of several ever holds all of a model that is read from files.
     """
     device, precision = config.model.resolve_device(), config.model.resolve_precision()
     if config.model.liger and device.type != "cuda":
         raise ConfigError(f"model.liger: true; wants a GPU, and this is {device}: set it to false")
-    alone = world.mesh is None
-    lm, tokenizer = load_model(config.model, config.seed, meta=not (alone and has_adapters(config.model.name)))
+    if model is None or tokenizer is None:
+        alone = world.mesh is None
+        lm, tokenizer = load_model(config.model, config.seed, meta=not (alone and has_adapters(config.model.name)))
+    else:
+        remember_dtype(model.config)
+        lm = model.float()
     files = weight_files(config.model, lm) if lm.device.type == "meta" else None
     adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
     policy = PolicyModel(

@@ -1,8 +1,15 @@
 """Tasks: where problems come from and how responses are graded."""
 
-from tbrm.registry import Registry
+from tbrm.registry import GIVEN, Registry
 from tbrm.tasks.task import Grade, Problem, ProblemStream, Progress, Task
 
-TASKS = Registry("task", {"reasoning_gym": "tbrm.tasks.reasoning_gym:ReasoningGym", "file": "tbrm.tasks.file:FileTask"})
+TASKS = Registry(
+    "task",
+    {
+        "reasoning_gym": "tbrm.tasks.reasoning_gym:ReasoningGym",
+        "file": "tbrm.tasks.file:FileTask",
+        GIVEN: "tbrm.tasks.given:GivenTask",
+    },
+)
 
 __all__ = ["TASKS", "Grade", "Problem", "ProblemStream", "Progress", "Task"]

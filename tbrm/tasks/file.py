@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from tbrm.registry import GIVEN, path_of
 from tbrm.spelling import hint
 from tbrm.storage.paths import ExpandedPath
 from tbrm.tasks.messages import Message, read_messages, read_tools
 from tbrm.tasks.row_files import read_rows
 from tbrm.tasks.task import Grade, Problem, Progress, Task
 from tbrm.tasks.verifiers import Verifier, make_verifier
+from tbrm.tasks.verifiers.reward_function import RewardFunction
 
 
 class FileTask(Task):
@@ -37,8 +39,8 @@ class FileTask(Task):
     tools_column: str = Field("tools", description="Column, if there is one, of the tools that the model is told of.")
     system: str | None = Field(None, description="System message before each prompt.")
     verifier: str = Field(
-        description="What grades a response: exact, last_number, math_verify, or package.module:function with the "
-        "signature of TRL's reward functions."
+        description="What grades a response: exact, last_number, math_verify, package.module:function with the signature of "
+        "TRL's reward functions, or given, such a function itself (docs/python.md)."
     )
     verifier_options: dict[str, Any] = Field({}, description="Options of the verifier, such as {timeout_seconds: 10}.")
 
@@ -50,6 +52,7 @@ class FileTask(Task):
     _heldout: tuple[Problem, ...] = PrivateAttr()
     _repeats: int = PrivateAttr()
     _verify: Verifier = PrivateAttr()
+    _columns: set[str] = PrivateAttr()
 
     @model_validator(mode="after")
     def _read(self) -> FileTask:
@@ -57,7 +60,8 @@ class FileTask(Task):
             raise ValueError("heldout_path and heldout_rows are both set: choose one")
         self._verify = make_verifier(self.verifier, self.verifier_options, self.reward_timeout_seconds)
         problems = tuple(self._problems(self.path))
-        self._verify.check_columns({name for problem in problems for name in problem.entry})
+        self._columns = {name for problem in problems for name in problem.entry}
+        self._verify.check_columns(self._columns)
         if self.heldout_rows >= len(problems):
             raise ValueError(
                 f"heldout_rows is {self.heldout_rows} and {self.path} has {len(problems)} rows: none left to train on"
@@ -69,6 +73,27 @@ class FileTask(Task):
         self._training = tuple(problem for problem in problems[:split] if problem.key not in forbidden)
         self._repeats = split - len(self._training)
         return self
+
+    def graded_by(self, reward: Callable[..., Any]) -> Self:
+        if self.verifier != GIVEN:
+            raise ValueError(
+                f"reward: a function was given, and task.verifier is {self.verifier}: set that to given, or leave the "
+                "function out"
+            )
+        if not callable(reward):
+            raise ValueError(
+                f"reward: got {reward!r:.100}; wants a function with the signature of TRL's reward functions"
+            )
+        path = path_of(reward)
+        name = path or getattr(reward, "__name__", type(reward).__name__)
+        verify = RewardFunction(name=name, function=reward, timeout_seconds=self.reward_timeout_seconds)
+        verify.check_columns(self._columns)
+        task = self.model_copy(update={"verifier": path or GIVEN})
+        task._verify = verify
+        return task
+
+    def require_objects(self) -> None:
+        self._verify.require_objects()
 
     def notes(self) -> list[str]:
         if not self._repeats:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tbrm.registry import GIVEN
 from tbrm.tasks.messages import Message, Tool
 
 _LARGEST_REWARD = 1e6  # beyond it, float32 has no room for what rewards differ by
@@ -90,7 +91,10 @@ class Task(ABC, BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str = Field(description="Which task: reasoning_gym, file, or package.module:Class.")
+    name: str = Field(
+        GIVEN,
+        description="Which task: reasoning_gym, file, package.module:Class, or given, an object (docs/python.md).",
+    )
     correct_at: float = Field(
         1.0,
         description="Least reward of a response that counts as correct, in accuracy; 1: a verifier of your own says.",
@@ -114,6 +118,16 @@ class Task(ABC, BaseModel):
     def withheld(self, count: int) -> Sequence[Problem]:
         """All problems that are never trained on, where evaluations take `count` of them."""
         return self.heldout(count)
+
+    def graded_by(self, reward: Callable[..., Any]) -> Self:
+        """The same problems, graded by a reward function. Raises ValueError where the task grades by itself."""
+        raise ValueError(
+            f"reward: a function was given, and task {self.name!r} has a grader of its own: leave the function out, or take "
+            "task.name file with task.verifier given"
+        )
+
+    def require_objects(self) -> None:
+        """Raises ValueError where an object is wanted that no recipe can hold, and was not given."""
 
     def notes(self) -> list[str]:
         """What a user should know of the problems before training, a line each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import Any, Self
@@ -31,7 +32,8 @@ def ask_this_process() -> None:
 
 
 class Interruption:
-    """Within it the first such signal is only noted, in `signal`; a second one acts as it always does."""
+    """Within it the first such signal is only noted, in `signal`; a second one acts as it always does. A thread that is not
+    the main one has no say in signals, and notes none."""
 
     asks_itself = False
     """Whether the next signal is this process's own."""
@@ -43,7 +45,8 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in AGAIN_SECONDS:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in AGAIN_SECONDS if in_main_thread else ():
             self._before[number] = signal.signal(number, self._note)
         return self
 

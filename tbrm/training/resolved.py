@@ -8,13 +8,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
 
 from tbrm.config.model import ModelConfig
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.policy.lora import CONFIG as ADAPTERS
 from tbrm.policy.lora import base_of, has_adapters
+from tbrm.registry import GIVEN
 
 _MODEL_FILES = (
     "*.safetensors",
@@ -44,6 +47,15 @@ def resolve(config: Config) -> dict[str, str]:
     return found
 
 
+def resolve_given(lm: PreTrainedModel) -> dict[str, str]:
+    """Of a model that is an object, before it is trained: some of each tensor, as training changes all of it."""
+    digest = hashlib.sha256()
+    for name, tensor in lm.state_dict().items():
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // _PLACES)]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + some.to("cpu", torch.float32).numpy().tobytes())
+    return {"model.name/weights": digest.hexdigest()}
+
+
 def is_same_reference(config: Config, was: dict[str, str], now: dict[str, str], *, anyway: bool) -> bool:
     """Whether a resumed run's reference says what it said. Raises ConfigError where anything is another than it `was`, unless
     it is to go on `anyway`. What an earlier version did not keep is not compared."""
@@ -65,7 +77,7 @@ def _said(key: str, was: str | None, now: str | None) -> str:
 
 
 def _model_files(config: ModelConfig) -> Iterator[tuple[str, Path]]:
-    if config.name == "tiny":
+    if config.name in ("tiny", GIVEN):
         return
     folder = Path(config.name)
     if not folder.is_dir():

@@ -20,6 +20,9 @@ LOCK_FILE = ".lock"
 _PATIENCE_SECONDS = 30.0
 """For an owner that is about to end: one of a launcher that was killed saves its step first."""
 
+_OF_THIS_PROCESS: dict[Path, RunLock] = {}
+"""Those that its threads hold: a file's lock is of the whole process, which loses it where any thread closes the file."""
+
 
 class RunLock:
     """Held by the main process within its context. Raises ConfigError where another one holds it, which it names."""
@@ -38,8 +41,22 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()  # and with it the lock goes
+            _OF_THIS_PROCESS.pop(self._run_dir.resolve(), None)
 
     def _take(self) -> None:
+        folder = self._run_dir.resolve()
+        if _OF_THIS_PROCESS.setdefault(folder, self) is not self:
+            raise ConfigError(
+                f"run.dir: {str(self._run_dir)!r} is being trained in by another thread of this process. Wait until it has "
+                "ended, or give another run.dir"
+            )
+        try:
+            self._lock()
+        except BaseException:
+            del _OF_THIS_PROCESS[folder]
+            raise
+
+    def _lock(self) -> None:
         try:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._file = (self._run_dir / LOCK_FILE).open("a+")

@@ -106,8 +106,14 @@ def prepare_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
         for name in RUN_FILES:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif not resume and (run_dir / "metrics.jsonl").exists():
+    elif not resume:
+        refuse_another_run(run_dir)
+
+
+def refuse_another_run(run_dir: Path) -> None:
+    """Raises ConfigError where the folder holds a run, which another one would overwrite."""
+    if (run_dir / "metrics.jsonl").exists():
         raise ConfigError(
-            f"run.dir: {str(run_dir)!r} holds a run already; give --resume to go on with it, --overwrite to delete it, or "
-            "another run.dir"
+            f"run.dir: {str(run_dir)!r} holds a run already; give --resume to go on with it, --overwrite to delete it (of "
+            "tbrm.train, resume=True or overwrite=True), or another run.dir"
         )

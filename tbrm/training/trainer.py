@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.chat import make_chat
 from tbrm.config.launched import check_launched
@@ -44,13 +45,15 @@ from tbrm.rollout.evaluate import evaluate
 from tbrm.rollout.interface import derive_seed
 from tbrm.tasks import Progress
 from tbrm.training.agreement import require_agreement
+from tbrm.training.callbacks import Callback, Callbacks
 from tbrm.training.checkpoint import TrainerState
 from tbrm.training.checkpoints import Checkpoints
+from tbrm.training.given import check_objects
 from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
 from tbrm.training.optimizer import make_optimizer
-from tbrm.training.resolved import is_same_reference, resolve
-from tbrm.training.run_writer import RunWriter
+from tbrm.training.resolved import is_same_reference, resolve, resolve_given
+from tbrm.training.run_writer import RunWriter, refuse_another_run
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.trajectories.packing import ScoredBatch
@@ -60,11 +63,24 @@ from tbrm_kernels import TokenStats
 
 class Trainer:
     """One run of a config. `resume` continues from its latest checkpoint, if it has one; `anyway`: though the model, the
-    data or the machine's precision are not what they were."""
+    data or the machine's precision are not what they were. `model` and its tokenizer: where the config's is `given`."""
 
-    def __init__(self, config: Config, *, resume: bool = False, anyway: bool = False, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: bool = False,
+        anyway: bool = False,
+        world: World = ALONE,
+    ) -> None:
         check_launched(config, processes=world.size, sharded=world.mesh is not None)
+        check_objects(config, model, tokenizer, callbacks)
+        self.callbacks = Callbacks(callbacks)
         self.config = config
+        self.resume = resume
         self.world = world
         self.run_dir = Path(config.run.dir)
         self.checkpoints = Checkpoints(self.run_dir, config.checkpoint, world)
@@ -74,9 +90,10 @@ class Trainer:
 
         # Before the model is loaded, which may take long: a task too small for its evaluation is found here.
         self.heldout = config.task.heldout(config.evaluation.prompts) if config.task else []
-        self.policy, self.tokenizer = load_policy(config, world)
+        given = {} if model is None else resolve_given(model)
+        self.policy, self.tokenizer = load_policy(config, world, model, tokenizer)
         self.state.day = self.state.day or world.gather(date.today().isoformat())[0]  # it may be midnight
-        resolved = world.on_main(lambda: resolve(config))
+        resolved = world.on_main(lambda: resolve(config)) | given
         known = is_same_reference(config, self.state.resolved, resolved, anyway=anyway)
         self.state.resolved = resolved
         set_day(self.tokenizer, date.fromisoformat(self.state.day))
@@ -87,15 +104,7 @@ class Trainer:
         self.objective = Contract(config.objective)
         beside = world.apart()  # rollouts may be made while training uses the other
         self.chat = make_chat(config, self.policy.lm, self.tokenizer)
-        notes = list(config.task.notes()) if config.task else []
-        short, _ = self.chat.encode_problems(self.heldout)
-        if left_out := len(self.heldout) - len(short):
-            notes.append(
-                f"evaluation: {left_out} of {len(self.heldout)} problems left out, by rollout.max_prompt_tokens"
-            )
-        self.heldout = short
-        for note in notes if world.is_main else []:
-            print(note, file=sys.stderr)
+        self._leave_out_long_problems()
         withheld = config.task.withheld(config.evaluation.prompts) if config.task else []
         self.engine = make_engine(config.rollout, self.policy, self.chat, beside, run_dir=self.run_dir)
         source = trajectory_source(config, self.engine, self.chat, withheld, beside)
@@ -111,9 +120,23 @@ class Trainer:
             self.recorded.position = self.state.recorded
         self.phases = Phases(self.device)
 
+    def _leave_out_long_problems(self) -> None:
+        """Of those held out; and says so, with what else a user should know of the problems."""
+        notes = list(self.config.task.notes()) if self.config.task else []
+        short, _ = self.chat.encode_problems(self.heldout)
+        if left_out := len(self.heldout) - len(short):
+            notes.append(
+                f"evaluation: {left_out} of {len(self.heldout)} problems left out, by rollout.max_prompt_tokens"
+            )
+        self.heldout = short
+        for note in notes if self.world.is_main else []:
+            print(note, file=sys.stderr)
+
     def train(self) -> dict[str, Any]:
         """Runs to the last step; returns what it also writes to result.json. Raises Interrupted."""
         config, state = self.config, self.state
+        if not self.resume:
+            self.world.on_main(lambda: refuse_another_run(self.run_dir))
         with (
             RunWriter(config, step=state.step, resumed=self.resumed, world=self.world) as out,
             Interruption() as interruption,
@@ -122,6 +145,7 @@ class Trainer:
             closing(self.replay),
             closing(self.supply),
         ):
+            self.callbacks.start(self)
             if state.step == 0 and self.heldout:
                 state.accuracy_before, state.reward_before = state.best_accuracy, state.best_reward = self._evaluate(
                     out
@@ -131,8 +155,9 @@ class Trainer:
                 metrics = self.train_step()
                 state.seconds_training += time.perf_counter() - started
                 out.step(state.step, metrics)
+                self.callbacks.step(state.step, metrics)
 
-                finished = state.step == config.trainer.steps
+                finished = state.step == config.trainer.steps or any(self.world.gather(self.callbacks.stop()))
                 best = False
                 if self.heldout and (finished or _due(state.step, config.evaluation.every)):
                     state.accuracy_after, state.reward_after = after = self._evaluate(out)
@@ -146,6 +171,8 @@ class Trainer:
                 if stop:
                     self.checkpoints.wait()
                     raise Interrupted(stop, f"stopped after step {state.step}, which is saved; go on with --resume")
+                if finished:
+                    break
             result = self._result()
             out.result(result)
         return result
@@ -263,6 +290,7 @@ class Trainer:
             progress=Progress(step, self.config.trainer.steps),
         )
         out.evaluation(step, result)
+        self.callbacks.evaluation(step, result)
         return result.accuracy, result.reward_mean
 
     def _save(self, *, best: bool) -> None:

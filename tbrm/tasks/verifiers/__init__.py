@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tbrm.registry import Registry
+from tbrm.registry import GIVEN, Registry
 from tbrm.spelling import hint
 from tbrm.tasks.verifiers.reward_function import RewardFunction
 from tbrm.tasks.verifiers.verifier import Verifier
@@ -17,6 +17,7 @@ VERIFIERS = Registry(
         "exact": "tbrm.tasks.verifiers.exact:Exact",
         "last_number": "tbrm.tasks.verifiers.last_number:LastNumber",
         "math_verify": "tbrm.tasks.verifiers.math_verify:MathVerify",
+        GIVEN: "tbrm.tasks.verifiers.given:GivenVerifier",
     },
 )
 

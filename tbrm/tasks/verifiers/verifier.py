@@ -33,6 +33,9 @@ class Verifier(ABC, BaseModel):
         name = f"verifier {type(self).__name__}"
         return explained(name, lambda part: self(problems[part], responses[part]), problems, responses)
 
+    def require_objects(self) -> None:
+        """As `Task.require_objects`."""
+
     def check_columns(self, names: Iterable[str]) -> None:
         """Raise ValueError if problems with these columns cannot be graded."""
 

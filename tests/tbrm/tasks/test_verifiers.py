@@ -182,6 +182,6 @@ def test_a_verifier_class_can_be_named_by_its_import_path() -> None:
 
 
 def test_grades_are_finite() -> None:
-    for name in VERIFIERS.builtin:
+    for name in VERIFIERS.builtin.keys() - {"given"}:
         (grade,) = make_verifier(name, {})(problems("1"), ["nan inf"])
         assert math.isfinite(grade.reward)
