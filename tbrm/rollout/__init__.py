@@ -1,4 +1,4 @@
-"""Rollouts: engines that turn prompts into responses, and what collects graded trajectories with them."""
+"""Rollouts: engines that turn prompts into responses, and the evaluation that asks them."""
 
 from tbrm.rollout.embedded import EmbeddedEngine
 from tbrm.rollout.engines import make_engine
