@@ -49,15 +49,21 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
         f"SmolLM2-135M-Instruct on {len(recorded())} trajectories ({padded_tokens():,} tokens with padding), float32 weights,",
         f"{precision()} products, AdamW, reference scores included. Median of {ROUNDS} rounds after a first one; peak of the",
         f"whole process. In float32 the log-probs of all ways are within {largest:.0e} of each other's.",
+        "Floor: the matrix products of a way's own step, each timed by itself in the same process, and the memory traffic that",
+        "clipping and AdamW cannot do without (bench/products.py).",
         "",
-        "| | seconds | over ours | peak, MiB | over ours |",
-        "|---|---|---|---|---|",
+        "| | seconds | over ours | over its floor | floor: products, TFLOP | seconds | optimiser | peak, MiB | over ours |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     first = next(iter(measured.values()))
     for way, found in measured.items():
         seconds, peak = median(found["seconds"]), found["peak_mib"]
         relative = f"{seconds / median(first['seconds']):.2f}", f"{peak / first['peak_mib']:.2f}"
-        lines.append(f"| {way} | {seconds:.2f} | {relative[0]} | {peak:.0f} | {relative[1]} |")
+        bare = [""] * 4
+        if "operations" in found:
+            bare = [f"{seconds / found['seconds_of_floor']:.2f}", f"{found['operations'] / 1e12:.2f}"]
+            bare += [f"{found[part]:.2f}" for part in ("products", "of_optimiser")]
+        lines.append(f"| {way} | {seconds:.2f} | {relative[0]} | {' | '.join(bare)} | {peak:.0f} | {relative[1]} |")
     return "\n".join(lines) + "\n"
 
 

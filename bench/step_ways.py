@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from bench.products import Products, floor
 from bench.worker import serve, taken_mib
 from tbrm.config.model import ModelConfig
 from tbrm.config.recipe import load_config
@@ -74,9 +75,12 @@ class Tbrm:
         return self.trainer.policy(pack(self.trainer.supply.source.trajectories)).logprobs.tolist()
 
     def steps(self) -> list[float]:
-        return [self._step() for _ in range(ROUNDS + 1)]
+        return [self.step() for _ in range(ROUNDS + 1)]
 
-    def _step(self) -> float:
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.trainer.policy.parameters())
+
+    def step(self) -> float:
         for trajectory in self.trainer.supply.source.trajectories:
             trajectory.reference = None  # a fresh trajectory has not been scored yet
         return timed(self.trainer.train_step)
@@ -135,9 +139,12 @@ class Eager:
         return torch.cat(parts)[self.batch.mask.bool()].tolist()
 
     def steps(self) -> list[float]:
-        return [timed(self._step) for _ in range(ROUNDS + 1)]
+        return [timed(self.step) for _ in range(ROUNDS + 1)]
 
-    def _step(self) -> None:
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def step(self) -> None:
         for rows in self.batch.micro_batches():
             with torch.no_grad():
                 reference, _ = self._statistics(self.reference, rows)
@@ -253,7 +260,14 @@ class Case:
 
     def steps(self) -> dict[str, Any]:
         _, *seconds = self.way.steps()  # the first warms up, and makes the optimiser's state
-        return {"seconds": seconds, "peak_mib": taken_mib(peak=True)}
+        found = {"seconds": seconds, "peak_mib": taken_mib(peak=True)}
+        if isinstance(self.way, Trl):  # its loop is its own, and is over
+            return found
+        with Products() as products:
+            self.way.step()
+        if products.unknown:
+            raise SystemExit(f"products that the floor does not count: {dict(products.unknown)}")
+        return found | floor(products, self.way.parameters())._asdict()
 
 
 if __name__ == "__main__":
