@@ -29,6 +29,7 @@ from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.rollout.interface import derive_seed
 from tbrm.storage.files import Discards, lacks_room
+from tbrm.storage.kept import Kept
 from tbrm.storage.names import plain_name
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
 from tbrm.trajectories.trajectory import Trajectory
@@ -52,7 +53,7 @@ class _Kept:
     """Mean |residual| of its trajectories when they were last trained on; None if they never were."""
 
 
-class ReplayBuffer:
+class ReplayBuffer(Kept):
     """Draws groups uniformly or in proportion to |residual|, without replacement: the same ones for the same seed."""
 
     def __init__(self, config: ReplayConfig, folder: Path, seed: int, world: World = ALONE) -> None:
@@ -198,7 +199,6 @@ class ReplayBuffer:
         return {"replay_size": self._size(), "replay_expired": expired}
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Puts the buffer into a new folder of a checkpoint; returns the files' hashes by name."""
         folder.mkdir()
         for file in self._hashes:
             _link(self.folder / file, folder / file)
@@ -207,7 +207,6 @@ class ReplayBuffer:
         return dict(self._hashes)
 
     def restore(self, folder: Path) -> None:
-        """Takes over what `save` put into a checkpoint."""
         if self.config.enabled:
             self._world.on_main(lambda: self._restore(folder))
 

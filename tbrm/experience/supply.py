@@ -8,9 +8,10 @@ from pathlib import Path
 from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.experience.offline import FileSource
 from tbrm.reporting.metrics import Phases
+from tbrm.storage.kept import Kept
 
 
-class Supply:
+class Supply(Kept):
     """Collects when a step has nothing left to train on, with the weights of that moment."""
 
     def __init__(self, source: RolloutSource | FileSource, updates: int) -> None:
@@ -29,12 +30,12 @@ class Supply:
     def settle(self, phases: Phases) -> None:
         """Returns when nothing is being collected."""
 
-    def save(self, folder: Path) -> None:
-        """Puts what waits into a folder of a checkpoint, and whatever else the source must know again beside its position."""
+    def save(self, folder: Path) -> dict[str, str]:
+        """What waits, and whatever else the source must know again beside its position."""
         self.source.save(folder, self.waiting)
+        return {}
 
     def restore(self, folder: Path) -> None:
-        """Takes over what `save` put there."""
         self.waiting.extend(self.source.restore(folder))
 
     def close(self) -> None:

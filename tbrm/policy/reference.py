@@ -14,12 +14,13 @@ from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.named_weights import weights_of
 from tbrm.policy.sharded import frozen_copy
-from tbrm.policy.weights import read_weights
+from tbrm.policy.weights import detached, read_weights
+from tbrm.storage.kept import Kept
 from tbrm.trajectories.packing import ScoredBatch, TrajectoryBatch, pack
 from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 
 
-class ReferenceModel:
+class ReferenceModel(Kept):
     """Scores each trajectory once per version of the reference; the score stays with the trajectory.
 
     A batch is scored as it is packed for the policy: the same products in the same order, so that while the two models
@@ -40,10 +41,14 @@ class ReferenceModel:
         self.version += 1
         self.moved = True
 
-    def load(self, folder: Path) -> None:
-        """Takes the weights that a checkpoint kept of the reference."""
-        read_weights(weights_of(self.model), folder)
-        self.moved = True
+    def tensors(self) -> dict[str, Tensor]:
+        """One that was never reset is the model as it was first loaded, which every resumed run loads."""
+        return detached(weights_of(self.model)) if self.moved else {}
+
+    def restore(self, folder: Path) -> None:
+        if folder.exists() and self._adapters is None:
+            read_weights(weights_of(self.model), folder)
+            self.moved = True
 
     def has_scored(self, trajectory: Trajectory) -> bool:
         return trajectory.reference is not None and trajectory.reference.version == self.version

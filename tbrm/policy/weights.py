@@ -163,6 +163,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
 def materialise(lm: PreTrainedModel, weights_on: torch.device, device: torch.device) -> None:
     """Gives a model of the meta device memory: weights, still to be read, on `weights_on`; buffers, with their values, on
     `device`."""

@@ -15,28 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tbrm.experience.replay import ReplayBuffer
-from tbrm.experience.supply import Supply
 from tbrm.parallel import ALONE, World
-from tbrm.policy.lora import WEIGHTS as ADAPTERS
-from tbrm.policy.model import PolicyModel
-from tbrm.policy.named_weights import saved_weights, trained_weights
-from tbrm.policy.reference import ReferenceModel
-from tbrm.policy.weights import read_weights, stored_tensors
+from tbrm.storage.kept import Kept
 from tbrm.storage.names import path_within
 
 FORMAT = 3
 TRAINER = "trainer"
-OPTIMIZER, REFERENCE, STATE, REPLAY = (
-    f"{TRAINER}/{name}" for name in ("optimizer", "reference", "state.json", "replay")
-)
+STATE = f"{TRAINER}/state.json"
 MANIFEST = "manifest.json"
 
 
@@ -103,31 +93,10 @@ class Checkpoint:
                 way_out = f"Go on from the one before: `ln -sfn {before.name} {link}`, then --resume"
             raise CheckpointError(f"checkpoint {folder} cannot be resumed: {error}. {way_out}") from error
 
-    def load(
-        self,
-        policy: PolicyModel,
-        optimizer: torch.optim.Optimizer,
-        reference: ReferenceModel,
-        replay: ReplayBuffer,
-        supply: Supply,
-    ) -> None:
-        """Takes all that was saved from it, whatever number of processes wrote it."""
-        replay.restore(self.folder / REPLAY)
-        supply.restore(self.folder / TRAINER)
-        reference.version = self.state.reference_version
-        # One that was never reset is the model as it was first loaded, which it holds by now.
-        if (self.folder / REFERENCE).exists() and policy.adapters is None:
-            reference.load(self.folder / REFERENCE)
-        read_weights(saved_weights(policy), self.folder / ADAPTERS if policy.adapters else self.folder)
-        if not (self.folder / OPTIMIZER).exists():  # no step was ever taken
-            return
-        stored = stored_tensors(self.folder / OPTIMIZER)
-        for name, parameter in trained_weights(policy).items():
-            if f"{name}/step" not in stored:  # it never had a gradient
-                continue
-            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-        read_weights(optimizer_tensors(policy, optimizer), self.folder / OPTIMIZER)
+    def restore(self, kept: Mapping[str, Kept]) -> None:
+        """Gives each part what was saved of it; see `Checkpoints.save`."""
+        for folder, part in kept.items():
+            part.restore(self.folder / folder)
 
 
 _WRONG = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -162,15 +131,6 @@ def _good_one_before(folder: Path, world: World) -> Path | None:
             continue
         return other
     return None
-
-
-def optimizer_tensors(policy: PolicyModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Views of the optimiser's state; safetensors reads no slice of a tensor without dimensions, so AdamW's `step` gets one."""
-    return {
-        f"{name}/{key}": value[None] if value.dim() == 0 else value
-        for name, parameter in trained_weights(policy).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
 
 
 def hash_of(path: Path) -> str:

@@ -12,30 +12,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from transformers import PreTrainedTokenizerBase
 
 from tbrm.config.training import CheckpointConfig
-from tbrm.experience.replay import ReplayBuffer
-from tbrm.experience.supply import Supply
 from tbrm.parallel import World
-from tbrm.policy.hub_folder import save_config, save_tokenizer
-from tbrm.policy.model import PolicyModel
-from tbrm.policy.named_weights import saved_weights, weights_of
-from tbrm.policy.reference import ReferenceModel
-from tbrm.policy.weights import whole
 from tbrm.storage.files import Discards, lacks_room, save_tensors
+from tbrm.storage.kept import Kept
 from tbrm.training.checkpoint import (
     FORMAT,
     MANIFEST,
-    OPTIMIZER,
-    REFERENCE,
-    REPLAY,
     STATE,
     TRAINER,
     Checkpoint,
@@ -43,7 +32,6 @@ from tbrm.training.checkpoint import (
     TrainerState,
     hash_of,
     latest_folder,
-    optimizer_tensors,
 )
 
 _UNFINISHED = ".writing-"
@@ -68,44 +56,26 @@ class Checkpoints:
         target = self.world.on_main(lambda: latest_folder(self.folder.parent))
         return None if target is None else Checkpoint(target, self.world)
 
-    def save(
-        self,
-        state: TrainerState,
-        policy: PolicyModel,
-        tokenizer: PreTrainedTokenizerBase,
-        optimizer: torch.optim.Optimizer,
-        reference: ReferenceModel,
-        replay: ReplayBuffer,
-        supply: Supply,
-        *,
-        best: bool,
-    ) -> None:
-        """Raises CheckpointError if this one, or the one before, could not be written."""
+    def save(self, state: TrainerState, kept: Mapping[str, Kept], *, best: bool) -> None:
+        """`kept`: the parts of the run, by the folder that each has in a checkpoint. Raises CheckpointError if this one, or the
+        one before, could not be written."""
         self.wait()
         name = f"step-{state.step:06d}"
         writing = self.folder / f"{_UNFINISHED}{name}"
-        tensors = {OPTIMIZER: optimizer_tensors(policy, optimizer)}
-        adapters = {}
-        if policy.adapters is None:
-            tensors["."] = _detached(saved_weights(policy))
-        else:
-            adapters = {name: whole(tensor) for name, tensor in _detached(saved_weights(policy)).items()}
-        if reference.moved:
-            tensors[REFERENCE] = _detached(weights_of(reference.model))
+        tensors = {folder: dict(part.tensors()) for folder, part in kept.items()}
 
         def begin() -> dict[str, str]:
             """Of what the main process writes; returns the hashes of files that need not be read for it."""
             with self._explained(name):
                 self._discards.discard(writing)
                 (writing / TRAINER).mkdir(parents=True)
-                save_config(policy.lm, writing)
-                save_tokenizer(tokenizer, writing)
-                if policy.adapters is not None:
-                    policy.adapters.save(writing, adapters)
-                supply.save(writing / TRAINER)
                 values = {"format": FORMAT, **asdict(state)}
                 (writing / STATE).write_text(json.dumps(values, indent=2) + "\n")
-                return {f"{REPLAY}/{file}": digest for file, digest in replay.save(writing / REPLAY).items()}
+                return {
+                    str(Path(folder) / file): digest
+                    for folder, part in kept.items()
+                    for file, digest in part.save(writing / folder).items()
+                }
 
         hashes = self.world.on_main(begin)
         if self.config.asynchronous:
@@ -188,10 +158,6 @@ class Checkpoints:
             if error_type is None:
                 raise
             print(error, file=sys.stderr)  # beside what ends the run
-
-
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _files(folder: Path) -> list[Path]:

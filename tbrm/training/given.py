@@ -45,8 +45,9 @@ def check_objects(
     callbacks: Sequence[Callback],
 ) -> None:
     """Raises ValueError where the config wants an object that is not there, or one that is there does not fit."""
-    for plugin in filter(None, (config.task, config.objective)):
-        plugin.require_objects()
+    if config.task is not None:
+        config.task.require_objects()
+    config.objective.require_objects()
     check_given(config.model, model, tokenizer)
     for callback in callbacks:
         if not isinstance(callback, Callback):

@@ -36,22 +36,25 @@ from tbrm.objectives import TrajectoryLoss
 from tbrm.objectives.contract import Contract
 from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy, set_day
+from tbrm.policy.named_weights import trained_weights
 from tbrm.policy.reference import ReferenceModel
+from tbrm.policy.saved_model import SavedModel
 from tbrm.policy.sharding import accumulate
 from tbrm.policy.weights import whole
 from tbrm.reporting.metrics import Phases, peak_memory_mib
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.evaluate import evaluate
 from tbrm.rollout.interface import derive_seed
+from tbrm.storage.kept import Kept
 from tbrm.tasks import Progress
 from tbrm.training.agreement import require_agreement
 from tbrm.training.callbacks import Callback, Callbacks
-from tbrm.training.checkpoint import TrainerState
+from tbrm.training.checkpoint import TRAINER, TrainerState
 from tbrm.training.checkpoints import Checkpoints
 from tbrm.training.given import check_objects
 from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
-from tbrm.training.optimizer import make_optimizer
+from tbrm.training.optimizer import Optimisers, Part
 from tbrm.training.resolved import is_same_reference, resolve, resolve_given
 from tbrm.training.run_writer import RunWriter, refuse_another_run
 from tbrm.training.schedule import learning_rate_at
@@ -111,11 +114,12 @@ class Trainer:
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         rows = RowReader(self.chat, config.task, withheld if config.replay.files else [], config.rollout.ungraded)
         self.recorded = RecordedFiles(config.replay.files, rows)
-        self.optimizer = make_optimizer(self.policy, config.optim)
-        self.supply = make_supply(source, config, self.optimizer)
+        self.optimisers = Optimisers({"policy": Part(self.policy, trained_weights(self.policy))}, config.optim)
+        self.supply = make_supply(source, config, self.optimisers["policy"])
         if checkpoint:
-            checkpoint.load(self.policy, self.optimizer, self.reference, self.replay, self.supply)
-            self.reference.version += not known  # scores of another one are not used
+            checkpoint.restore(self._kept)
+            # Scores of another one are not used.
+            self.reference.version = self.state.reference_version + (not known)
             source.position = self.state.position
             self.recorded.position = self.state.recorded
         self.phases = Phases(self.device)
@@ -248,16 +252,15 @@ class Trainer:
         """Scales the gradients down to the largest norm allowed; returns the norm that they had, []."""
         if self.policy.vocabulary is not None:
             self.policy.vocabulary.sum_over_copies()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)
-        return whole(norm).to(self.device)  # of no gradients, or of those on the CPU, it is there
+        return whole(self.optimisers.clip()["policy"]).to(
+            self.device
+        )  # of no gradients, or of those on the CPU, it is there
 
     def _update(self, learning_rate: float, *, skipped: bool) -> None:
         """Takes the step, unless it is to be skipped, and clears the gradients."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         if not skipped:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimisers.step(learning_rate)
+        self.optimisers.zero_grad()
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
 
     def _give_up_if_repeated(self, trajectories: Sequence[Trajectory], means: dict[str, float]) -> None:
@@ -300,16 +303,18 @@ class Trainer:
         self.state.recorded = self.recorded.position
         self.state.reference_version = self.reference.version
         with self.phases("checkpoint"):
-            self.checkpoints.save(
-                self.state,
-                self.policy,
-                self.tokenizer,
-                self.optimizer,
-                self.reference,
-                self.replay,
-                self.supply,
-                best=best,
-            )
+            self.checkpoints.save(self.state, self._kept, best=best)
+
+    @property
+    def _kept(self) -> dict[str, Kept]:
+        """What a checkpoint keeps beside the counters, by its folder there."""
+        return {
+            ".": SavedModel(self.policy, self.tokenizer),
+            TRAINER: self.supply,
+            f"{TRAINER}/optimizer": self.optimisers,
+            f"{TRAINER}/reference": self.reference,
+            f"{TRAINER}/replay": self.replay,
+        }
 
     def _result(self) -> dict[str, Any]:
         config, state = self.config, self.state

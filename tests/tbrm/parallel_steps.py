@@ -79,7 +79,7 @@ class OneStep:
                 if weight.grad is not None:
                     grad = weight.grad.full_tensor() if isinstance(weight.grad, DTensor) else weight.grad
                     gradients[name] = grad.clone()
-            trainer.optimizer.zero_grad()
+            trainer.optimisers.zero_grad()
 
         def spy(metrics: StepMetrics, stats: Any, losses: Any, batch: Any) -> None:
             ratio = segment_sums(stats.logprobs, batch.cu_seqlens) - segment_sums(batch.ref_logprobs, batch.cu_seqlens)

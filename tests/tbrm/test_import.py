@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 
@@ -29,9 +30,9 @@ def test_importing_costs_nothing_and_a_recipe_and_a_subclass_no_torch() -> None:
 def test_each_name_is_what_it_says_and_another_is_refused() -> None:
     from tbrm import Callback, Objective, Task, Trainer, Trajectory, load_config, make_engine, train
 
-    offered = [Callback, Objective, Task, Trainer, Trajectory, load_config, make_engine, train]
+    offered: list[Any] = [Callback, Objective, Task, Trainer, Trajectory, load_config, make_engine, train]
     assert sorted([thing.__name__ for thing in offered] + ["__version__"]) == sorted(tbrm.__all__)
     assert set(tbrm.__all__) <= set(dir(tbrm))
     assert tbrm.__version__ == version("tbrm")
     with pytest.raises(AttributeError, match="module 'tbrm' has no attribute 'trian'"):
-        _ = tbrm.trian  # type: ignore[attr-defined]
+        _ = tbrm.trian

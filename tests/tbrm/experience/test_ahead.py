@@ -81,7 +81,9 @@ def test_running_ahead_by_no_step_is_the_synchronous_loop(tmp_path: Path) -> Non
     trainer = Trainer(config)
     frozen = FrozenEngine(trainer.policy, lambda copy: EmbeddedEngine(copy, trainer.chat, 64))
     trainer.engine = trainer.supply.source.engine = frozen
-    trainer.supply = SupplyAhead(trainer.supply.source, config.rollout, config.trainer.steps, trainer.optimizer)
+    trainer.supply = SupplyAhead(
+        trainer.supply.source, config.rollout, config.trainer.steps, trainer.optimisers["policy"]
+    )
     trainer.train()
     assert_same_run(tmp_path / "plain", tmp_path / "thread")
 

@@ -18,7 +18,7 @@ from tbrm.policy.model import PolicyModel
 from tbrm.policy.named_weights import trained_weights
 from tbrm.policy.sharded import shard
 from tbrm.policy.sharding import Sharding
-from tbrm.training.optimizer import make_optimizer
+from tbrm.training.optimizer import Part, make_optimizer
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, tiny_config
@@ -37,7 +37,7 @@ def test_weight_decay_leaves_norms_and_biases_alone(tmp_path: Path) -> None:
 
 def undecayed(policy: PolicyModel) -> set[str]:
     names = {weight: name for name, weight in trained_weights(policy).items()}
-    groups = make_optimizer(policy, OptimConfig(weight_decay=0.1)).param_groups
+    groups = make_optimizer(Part(policy, trained_weights(policy)), OptimConfig(weight_decay=0.1)).param_groups
     assert sum(len(group["params"]) for group in groups) == len(names)
     return {names[weight] for group in groups if group["weight_decay"] == 0 for weight in group["params"]}
 
