@@ -46,15 +46,13 @@ def score_file(
     from tqdm import tqdm
 
     from tbrm.experience.offline import RowReader, read_trajectories
-    from tbrm.trajectories.deal import split_by_tokens
-    from tbrm.trajectories.packing import pack
     from tbrm_kernels import segment_sums
 
     trajectories = read_trajectories(path, RowReader(chat))
     rows: dict[int, dict[str, float | int]] = {}
     bar = tqdm(total=len(trajectories), disable=None, desc="scoring", unit="trajectory")
-    for members in split_by_tokens(trajectories, batch_tokens):
-        batch = pack([trajectories[i] for i in members]).to(policy.device)
+    for members in policy.layout.split(trajectories, batch_tokens)[0]:
+        batch = policy.layout.pack([trajectories[i] for i in members]).to(policy.device)
         with torch.no_grad():
             stats = policy(batch)
         sums = segment_sums(stats.logprobs, batch.cu_seqlens).tolist()

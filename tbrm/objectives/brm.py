@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tbrm.objectives.objective import Objective, TrajectoryLoss
 
 if TYPE_CHECKING:
-    from tbrm.trajectories.packing import ScoredBatch
+    from tbrm.trajectories.batch import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

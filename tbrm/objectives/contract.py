@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tbrm.objectives.objective import Objective, Step, TrajectoryLoss
-from tbrm.trajectories.packing import ScoredBatch
+from tbrm.trajectories.batch import ScoredBatch
 from tbrm_kernels import TokenStats
 
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from tbrm.objectives.objective import Objective, TrajectoryLoss
 
 if TYPE_CHECKING:
-    from tbrm.trajectories.packing import ScoredBatch
+    from tbrm.trajectories.batch import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

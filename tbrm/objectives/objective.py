@@ -14,7 +14,7 @@ from tbrm.registry import GIVEN
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbrm.trajectories.packing import ScoredBatch
+    from tbrm.trajectories.batch import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

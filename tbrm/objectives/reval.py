@@ -11,7 +11,7 @@ from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, group_mea
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbrm.trajectories.packing import ScoredBatch
+    from tbrm.trajectories.batch import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

@@ -9,7 +9,7 @@ from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, comparabl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tbrm.trajectories.packing import ScoredBatch
+    from tbrm.trajectories.batch import ScoredBatch
     from tbrm_kernels import TokenStats
 
 

@@ -12,9 +12,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from tbrm.config.model import ModelConfig
 from tbrm.policy.attention_choice import impossible, unfit
 from tbrm.policy.flash_attention import VARLEN_ATTENTION, Paths, varlen_attention
-from tbrm.policy.model import FORMS
 from tbrm.policy.packed_attention import PACKED_ATTENTION
-from tbrm.trajectories.packing import Segment
+from tbrm.trajectories.packing import FORMS, Segment
 
 _PLANNED_FLEX = "tbrm_planned_flex"
 

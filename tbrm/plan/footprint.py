@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tbrm.policy.generation import generation_mode
 from tbrm.policy.model import PolicyModel
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
-from tbrm.trajectories.packing import TrajectoryBatch, pack
+from tbrm.trajectories.packing import PackedBatch, pack
 from tbrm.trajectories.trajectory import Trajectory
 
 KV_TOKENS = 16
@@ -56,7 +56,7 @@ def footprint(policy: PolicyModel, trajectories: Sequence[Trajectory]) -> Footpr
         policy.lm.to_empty(device="cpu")
         policy.lm.tie_weights()
         few, more = (_without_memory(pack(list(part)), fake) for part in ([], trajectories))
-        tokens = [len(batch.input_ids) for batch in (few, more)]
+        tokens = [len(batch.inputs.input_ids) for batch in (few, more)]
         kept, working = zip(*(_train(policy, batch) for batch in (few, more)), strict=True)
         policy.requires_grad_(False)
         scoring = [_score(policy, batch) for batch in (few, more)]
@@ -69,12 +69,14 @@ def _line(tokens: Sequence[int], sizes: Sequence[int]) -> Line:
     return Line(max(0.0, sizes[0] - slope * tokens[0]), slope)
 
 
-def _without_memory(batch: TrajectoryBatch, fake: FakeTensorMode) -> TrajectoryBatch:
-    tensors: dict[str, Any] = {k: fake.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, Tensor)}
-    return replace(batch, **tensors)
+def _without_memory(batch: PackedBatch, fake: FakeTensorMode) -> PackedBatch:
+    def tensors(part: object) -> dict[str, Any]:
+        return {k: fake.from_tensor(v) for k, v in vars(part).items() if isinstance(v, Tensor)}
+
+    return replace(batch, inputs=replace(batch.inputs, **tensors(batch.inputs)), **tensors(batch))
 
 
-def _train(policy: PolicyModel, batch: TrajectoryBatch) -> tuple[int, int]:
+def _train(policy: PolicyModel, batch: PackedBatch) -> tuple[int, int]:
     """Bytes kept for the backward pass, and held at most beyond them."""
     # Gradients of weights are counted elsewhere: gone as soon as complete, and that of the embeddings not even made.
     policy.lm.get_input_embeddings().weight.requires_grad_(False)
@@ -83,16 +85,16 @@ def _train(policy: PolicyModel, batch: TrajectoryBatch) -> tuple[int, int]:
             parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     with _LiveBytes(policy) as memory:
         with policy.autocast():
-            hidden = policy.hidden(batch)
+            hidden = batch.inputs.run(policy.lm)
             kept = memory.held
         hidden.backward(torch.empty_like(hidden))
         return kept, memory.peak - kept
 
 
 @torch.no_grad()
-def _score(policy: PolicyModel, batch: TrajectoryBatch) -> int:
+def _score(policy: PolicyModel, batch: PackedBatch) -> int:
     with _LiveBytes(policy) as memory, policy.autocast():
-        policy.hidden(batch)
+        batch.inputs.run(policy.lm)
         return memory.peak
 
 

@@ -105,16 +105,16 @@ class Work:
 def work_of(config: Config, trajectories: Sequence[Trajectory], processes: int) -> Work:
     dealt = deal(trajectories, sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories), processes)
     shares = [pack([trajectories[i] for batch in batches for i in batch]) for batches in dealt]
-    largest = max(shares, key=lambda share: len(share.input_ids))
+    largest = max(shares, key=lambda share: len(share.inputs.input_ids))
     rollout, evaluation = config.rollout, config.evaluation
     asked = 0 if config.data.trajectories else rollout.prompts * rollout.samples
     if config.task is not None:
         asked = max(asked, evaluation.prompts * evaluation.samples)
     prompts = [t.prompt_ids for t in trajectories]
     return Work(
-        tokens=len(largest.input_ids),
-        longest=max(len(pack([t]).input_ids) for t in trajectories),
-        actions_per_token=len(largest.targets) / len(largest.input_ids),
+        tokens=len(largest.inputs.input_ids),
+        longest=max(len(pack([t]).inputs.input_ids) for t in trajectories),
+        actions_per_token=len(largest.targets) / len(largest.inputs.input_ids),
         responses=-(-asked // processes),
         prompt=max(map(len, prompts)) - common_prefix(prompts),
         sequence=max(map(len, prompts)) + rollout.max_new_tokens,

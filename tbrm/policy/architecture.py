@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from tbrm.policy.model import PolicyModel
-from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 
 
@@ -21,7 +20,7 @@ def check_architecture(policy: PolicyModel) -> None:
     # The first two share a prompt, and all three what it begins with.
     pairs = [(ids[:4], ids[4:9]), (ids[:4], ids[9:]), (ids[:2] + ids[6:8], ids[1:5])]
     trajectories = [Trajectory(prompt, response, reward=0.0) for prompt, response in pairs]
-    packed = policy(pack(trajectories).to(policy.device)).logprobs.float()
+    packed = policy(policy.layout.pack(trajectories).to(policy.device)).logprobs.float()
     own = []
     for prompt, response in pairs:
         tokens = torch.tensor([*prompt, *response], device=policy.device)

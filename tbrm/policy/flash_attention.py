@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-from tbrm.trajectories.packing import Run, Segment
+from tbrm.trajectories.packing import FORMS, Run, Segment
 
 FLASH_ATTENTION = "tbrm_varlen"  # transformers takes names with "flash" in them for its own
 VARLEN_ATTENTION = "tbrm_torch_varlen"
@@ -157,3 +157,4 @@ def varlen_attention(
 
 AttentionInterface.register(FLASH_ATTENTION, flash_attention)
 AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)
+FORMS[FLASH_ATTENTION] = FORMS[VARLEN_ATTENTION] = Paths.of

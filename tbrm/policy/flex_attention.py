@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
-from tbrm.trajectories.packing import Run, Segment
+from tbrm.trajectories.packing import FORMS, Run, Segment
 
 FLEX_ATTENTION = "tbrm_flex"
 BLOCK = 128
@@ -142,3 +142,4 @@ def packed_flex_attention(
 
 
 AttentionInterface.register(FLEX_ATTENTION, packed_flex_attention)
+FORMS[FLEX_ATTENTION] = Forest

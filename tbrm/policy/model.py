@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,24 +12,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import PreTrainedModel
 
 from tbrm.policy.compiled import compile_around_attention
-from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths
-from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest
 from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.lora import Adapters, adapted_weight
-from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree
+from tbrm.policy.packed_attention import PACKED_ATTENTION
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.vocab_parallel import DividedVocabulary, VocabParallelPass
-from tbrm.trajectories.packing import TrajectoryBatch, pack
+from tbrm.trajectories.batch import TrajectoryBatch
+from tbrm.trajectories.layout import Layout, Packing
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
-
-FORMS: dict[str, Callable[..., Any]] = {
-    PACKED_ATTENTION: Tree.of,
-    FLASH_ATTENTION: Paths.of,
-    VARLEN_ATTENTION: Paths.of,
-    FLEX_ATTENTION: Forest,
-}
-"""What each attention wants to be told of a batch's segments."""
 
 
 class PolicyModel(nn.Module):
@@ -75,6 +66,7 @@ class PolicyModel(nn.Module):
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self.plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
         lm.set_attn_implementation(attention)
+        self.layout: Layout = Packing()
 
     @property
     def device(self) -> torch.device:
@@ -87,9 +79,9 @@ class PolicyModel(nn.Module):
         `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
         with self.autocast():
             if self.vocabulary is None:
-                return self._head(self.hidden(batch), batch.targets, batch.cu_seqlens, loss_fn, entropy)
+                return self._head(batch.inputs.run(self.lm), batch.targets, batch.cu_seqlens, loss_fn, entropy)
             together = VocabParallelPass(self.vocabulary, batch)
-            hidden = together.gather(self.hidden(batch, together.embed()))
+            hidden = together.gather(batch.inputs.run(self.lm, together.embed()))
             loss_of_mine = together.loss_of_mine(loss_fn) if loss_fn else None
             found = self._head(hidden, together.targets, together.cu_seqlens, loss_of_mine, entropy, together)
             return together.mine(found) if isinstance(found, TokenStats) else (found[0], together.mine(found[1]))
@@ -99,16 +91,6 @@ class PolicyModel(nn.Module):
         `fused_linear_trajectory_loss`), and the statistics of its actions, entropy included, without gradient."""
         loss_and_stats: tuple[Tensor, TokenStats] = self(batch, loss_fn)
         return loss_and_stats
-
-    def hidden(self, batch: TrajectoryBatch, embedded: Tensor | None = None) -> Tensor:
-        """[A, D]: the hidden states that predict the batch's actions."""
-        tokens = {"input_ids": batch.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
-        segments = FORMS[self.attention](batch.segments, self.device)
-        backbone = self.lm.base_model(
-            **tokens, position_ids=batch.position_ids[None], segments=segments, use_cache=False
-        )
-        hidden: Tensor = backbone.last_hidden_state[0, batch.action_rows]
-        return hidden
 
     def _head(
         self,
@@ -164,7 +146,7 @@ class PolicyModel(nn.Module):
                 if self.vocabulary is None:
                     logits: Tensor = self.lm(input_ids=tokens[None], use_cache=False).logits[0]
                     return logits
-                batch = pack([Trajectory(tokens.tolist(), [0], reward=0.0)]).to(self.device)
+                batch = self.layout.pack([Trajectory(tokens.tolist(), [0], reward=0.0)]).to(self.device)
                 together = VocabParallelPass(self.vocabulary, batch)
                 with together.logits_of_all(self.lm):
                     logits = self.lm(inputs_embeds=together.embed()[None], use_cache=False).logits[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from tbrm.trajectories.packing import Segment
+from tbrm.trajectories.packing import FORMS, Segment
 
 PACKED_ATTENTION = "tbrm_packed"
 
@@ -118,3 +118,4 @@ def attend(
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+FORMS[PACKED_ATTENTION] = Tree.of

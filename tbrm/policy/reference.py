@@ -16,7 +16,7 @@ from tbrm.policy.named_weights import weights_of
 from tbrm.policy.sharded import frozen_copy
 from tbrm.policy.weights import detached, read_weights
 from tbrm.storage.kept import Kept
-from tbrm.trajectories.packing import ScoredBatch, TrajectoryBatch, pack
+from tbrm.trajectories.batch import ScoredBatch, TrajectoryBatch
 from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 
 
@@ -66,11 +66,11 @@ class ReferenceModel(Kept):
             trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone())
 
     def scored(self, trajectories: Sequence[Trajectory], columns: dict[str, Tensor]) -> ScoredBatch:
-        """The packed trajectories with what `score` has found of them, and the objective's columns [N]."""
+        """The trajectories, laid out, with what `score` has found of them, and the objective's columns [N]."""
         scores = [trajectory.reference for trajectory in trajectories]
         nothing = torch.zeros(0)  # a share of the step may be empty
         return ScoredBatch(
-            **vars(pack(trajectories)),
+            **vars(self.model.layout.pack(trajectories)),
             ref_logprobs=torch.cat([nothing, *(score.logprobs for score in scores if score)]),
             ref_values=torch.cat([nothing, *(score.value[None] for score in scores if score)]),
             columns=columns,

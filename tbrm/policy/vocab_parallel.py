@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import PreTrainedModel
 
 from tbrm.policy.lora import base_layer
-from tbrm.trajectories.packing import TrajectoryBatch
+from tbrm.trajectories.batch import TrajectoryBatch
 from tbrm_kernels import TokenStats, TrajectoryLossFn
 from tbrm_kernels.vocab_parallel import sum_gradient
 
@@ -108,8 +108,8 @@ class VocabParallelPass:
     def __init__(self, vocabulary: DividedVocabulary, batch: TrajectoryBatch) -> None:
         self.group = vocabulary.group
         self._vocabulary = vocabulary
-        self._input_ids = batch.input_ids
-        mine = (len(batch.input_ids), batch.bounds)
+        self._input_ids = batch.inputs.input_ids
+        mine = (len(batch.inputs.input_ids), batch.bounds)
         shares: list[Any] = [None] * self.group.size()
         dist.all_gather_object(shares, mine, group=self.group)
         self._tokens = [tokens for tokens, _ in shares]

@@ -12,8 +12,7 @@ from tbrm.objectives.contract import Contract
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
-from tbrm.trajectories.deal import deal
-from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory
 
 
@@ -33,7 +32,8 @@ class MicroBatches:
 
     def _dealt(self, max_tokens: int, *, scored: bool) -> list[list[int]]:
         indices = [i for i, t in enumerate(self.trajectories) if self._reference.has_scored(t) is scored]
-        dealt = deal([self.trajectories[i] for i in indices], max_tokens, self._world.size)
+        layout = self._reference.model.layout
+        dealt = layout.split([self.trajectories[i] for i in indices], max_tokens, self._world.size)
         return [[indices[i] for i in members] for members in dealt[self._world.rank]]
 
     @property
@@ -45,7 +45,8 @@ class MicroBatches:
         """By the reference, what it has not scored."""
         for members in self._unscored:
             part = [self.trajectories[i] for i in members]
-            self._reference.score(pack(part).to(self._reference.model.device), part)
+            model = self._reference.model
+            self._reference.score(model.layout.pack(part).to(model.device), part)
 
     def share_scores(self) -> None:
         """With the other processes: one of them may get the same trajectories next."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tbrm.objectives.objective import TrajectoryLoss
 from tbrm.parallel import World
-from tbrm.trajectories.packing import ScoredBatch
+from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, segment_sums
 
@@ -29,7 +29,7 @@ class StepMetrics:
     @torch.no_grad()
     def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: ScoredBatch) -> None:
         assert stats.entropy is not None
-        self.tokens += len(batch.input_ids)
+        self.tokens += len(batch.inputs.input_ids)
         self._trajectories += len(batch.bounds) - 1
         self._actions += len(batch.targets)
         self._residuals.append(losses.residual.detach())

@@ -59,7 +59,7 @@ from tbrm.training.resolved import is_same_reference, resolve, resolve_given
 from tbrm.training.run_writer import RunWriter, refuse_another_run
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
-from tbrm.trajectories.packing import ScoredBatch
+from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats
 

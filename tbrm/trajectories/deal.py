@@ -8,17 +8,11 @@ from tbrm.trajectories.packing import Load, Packer, common_prefix, loads_of
 from tbrm.trajectories.trajectory import Trajectory
 
 
-def split_by_tokens(trajectories: Sequence[Trajectory], max_tokens: int) -> list[list[int]]:
-    """Deals trajectories into micro-batches of at most `max_tokens` packed tokens; returns lists of indices.
+def deal(trajectories: Sequence[Trajectory], max_tokens: int, processes: int) -> list[list[list[int]]]:
+    """The micro-batches of each process, of at most `max_tokens` packed tokens each: lists of indices.
 
     Trajectories with the same prompt go side by side so that they can share it. One that alone exceeds the budget gets
     a micro-batch of its own: no trajectory is ever cut.
-    """
-    return deal(trajectories, max_tokens, processes=1)[0]
-
-
-def deal(trajectories: Sequence[Trajectory], max_tokens: int, processes: int) -> list[list[list[int]]]:
-    """The micro-batches of each process, of at most `max_tokens` each, as `split_by_tokens` makes them.
 
     The largest share is as small as shares of neighbours can make it. Every process gets the same number of micro-batches,
     since all must run the model together: where a share has fewer, the last ones are empty.

@@ -16,15 +16,19 @@ Letters: N trajectories, T packed tokens, A actions (response tokens that the po
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from tbrm.trajectories.batch import TrajectoryBatch, moved
 from tbrm.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_SHARED_SEGMENT = 1024
 """Tokens of a segment that shares anything, prefix included, at most. Its attention is one masked rectangle that also
@@ -67,67 +71,33 @@ class Segment:
         ]
 
 
+FORMS: dict[str, Callable[[Sequence[Segment], torch.device], Any]] = {}
+"""What each attention that takes packed batches wants to be told of their segments, by its name: its module adds it here."""
+
+
 @dataclass(frozen=True)
-class TrajectoryBatch:
-    """Packed trajectories, ready for the model. Move it with `to`."""
+class PackedInputs:
+    """One row of T tokens."""
 
     input_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
     segments: tuple[Segment, ...]
     action_rows: Tensor  # [A] int64: the packed token whose hidden state predicts the action
-    targets: Tensor  # [A] int64: the action
-    cu_seqlens: Tensor  # [N+1] int32: trajectory i owns actions cu_seqlens[i]:cu_seqlens[i+1]
-    bounds: tuple[int, ...]
-    """The same as cu_seqlens, which a GPU would have to be waited for to read."""
 
     def to(self, device: torch.device | str) -> Self:
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
-        return replace(self, **moved)
+        return replace(self, **moved(self, device))
 
-    def values(self, lse: Tensor) -> Tensor:
-        """[N]: V(s_1), the `lse` [A] at the first action of each trajectory; every one must have an action."""
-        return lse[self.cu_seqlens[:-1].long()]
+    def run(self, lm: PreTrainedModel, embedded: Tensor | None = None) -> Tensor:
+        tokens = {"input_ids": self.input_ids[None]} if embedded is None else {"inputs_embeds": embedded[None]}
+        segments = FORMS[lm.config._attn_implementation](self.segments, self.input_ids.device)
+        backbone = lm.base_model(**tokens, position_ids=self.position_ids[None], segments=segments, use_cache=False)
+        hidden: Tensor = backbone.last_hidden_state[0, self.action_rows]
+        return hidden
 
 
 @dataclass(frozen=True)
-class ScoredBatch(TrajectoryBatch):
-    """A packed batch with what the reference model says of it, and the objective's columns."""
-
-    ref_logprobs: Tensor  # [A] float32
-    ref_values: Tensor  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
-    columns: dict[str, Tensor]  # [N] each
-
-    @property
-    def rewards(self) -> Tensor:
-        """[N]: the column that most objectives have."""
-        if "rewards" not in self.columns:
-            raise ValueError(
-                f"the objective reads batch.rewards, and its `columns` gave {sorted(self.columns)}: have it give 'rewards', too"
-            )
-        return self.columns["rewards"]
-
-    def to(self, device: torch.device | str) -> Self:
-        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
-        return replace(super().to(device), columns=columns)
-
-    def scores_of(self, first: int, cu_seqlens: Tensor) -> Self:
-        """The same batch, with the actions, columns and scores of some trajectories alone: as many as `cu_seqlens` bounds,
-        from `first` on."""
-        trajectories = slice(first, first + len(cu_seqlens) - 1)
-        bounds = self.bounds[first : trajectories.stop + 1]
-        start, stop = bounds[0], bounds[-1]
-        return replace(
-            self,
-            action_rows=self.action_rows[start:stop],
-            targets=self.targets[start:stop],
-            cu_seqlens=cu_seqlens,
-            bounds=tuple(bound - start for bound in bounds),
-            ref_logprobs=self.ref_logprobs[start:stop],
-            ref_values=self.ref_values[trajectories],
-            columns={name: column[trajectories] for name, column in self.columns.items()},
-        )
+class PackedBatch(TrajectoryBatch):
+    inputs: PackedInputs
 
 
 class Load(NamedTuple):
@@ -155,7 +125,7 @@ def loads_of(trajectories: Sequence[Trajectory]) -> list[Load]:
     ]
 
 
-def pack(trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
+def pack(trajectories: Sequence[Trajectory]) -> PackedBatch:
     """Packs trajectories in the order given.
 
     Where there is no action to pack, the batch is one token that predicts nothing, so that the model can run all the same.
@@ -198,11 +168,14 @@ def pack(trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
         input_ids, position_ids, segments = [0], [0], [Segment(0, 1, 0, ())]
 
     bounds = tuple(accumulate(map(len, rows), initial=0))
-    return TrajectoryBatch(
+    inputs = PackedInputs(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
         position_ids=torch.tensor(position_ids, dtype=torch.int64),
         segments=tuple(segments),
         action_rows=torch.tensor([row for r in rows for row in r], dtype=torch.int64),
+    )
+    return PackedBatch(
+        inputs,
         targets=torch.tensor(
             [t.response_ids[i] for t, chosen in zip(trajectories, actions, strict=True) for i in chosen],
             dtype=torch.int64,

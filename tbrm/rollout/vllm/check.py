@@ -18,7 +18,6 @@ from tbrm.policy.model import PolicyModel
 from tbrm.policy.named_weights import weights_of
 from tbrm.rollout.interface import Response
 from tbrm.rollout.vllm.server import sampling_params
-from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 
 _TEXT = "Weights that are sent must be the weights that answer: one step behind, and 2 + 2 is what it was yesterday. "
@@ -69,7 +68,7 @@ class SyncCheck:
         """Metrics of responses to `prompt`, one from each engine, whose models are of `dtype`. All processes call it, with
         the same responses. Raises StaleWeightsError."""
         prompt = self.prompt(max_model_len)
-        batch = pack([Trajectory(prompt, response.token_ids, 0.0) for response in responses])
+        batch = self.policy.layout.pack([Trajectory(prompt, response.token_ids, 0.0) for response in responses])
         # Beside training, the reference is scored meanwhile: by the same model with its adapters off.
         with self.policy.adapters.on() if self.policy.adapters else nullcontext():
             ours = self.policy(batch.to(self.policy.device)).logprobs.float().cpu()

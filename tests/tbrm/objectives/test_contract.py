@@ -15,7 +15,8 @@ from tbrm.config.section import ConfigError
 from tbrm.objectives import Objective, Step, TrajectoryLoss
 from tbrm.objectives.contract import Contract, ObjectiveError
 from tbrm.training.trainer import Trainer
-from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.batch import ScoredBatch
+from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, segment_sums
 from tests.tbrm.conftest import tiny_config

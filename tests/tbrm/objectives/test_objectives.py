@@ -13,7 +13,8 @@ from torch import Tensor
 from tbrm.config.recipe import parse_config
 from tbrm.config.section import ConfigError
 from tbrm.objectives import OBJECTIVES, Objective, Step
-from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.batch import ScoredBatch
+from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats
 from tests.tbrm.conftest import tiny_tree

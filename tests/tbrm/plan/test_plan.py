@@ -145,13 +145,13 @@ def test_the_footprint_is_what_autograd_saves(architecture: str, precision: torc
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), policy.autocast():
-        policy.hidden(batch)
+        batch.inputs.run(policy.lm)
     real = sum(size for where, size in saved.items() if where not in weights)
 
     with torch.device("meta"):
         twin = PolicyModel(type(policy.lm)(ARCHITECTURES[architecture]), precision=precision)
     found = footprint(twin, trajectories[:4])
-    assert found.kept(len(batch.input_ids)) == pytest.approx(real, rel=0.1)
+    assert found.kept(len(batch.inputs.input_ids)) == pytest.approx(real, rel=0.1)
     assert found.kv_per_token == 2 * 3 * 2 * 8 * precision.itemsize  # keys and values of 3 layers, 2 heads of 8
 
 

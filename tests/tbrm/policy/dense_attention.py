@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tbrm.trajectories.packing import Segment, TrajectoryBatch, pack
+from tbrm.trajectories.packing import PackedBatch, Segment, pack
 from tbrm.trajectories.trajectory import Trajectory
 
 
-def packed(
-    system: int, prompts: Sequence[int], responses: Sequence[Sequence[int]], longest: int = 0
-) -> TrajectoryBatch:
+def packed(system: int, prompts: Sequence[int], responses: Sequence[Sequence[int]], longest: int = 0) -> PackedBatch:
     """Prompts of so many tokens, responses to each of so many, all after a system prompt; and one alone of `longest` tokens."""
     generator = torch.Generator().manual_seed(0)
 

@@ -135,7 +135,7 @@ def test_scores_are_not_left_uncapped() -> None:
 
 def test_a_response_sees_its_prompt_and_no_other_response() -> None:
     batch = pack(trajectories())  # three responses to a prompt of 7, and two of their own
-    paths = Paths.of(batch.segments, torch.device("cpu"))
+    paths = Paths.of(batch.inputs.segments, torch.device("cpu"))
     rows = [paths.key_rows[a:b].tolist() for a, b in pairwise(paths.cu_keys.tolist())]
     prompt = list(range(7))
     # Of the responses of 5, 1 and 9 tokens all but the last are fed, so the second has no row.
@@ -146,7 +146,7 @@ def test_a_response_sees_its_prompt_and_no_other_response() -> None:
 
 def test_a_batch_that_shares_nothing_is_read_where_it_is() -> None:
     batch = pack([Trajectory([3, 4], [5, 6, 7], 0.0), Trajectory([8], [9, 10], 0.0)])
-    paths = Paths.of(batch.segments, torch.device("cpu"))
+    paths = Paths.of(batch.inputs.segments, torch.device("cpu"))
     assert paths.key_rows is None
     assert paths.cu_keys.tolist() == paths.cu_queries.tolist() == [0, 4, 6]
 

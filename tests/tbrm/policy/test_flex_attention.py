@@ -31,7 +31,7 @@ BATCHES = {
 @pytest.mark.parametrize("window", [None, 1, 50, 300])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_each_token_sees_its_path(batch: str, window: int | None) -> None:
-    segments = BATCHES[batch].segments
+    segments = BATCHES[batch].inputs.segments
     expected = visible(segments, window)
     total = len(expected)
     mask = Forest(segments, CPU).within(window)
@@ -42,7 +42,7 @@ def test_each_token_sees_its_path(batch: str, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 1, 50, 300])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_blocks_left_out_have_no_pair_and_unasked_ones_have_all(batch: str, window: int | None) -> None:
-    segments = BATCHES[batch].segments
+    segments = BATCHES[batch].inputs.segments
     mask = Forest(segments, CPU).within(window)
     expected = visible(segments, window)
     count = mask.kv_num_blocks.shape[-1]

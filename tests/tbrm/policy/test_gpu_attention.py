@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, M
 from tbrm.policy.flash_attention import FLASH_ATTENTION, VARLEN_ATTENTION, Paths, flash_attention, varlen_attention
 from tbrm.policy.flex_attention import FLEX_ATTENTION, Forest, packed_flex_attention
 from tbrm.policy.packed_attention import PACKED_ATTENTION, Tree, packed_attention
-from tbrm.trajectories.packing import TrajectoryBatch, pack
+from tbrm.trajectories.packing import PackedBatch, pack
 from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.policy.dense_attention import dense_attention, outputs_and_gradients, packed, visible
 
@@ -80,7 +80,7 @@ CAPPED = Heads(64, 4, 2, softcap=1.5)
 
 
 @cache
-def trees() -> TrajectoryBatch:
+def trees() -> PackedBatch:
     """A system prompt; prompts with several responses, of one token and of hundreds; one alone; and one past what shares."""
     return packed(150, [40, 200, 7], [[90, 1, 300], [60] * 12, [130]], longest=1300)
 
@@ -97,7 +97,7 @@ def errors_of(found: list[Tensor], truth: list[Tensor]) -> list[float]:
 def truth_and_rounding(heads: Heads) -> tuple[list[Tensor], list[float]]:
     """Output and gradients in float64, and how far from them torch is in bfloat16."""
     batch = trees()
-    inputs, allowed = heads.inputs(len(batch.input_ids)), visible(batch.segments, heads.window).to(DEVICE)
+    inputs, allowed = heads.inputs(len(batch.inputs.input_ids)), visible(batch.inputs.segments, heads.window).to(DEVICE)
     bend = None if heads.softcap is None else soft_capped(heads.softcap)
     dense = partial(dense_attention, allowed=allowed, scaling=heads.scaling, bend=bend)
     truth = outputs_and_gradients(dense, *(x.double() for x in inputs))
@@ -109,10 +109,10 @@ def truth_and_rounding(heads: Heads) -> tuple[list[Tensor], list[float]]:
     return truth, errors_of(outputs_and_gradients(dense if bend else with_mask, *inputs), truth)
 
 
-def attend(kind: str, heads: Heads, batch: TrajectoryBatch, *inputs: Tensor) -> Tensor:
+def attend(kind: str, heads: Heads, batch: PackedBatch, *inputs: Tensor) -> Tensor:
     function, form = FUNCTIONS[kind]
     options = {"scaling": heads.scaling, "sliding_window": heads.window, "softcap": heads.softcap}
-    output: Tensor = function(None, *inputs, None, segments=form(batch.segments, DEVICE), **options)[0]
+    output: Tensor = function(None, *inputs, None, segments=form(batch.inputs.segments, DEVICE), **options)[0]
     return output
 
 
@@ -130,7 +130,7 @@ def test_soft_capped_scores_are_no_further_from_the_truth(kind: str, heads: Head
 
 def check(kind: str, heads: Heads) -> None:
     batch, (truth, allowed_errors) = trees(), truth_and_rounding(heads)
-    found = outputs_and_gradients(partial(attend, kind, heads, batch), *heads.inputs(len(batch.input_ids)))
+    found = outputs_and_gradients(partial(attend, kind, heads, batch), *heads.inputs(len(batch.inputs.input_ids)))
     errors = errors_of(found, truth)
     print(
         kind, heads, {part: (f"{e:.2e}", f"{a:.2e}") for part, e, a in zip(PARTS, errors, allowed_errors, strict=True)}
@@ -141,9 +141,9 @@ def check(kind: str, heads: Heads) -> None:
 
 @pytest.mark.parametrize("kind", ["varlen", flash])
 @pytest.mark.parametrize("batch", [packed(0, [5], [[1]]), packed(0, [4, 9], [[1, 1, 1], [2]])], ids=["alone", "few"])
-def test_small_batches(kind: str, batch: TrajectoryBatch) -> None:
-    inputs = QWEN.inputs(len(batch.input_ids))
-    dense = partial(dense_attention, allowed=visible(batch.segments, None).to(DEVICE))
+def test_small_batches(kind: str, batch: PackedBatch) -> None:
+    inputs = QWEN.inputs(len(batch.inputs.input_ids))
+    dense = partial(dense_attention, allowed=visible(batch.inputs.segments, None).to(DEVICE))
     truth = outputs_and_gradients(dense, *(x.double() for x in inputs))
     found = outputs_and_gradients(partial(attend, kind, QWEN, batch), *inputs)
     assert max(errors_of(found, truth)) < 0.02
@@ -163,7 +163,7 @@ def test_a_prompts_gradient_is_summed_over_its_responses_in_float32(kind: str) -
 @pytest.mark.parametrize(("kind", "heads"), [("varlen", QWEN), ("varlen", MISTRAL), ("flex", CAPPED)], ids=str)
 def test_told_to_be_deterministic_two_passes_give_the_same_bits(kind: str, heads: Heads) -> None:
     batch = trees()
-    inputs = heads.inputs(len(batch.input_ids))
+    inputs = heads.inputs(len(batch.inputs.input_ids))
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (outputs_and_gradients(partial(attend, kind, heads, batch), *inputs) for _ in range(2))
@@ -203,7 +203,7 @@ def logprobs_and_gradients(attention: str, model: str, precision: torch.dtype) -
     policy = PolicyModel(lm.to(DEVICE), precision=precision, attention=attention)
     batch = trees().to(DEVICE)
     with policy.autocast():
-        hidden = policy.hidden(batch)
+        hidden = batch.inputs.run(policy.lm)
     logits = hidden.float() @ lm.get_output_embeddings().weight.T
     logprobs = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     logprobs.sum().backward()

@@ -5,8 +5,9 @@ import torch
 
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
-from tbrm.trajectories.deal import split_by_tokens
-from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.batch import ScoredBatch
+from tbrm.trajectories.deal import deal
+from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, make_lm
 from tests.tbrm.policy.test_model import trajectories
@@ -24,7 +25,7 @@ def test_log_ratio_is_exactly_zero_at_step_0(architecture: str, precision: torch
     policy = PolicyModel(make_lm(architecture, tied=True), precision=precision)
     reference = ReferenceModel(policy)
     items = trajectories()
-    for members in split_by_tokens(items, 20):
+    for members in deal(items, 20, 1)[0]:
         part = [items[i] for i in members]
         batch = scored(reference, part)
         stats = policy(batch)  # with gradient, unlike the reference's pass

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tbrm.policy.packed_attention import Tree
 from tbrm.trajectories import packing as data
-from tbrm.trajectories.deal import deal, split_by_tokens
-from tbrm.trajectories.packing import ScoredBatch, pack
+from tbrm.trajectories.batch import ScoredBatch
+from tbrm.trajectories.deal import deal
+from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 
 PROMPTS = ([5], [5, 6], [7, 8, 9])
@@ -32,11 +33,11 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
 
 def visible(batch: data.TrajectoryBatch, row: int) -> list[int]:
     """The token ids that a packed token sees, in order of position."""
-    trees = Tree.of(batch.segments, torch.device("cpu"))
+    trees = Tree.of(batch.inputs.segments, torch.device("cpu"))
     segment, allowed = next(tree for tree in trees if tree.segment.start <= row < tree.segment.stop)
     keys = torch.cat([torch.arange(segment.prefix), torch.arange(segment.start, segment.stop)])
     rows = keys[keys <= row if allowed is None else allowed[row - segment.start]]
-    return batch.input_ids[rows[batch.position_ids[rows].argsort()]].tolist()
+    return batch.inputs.input_ids[rows[batch.inputs.position_ids[rows].argsort()]].tolist()
 
 
 @given(trajectories())
@@ -48,17 +49,17 @@ def test_every_action_is_predicted_from_its_own_prefix(items: list[Trajectory]) 
         assert end - start == len(item.actions)
         for action, k in zip(item.actions, range(start, end), strict=True):
             assert batch.targets[k] == item.response_ids[action]
-            row = int(batch.action_rows[k])
+            row = int(batch.inputs.action_rows[k])
             assert visible(batch, row) == item.prompt_ids + item.response_ids[:action]
-            assert batch.position_ids[row] == len(item.prompt_ids) + action - 1
+            assert batch.inputs.position_ids[row] == len(item.prompt_ids) + action - 1
 
 
 @given(trajectories(), st.integers(1, 40))
 def test_micro_batches_hold_each_trajectory_once_within_the_budget(items: list[Trajectory], budget: int) -> None:
-    batches = split_by_tokens(items, budget)
+    batches = deal(items, budget, 1)[0]
     assert sorted(i for members in batches for i in members) == list(range(len(items)))
     for members in batches:
-        tokens = len(pack([items[i] for i in members]).input_ids)
+        tokens = len(pack([items[i] for i in members]).inputs.input_ids)
         assert tokens <= budget or len(members) == 1
 
 
@@ -71,9 +72,7 @@ def test_processes_are_dealt_every_trajectory_once_and_equally_many_micro_batche
     assert len({len(batches) for batches in dealt}) == 1
     assert sorted(i for batches in dealt for members in batches for i in members) == list(range(len(items)))
     for members in (members for batches in dealt for members in batches):
-        assert len(pack([items[i] for i in members]).input_ids) <= budget or len(members) == 1
-    if processes == 1:
-        assert dealt[0] == split_by_tokens(items, budget)
+        assert len(pack([items[i] for i in members]).inputs.input_ids) <= budget or len(members) == 1
 
 
 def test_processes_are_dealt_equally_many_tokens() -> None:
@@ -127,35 +126,35 @@ def test_the_tokens_of_a_trajectory_are_looked_at_once_a_deal_whatever_the_proce
 def test_a_shared_prompt_is_packed_once() -> None:
     items = [Trajectory([5, 6, 7], [10, 11, 2], 0.0), Trajectory([5, 6, 7], [12, 2], 0.0)]
     # The last token of a response predicts nothing and is not fed.
-    assert pack(items).input_ids.tolist() == [5, 6, 7, 10, 11, 12]
-    assert len(pack([items[0], Trajectory([9], [2], 0.0), items[1]]).segments) == 3
+    assert pack(items).inputs.input_ids.tolist() == [5, 6, 7, 10, 11, 12]
+    assert len(pack([items[0], Trajectory([9], [2], 0.0), items[1]]).inputs.segments) == 3
 
 
 def test_a_shared_beginning_is_packed_once_and_counted_once() -> None:
     items = [Trajectory([5, 6, 7], [10, 11, 2], 0.0), Trajectory([5, 6, 8, 9], [12, 2], 0.0)]
-    assert pack(items).input_ids.tolist() == [5, 6, 7, 10, 11, 8, 9, 12]
-    assert split_by_tokens(items, 8) == [[0, 1]]
-    assert split_by_tokens(items, 7) == [[0], [1]]
+    assert pack(items).inputs.input_ids.tolist() == [5, 6, 7, 10, 11, 8, 9, 12]
+    assert deal(items, 8, 1)[0] == [[0, 1]]
+    assert deal(items, 7, 1)[0] == [[0], [1]]
 
 
 def test_a_prompt_that_is_the_beginning_of_another_keeps_its_last_token() -> None:
     """Its hidden state predicts the first action."""
     batch = pack([Trajectory([5, 6], [10], 0.0), Trajectory([5, 6, 7], [12], 0.0)])
-    assert batch.input_ids.tolist() == [5, 6, 6, 7]
+    assert batch.inputs.input_ids.tolist() == [5, 6, 6, 7]
 
 
 def test_equal_prompts_far_apart_meet_in_one_micro_batch() -> None:
     items = [Trajectory([5], [10], 0.0), Trajectory([6], [10], 0.0), Trajectory([5], [11], 0.0)]
-    assert split_by_tokens(items, 100) == [[0, 2, 1]]
+    assert deal(items, 100, 1)[0] == [[0, 2, 1]]
 
 
 def test_long_responses_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MAX_SHARED_SEGMENT", 6)
     items = [Trajectory([5, 6], [10, 11, 12], 0.0)] * 3
-    segments = pack(items).segments
+    segments = pack(items).inputs.segments
     assert [(s.stop - s.start, s.prefix) for s in segments] == [(1, 0), (5, 1), (3, 1)]
     items[2] = Trajectory([5, 6], [10] * 6, 0.0)  # too long to share even the beginning
-    assert [(s.stop - s.start, s.prefix) for s in pack(items).segments] == [(6, 0), (7, 0)]
+    assert [(s.stop - s.start, s.prefix) for s in pack(items).inputs.segments] == [(6, 0), (7, 0)]
 
 
 def test_some_trajectories_of_a_batch_keep_their_own_columns_and_scores() -> None:

@@ -1,0 +1,92 @@
+"""Trajectories as the model computes with them: laid out as tokens, and, whatever the layout, their actions in a row.
+
+Letters: N trajectories, T tokens, A actions (response tokens that the policy chose), D hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Inputs(Protocol):
+    """What a layout makes of trajectories for the backbone to read."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[T] int64: all tokens that it reads, in the order in which they are embedded."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+    def run(self, lm: PreTrainedModel, embedded: Tensor | None = None) -> Tensor:
+        """[A, D]: the hidden states that predict the actions, in the order of the batch's targets. `embedded` [T, D]: what the
+        embedding says of the tokens, where `lm` does not hold all of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """Trajectories, ready for the model. Move it with `to`."""
+
+    inputs: Inputs
+    targets: Tensor  # [A] int64: the action
+    cu_seqlens: Tensor  # [N+1] int32: trajectory i owns actions cu_seqlens[i]:cu_seqlens[i+1]
+    bounds: tuple[int, ...]
+    """The same as cu_seqlens, which a GPU would have to be waited for to read."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, inputs=self.inputs.to(device), **moved(self, device))
+
+    def values(self, lse: Tensor) -> Tensor:
+        """[N]: V(s_1), the `lse` [A] at the first action of each trajectory; every one must have an action."""
+        return lse[self.cu_seqlens[:-1].long()]
+
+
+def moved(thing: object, device: torch.device | str) -> dict[str, Any]:
+    """A dataclass's own tensors, on the device."""
+    return {k: v.to(device, non_blocking=True) for k, v in vars(thing).items() if isinstance(v, Tensor)}
+
+
+@dataclass(frozen=True)
+class ScoredBatch(TrajectoryBatch):
+    """A batch with what the reference model says of it, and the objective's columns."""
+
+    ref_logprobs: Tensor  # [A] float32
+    ref_values: Tensor  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
+    columns: dict[str, Tensor]  # [N] each
+
+    @property
+    def rewards(self) -> Tensor:
+        """[N]: the column that most objectives have."""
+        if "rewards" not in self.columns:
+            raise ValueError(
+                f"the objective reads batch.rewards, and its `columns` gave {sorted(self.columns)}: have it give 'rewards', too"
+            )
+        return self.columns["rewards"]
+
+    def to(self, device: torch.device | str) -> Self:
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        return replace(super().to(device), columns=columns)
+
+    def scores_of(self, first: int, cu_seqlens: Tensor) -> Self:
+        """The same batch, with the actions, columns and scores of some trajectories alone: as many as `cu_seqlens` bounds,
+        from `first` on."""
+        trajectories = slice(first, first + len(cu_seqlens) - 1)
+        bounds = self.bounds[first : trajectories.stop + 1]
+        start, stop = bounds[0], bounds[-1]
+        return replace(
+            self,
+            targets=self.targets[start:stop],
+            cu_seqlens=cu_seqlens,
+            bounds=tuple(bound - start for bound in bounds),
+            ref_logprobs=self.ref_logprobs[start:stop],
+            ref_values=self.ref_values[trajectories],
+            columns={name: column[trajectories] for name, column in self.columns.items()},
+        )
