@@ -155,7 +155,7 @@ def test_both_transformers_read_an_export_alike(exports: Path, old_transformers:
     folders = [str(exports / "out" / name) for name in FAMILIES]
     environment = {**os.environ, "PYTHONPATH": str(old_transformers)}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "tbrm" / "read_folder.py"), *folders],
+        [sys.executable, str(Path(__file__).with_name("read_folder.py")), *folders],
         env=environment,
         capture_output=True,
         text=True,
