@@ -67,17 +67,17 @@ INTEGERS = (
     "ignore_index",
     "out_stride",
 )
-OPTIONAL = ("bias", "weighted", "entropy", "entropy_out", "grad_entropy", "ref_values")
+OPTIONAL = ("bias", "inverse_temperature", "weighted", "entropy", "entropy_out", "grad_entropy", "ref_values")
 PLAIN = dict.fromkeys(OPTIONAL, "")
 OPTIONS = (  # and the types that they have; whether logits are capped
     ("", PLAIN, False),
-    ("bias, soft-cap, entropy", {"bias": "*bf16"}, True),
+    ("bias, soft-cap, entropy", {"bias": "*bf16", "inverse_temperature": ""}, True),
 )
 
 
 def cases(major: int) -> Iterator[Case]:
     for dtype, name in TYPES.items():
-        with_bias = {"bias": f"*{name}"}
+        with_bias = {"bias": f"*{name}", "inverse_temperature": ""}
         wide = launch.WIDE_CONFIGS.get((major, dtype), ())
         for config in wide + launch.CONFIGS[major, dtype]:
             for kernel in (forward.forward_kernel, dlogits.dlogits_kernel):

@@ -33,9 +33,18 @@ T* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->data_ptr<T>() : nullptr;
 }
 
-Scaling scaling_of(double logit_scale, double temperature, double softcap) {
-  if (softcap > 0) return {static_cast<float>(logit_scale / softcap), static_cast<float>(softcap / temperature), true};
-  return {static_cast<float>(logit_scale / temperature), 1.0f, false};
+// temperatures: [T], or nothing where all tokens have the one.
+Scaling scaling_of(double logit_scale, double temperature, double softcap, const std::optional<Tensor>& temperatures,
+                   int64_t T, int64_t lanes) {
+  if (temperatures) check_vector("temperatures", *temperatures, T, at::kFloat);
+  const float* given = pointer<float>(temperatures);
+  Scaling scaling{std::vector<float>(lanes), std::vector<float>(lanes), softcap > 0};
+  for (int64_t t = 0; t < lanes; ++t) {
+    const double own = given && t < T ? given[t] : temperature;
+    scaling.inner[t] = static_cast<float>(logit_scale / (scaling.capped ? softcap : own));
+    scaling.outer[t] = scaling.capped ? static_cast<float>(softcap / own) : 1.0f;
+  }
+  return scaling;
 }
 
 template <typename W, typename P>
@@ -61,7 +70,7 @@ void forward(const Tensor& hidden, const Tensor& weight, const float* bias, cons
                       at = block * lanes + t0;
         packed.multiply(block_weight, weights.ld(), rows, panel, columns, tile, kPanel, /*add=*/false);
         for (int64_t t = 0; t < columns; t += kStrip) {
-          scale_strip(tile + t, rows, kPanel, bias ? bias + v0 : nullptr, scaling, maximum + at + t);
+          scale_strip(tile + t, rows, kPanel, bias ? bias + v0 : nullptr, scaling, t0 + t, maximum + at + t);
         }
         for (int64_t t = t0; t < std::min(T, t0 + columns); ++t) {
           const int64_t row = targets[t] - v0;
@@ -98,6 +107,7 @@ void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t
   std::vector<float> of_p(lanes, 0.0f), of_entropy(lanes, 0.0f);
   std::copy(tokens.of_p, tokens.of_p + T, of_p.begin());
   if (tokens.of_entropy) std::copy(tokens.of_entropy, tokens.of_entropy + T, of_entropy.begin());
+  const float* outer = scaling.capped ? scaling.outer.data() : nullptr;
 
   at::parallel_for(0, divup(V, kBlock), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> probability(lanes, 0.0f), part;
@@ -121,14 +131,16 @@ void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t
         float exact[kStrip];
         std::copy(block_exps + row * lanes + first, block_exps + row * lanes + first + kStrip, exact);
         const LaneGradients lane{probability.data() + first, of_p.data() + first,
-                                 tokens.of_entropy ? of_entropy.data() + first : nullptr, maximum + first};
-        gradient_strip(exact, 1, kStrip, lane, scaling);
+                                 tokens.of_entropy ? of_entropy.data() + first : nullptr, maximum + first,
+                                 outer ? outer + first : nullptr};
+        gradient_strip(exact, 1, kStrip, lane);
         at_targets.emplace_back(where, static_cast<P>(exact[t - first] + tokens.of_target[t]));
       }
       for (int64_t t = 0; t < lanes; t += kStrip) {
         const LaneGradients lane{probability.data() + t, of_p.data() + t,
-                                 tokens.of_entropy ? of_entropy.data() + t : nullptr, maximum + t};
-        gradient_strip(block_exps + t, rows, lanes, lane, scaling);
+                                 tokens.of_entropy ? of_entropy.data() + t : nullptr, maximum + t,
+                                 outer ? outer + t : nullptr};
+        gradient_strip(block_exps + t, rows, lanes, lane);
       }
       for (const auto& [where, value] : at_targets) *where = value;
 
@@ -157,14 +169,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(const Tensor& hi
                                                                 const Tensor& targets, double logit_scale,
                                                                 double temperature, double softcap, bool entropy,
                                                                 bool bfloat16_products,
-                                                                const std::optional<Tensor>& exps) {
+                                                                const std::optional<Tensor>& exps,
+                                                                const std::optional<Tensor>& temperatures) {
   check_operands(hidden, weight);
   const int64_t T = hidden.size(0), V = weight.size(0), lanes = divup(T, kStrip) * kStrip;
   check_vector("targets", targets, T, at::kLong);
   if (bias) check_vector("bias", *bias, V, at::kFloat);
   if (exps) check_scratch(*exps, V, T);
 
-  const Scaling scaling = scaling_of(logit_scale, temperature, softcap);
+  const Scaling scaling = scaling_of(logit_scale, temperature, softcap, temperatures, T, lanes);
   const auto options = hidden.options().dtype(at::kFloat);
   Tensor target_q = at::zeros({T}, options), maximum = at::empty({T}, options), log_sum = at::empty({T}, options);
   Tensor entropies = at::empty({entropy ? T : 0}, options);
@@ -193,7 +206,7 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
                    const Tensor& of_target, double logit_scale, double temperature, double softcap,
                    const Tensor& hidden, const std::optional<Tensor>& grad_weight,
                    const std::optional<Tensor>& low_halves, bool fresh, bool last,
-                   const std::optional<Tensor>& grad_bias) {
+                   const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& temperatures) {
   const int64_t T = hidden.size(0), D = hidden.size(1), V = exps.size(0), lanes = exps.size(1);
   check_scratch(exps, V, T);
   check_operands(hidden, hidden);
@@ -212,7 +225,7 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
   const TokenGradients tokens{maximum.const_data_ptr<float>(),   log_sum.const_data_ptr<float>(),
                               of_p.const_data_ptr<float>(),      pointer<float>(of_entropy),
                               of_target.const_data_ptr<float>(), targets.const_data_ptr<int64_t>()};
-  const Scaling scaling = scaling_of(logit_scale, temperature, softcap);
+  const Scaling scaling = scaling_of(logit_scale, temperature, softcap, temperatures, T, lanes);
   dispatch_weight(hidden, [&](auto element) {
     using H = decltype(element);
     const H* h = hidden.const_data_ptr<H>();
@@ -266,11 +279,13 @@ TORCH_LIBRARY(tbrm_kernels_cpu, m) {
   m.def(
       "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float temperature, "
       "float softcap, "
-      "bool entropy, bool bfloat16_products, Tensor(a!)? exps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool entropy, bool bfloat16_products, Tensor(a!)? exps, Tensor? temperatures=None) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "head_backward(Tensor(a!) exps, Tensor block_max, Tensor targets, Tensor maximum, Tensor log_sum, Tensor of_p, "
       "Tensor? of_entropy, Tensor of_target, float logit_scale, float temperature, float softcap, Tensor hidden, "
-      "Tensor(b!)? grad_weight, Tensor(c!)? low_halves, bool fresh, bool last, Tensor(d!)? grad_bias) -> ()");
+      "Tensor(b!)? grad_weight, Tensor(c!)? low_halves, bool fresh, bool last, Tensor(d!)? grad_bias, "
+      "Tensor? temperatures=None) -> ()");
   m.def("head_hidden_gradient(Tensor exps, Tensor weight, int T) -> Tensor");
   m.def("round_weight(Tensor(a!) grad_weight, Tensor(b!) low_halves) -> ()");
   m.impl("head_forward", c10::DispatchKey::CPU, TORCH_FN(head_forward));

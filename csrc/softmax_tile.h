@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 namespace tbrm {
 
@@ -20,9 +21,10 @@ constexpr int64_t kStrip = 32;
 constexpr int kVectors = kStrip / Vec::size();
 
 // How products become Q: cap(logit_scale * (product + bias)) / temperature, where cap(x) = softcap tanh(x / softcap).
+// One value per lane, since tokens may have been sampled at different temperatures.
 struct Scaling {
-  float inner;  // logit_scale / softcap, or logit_scale / temperature where there is no softcap
-  float outer;  // softcap / temperature
+  std::vector<float> inner;  // logit_scale / softcap, or logit_scale / temperature where there is no softcap
+  std::vector<float> outer;  // softcap / temperature
   bool capped;
 };
 
@@ -59,17 +61,18 @@ inline void load_as(const c10::BFloat16* in, Vec (&x)[kVectors]) {
 
 // Turns the products of a strip into Q in place, and takes the maximum of each lane. The maximum is finite, so that
 // lanes that a bias of -inf masks as a whole do not make NaN of inf - inf; a NaN stays one.
-inline void scale_strip(float* tile, int64_t rows, int64_t ld, const float* bias, const Scaling& scaling,
+inline void scale_strip(float* tile, int64_t rows, int64_t ld, const float* bias, const Scaling& scaling, int64_t lane,
                         float* maximum) {
-  const Vec inner(scaling.inner), outer(scaling.outer);
-  Vec m[kVectors];
-  for (auto& lane : m) lane = Vec(std::numeric_limits<float>::lowest());
+  Vec inner[kVectors], outer[kVectors], m[kVectors];
+  load_as(scaling.inner.data() + lane, inner);
+  load_as(scaling.outer.data() + lane, outer);
+  for (auto& x : m) x = Vec(std::numeric_limits<float>::lowest());
   for (int64_t v = 0; v < rows; ++v) {
     float* row = tile + v * ld;
     const Vec b(bias ? bias[v] : 0.0f);
     for (int j = 0; j < kVectors; ++j) {
-      Vec q = (Vec::loadu(row + j * Vec::size()) + b) * inner;
-      if (scaling.capped) q = q.tanh() * outer;
+      Vec q = (Vec::loadu(row + j * Vec::size()) + b) * inner[j];
+      if (scaling.capped) q = q.tanh() * outer[j];
       q.store(row + j * Vec::size());
       m[j] = at::vec::maximum(m[j], q);
     }
@@ -105,15 +108,16 @@ struct LaneGradients {
   const float* of_p;         // the factor of p
   const float* of_entropy;   // the factor of -p log p, nullptr if there is none
   const float* maximum;      // of the block
+  const float* outer;        // of the scaling, nullptr if nothing is capped
 };
 
 // exps becomes p (of_p - of_entropy log p) (1 - tanh^2), in place.
 template <typename P>
-inline void gradient_strip(P* exps, int64_t rows, int64_t ld, const LaneGradients& lanes, const Scaling& scaling) {
+inline void gradient_strip(P* exps, int64_t rows, int64_t ld, const LaneGradients& lanes) {
   Vec probability[kVectors], of_p[kVectors], e[kVectors];
   load_as(lanes.probability, probability);
   load_as(lanes.of_p, of_p);
-  if (!lanes.of_entropy && !scaling.capped) {
+  if (!lanes.of_entropy && !lanes.outer) {
     for (int j = 0; j < kVectors; ++j) of_p[j] = of_p[j] * probability[j];
     for (int64_t v = 0; v < rows; ++v) {
       load_as(exps + v * ld, e);
@@ -122,21 +126,22 @@ inline void gradient_strip(P* exps, int64_t rows, int64_t ld, const LaneGradient
     }
     return;
   }
-  Vec of_entropy[kVectors], maximum[kVectors], log_probability[kVectors];
+  Vec of_entropy[kVectors], maximum[kVectors], log_probability[kVectors], per_cap[kVectors];
   load_as(lanes.maximum, maximum);
+  const Vec one(1.0f), floor(-1e4f);
   for (int j = 0; j < kVectors; ++j) {
     of_entropy[j] = lanes.of_entropy ? Vec::loadu(lanes.of_entropy + j * Vec::size()) : Vec(0.0f);
     log_probability[j] = probability[j].log();
+    per_cap[j] = lanes.outer ? one / Vec::loadu(lanes.outer + j * Vec::size()) : one;
   }
-  const Vec one(1.0f), per_cap(1.0f / scaling.outer), floor(-1e4f);
   for (int64_t v = 0; v < rows; ++v) {
     load_as(exps + v * ld, e);
     for (int j = 0; j < kVectors; ++j) {
       const Vec log_e = e[j].log();
       const Vec log_p = at::vec::maximum(log_e + log_probability[j], floor);
       Vec gradient = e[j] * probability[j] * (of_p[j] - of_entropy[j] * log_p);
-      if (scaling.capped) {
-        const Vec t = at::vec::maximum((log_e + maximum[j]) * per_cap, Vec(-1.0f));
+      if (lanes.outer) {
+        const Vec t = at::vec::maximum((log_e + maximum[j]) * per_cap[j], Vec(-1.0f));
         gradient = gradient * (one - t * t);
       }
       e[j] = gradient;

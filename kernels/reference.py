@@ -26,7 +26,7 @@ def token_stats_reference(
     targets: Tensor,  # [T] int64
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [T]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
@@ -42,6 +42,8 @@ def token_stats_reference(
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype)[kept, None]
     q = logits / temperature
 
     def with_zeros_where_ignored(values: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from .backends import triton
 from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, TokenStatsOptions
 from .backends.registry import select
-from .token_stats import TokenStats, check_head, check_targets, operand_dtype
+from .checks import check_head, check_values, operand_dtype, temperatures
+from .token_stats import TokenStats
 from .trajectory import check_packing, check_vector, segment_sums, trajectory_residual
 from .vocab_parallel import VocabSlice, sum_gradient
 
@@ -67,7 +68,7 @@ def fused_linear_tbrm_loss(
     beta: float,
     ref_values: Tensor | None = None,  # [N] float32
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [T]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -81,7 +82,7 @@ def fused_linear_tbrm_loss(
 
     0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and `fused_linear_trajectory_loss`.
     """
-    check_head(hidden, weight, targets, bias)
+    check_head(hidden, weight, targets, bias, temperature)
     check_packing("targets", targets, cu_seqlens)
     n_trajectories = cu_seqlens.shape[0] - 1
     scores = {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}
@@ -134,7 +135,7 @@ def fused_linear_trajectory_loss(
     loss_fn: TrajectoryLossFn,
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [T]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
@@ -164,10 +165,12 @@ def fused_linear_trajectory_loss(
     The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU the call waits for nothing, but
     where there is more than one chunk: then once, for `cu_seqlens`.
     """
-    check_head(hidden, weight, targets, bias)
-    options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
+    check_head(hidden, weight, targets, bias, temperature)
+    dtype = operand_dtype(hidden, weight)
+    temperature = temperatures(temperature, dtype)
+    options = TokenStatsOptions(dtype, temperature, softcap, logit_scale, entropy, ignore_index)
     part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
-    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
+    check_values(targets, weight.shape[0] if part is None else part.vocab, options)
     check_packing("targets", targets, cu_seqlens)
     if not callable(loss_fn):
         raise TypeError(
@@ -242,12 +245,13 @@ def _run(
     all_stats = TokenStats(vector, vector.clone(), vector.clone() if options.entropy else None)
     loss = vector.new_zeros(())
     for first, last, tokens in _whole_trajectories(plan.cu_seqlens, hidden.shape[0], max_tokens):
+        own = options.of(tokens)
         keep = any(needs) and 0 < tokens.stop - tokens.start <= max_tokens
-        chunk = head.chunk(hidden[tokens], targets[tokens]) if keep else None
+        chunk = head.chunk(hidden[tokens], targets[tokens], own) if keep else None
         if chunk is not None:
             logprobs, stats = chunk.logprobs, chunk.stats
         else:
-            logprobs, stats = plan.backend.token_stats_forward(hidden[tokens], weight, bias, targets[tokens], options)
+            logprobs, stats = plan.backend.token_stats_forward(hidden[tokens], weight, bias, targets[tokens], own)
         local = TokenStats(logprobs, stats.lse, stats.entropy)
         relative = plan.cu_seqlens[first : last + 1] - tokens.start
         part_loss, part, row_grads = _loss_and_gradients(plan, local, tokens, relative, first, any(needs))
@@ -258,7 +262,7 @@ def _run(
         if chunk is not None:
             chunk.backward(row_grads, into, tokens, last=tokens.stop == hidden.shape[0])
         elif any(needs):
-            _recompute(head, hidden, targets, tokens, row_grads, into, max_tokens)
+            _recompute(head, hidden, targets, options, tokens, row_grads, into, max_tokens)
     return loss, all_stats, into.finish(bias)
 
 
@@ -319,11 +323,18 @@ def _loss_and_gradients(
 
 
 def _recompute(
-    head: Head, hidden: Tensor, targets: Tensor, tokens: slice, grads: RowGrads, into: HeadGrads, max_tokens: int
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    tokens: slice,
+    grads: RowGrads,
+    into: HeadGrads,
+    max_tokens: int,
 ) -> None:
     """The gradients of one trajectory that does not fit, in pieces that do."""
     for start in range(tokens.start, tokens.stop, max_tokens):
         piece = slice(start, min(start + max_tokens, tokens.stop))
         within = slice(piece.start - tokens.start, piece.stop - tokens.start)
-        chunk = head.chunk(hidden[piece], targets[piece])
+        chunk = head.chunk(hidden[piece], targets[piece], options.of(piece))
         chunk.backward(grads.of(within), into, piece, last=piece.stop == hidden.shape[0])

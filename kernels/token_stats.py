@@ -14,10 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOptions
 from .backends.registry import select
-from .trajectory import check_tensors
+from .checks import check_head, check_values, operand_dtype, temperatures
 from .vocab_parallel import VocabSlice, sum_gradient
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class TokenStats(NamedTuple):
@@ -38,7 +36,7 @@ def linear_token_stats(
     targets: Tensor,  # [T] int64
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # or [T]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
@@ -59,6 +57,7 @@ def linear_token_stats(
     Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do, and so may hidden's
     gradient be. In a model under torch.compile the graph breaks here.
 
+    temperature: a number, or one for each token: rollouts that were sampled at several share a batch. It gets no gradient.
     backend: "auto", or a name from `backends()`.
     tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets, and its own rows of
         weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, by collectives over [T]
@@ -67,10 +66,12 @@ def linear_token_stats(
     Raises ValueError or TypeError for arguments that do not fit, and RuntimeError for a backend that cannot run here.
     On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
     """
-    check_head(hidden, weight, targets, bias)
-    options = TokenStatsOptions(operand_dtype(hidden, weight), temperature, softcap, logit_scale, entropy, ignore_index)
+    check_head(hidden, weight, targets, bias, temperature)
+    dtype = operand_dtype(hidden, weight)
+    temperature = temperatures(temperature, dtype)
+    options = TokenStatsOptions(dtype, temperature, softcap, logit_scale, entropy, ignore_index)
     part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
-    check_targets(targets, weight.shape[0] if part is None else part.vocab, ignore_index)
+    check_values(targets, weight.shape[0] if part is None else part.vocab, options)
     chosen = select(backend, hidden.device, options.operand_dtype)
     if part is None:
         return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
@@ -114,47 +115,3 @@ class _LinearTokenStats(torch.autograd.Function):
                 hidden, weight, bias, targets, ctx.options, stats, row_grads, Needs(*ctx.needs_input_grad[:3])
             )
         return (*head_grads, None, None, None)
-
-
-def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would multiply the two."""
-    device_type = hidden.device.type
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device_type)
-    if hidden.dtype != weight.dtype:
-        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one to the dtype of the other")
-    return hidden.dtype
-
-
-def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    tensors = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
-    check_tensors(**tensors)
-    for name, tensor in tensors.items():
-        if type(tensor).__name__ == "DTensor":  # by name, since importing the class takes a second
-            raise TypeError(f"{name} is a DTensor: pass a plain tensor, such as {name}.full_tensor()")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: move them to one device")
-        if name != "targets" and tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} is {tensor.dtype}: it must be one of {', '.join(map(str, _FLOATS))}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets is {targets.dtype}: it must be torch.int64")
-
-    if hidden.dim() != 2 or hidden.shape[1] == 0:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}: it must be [T, D > 0] (flatten batch and sequence)")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [V > 0, D = {hidden.shape[1]}]")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets has shape {list(targets.shape)}: it must be [T = {hidden.shape[0]}]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {list(bias.shape)}: it must be [V = {weight.shape[0]}]")
-
-
-def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    wanted = f"targets must lie in [0, {vocab}) or be ignore_index ({ignore_index})"
-    if targets.device.type == "cuda":
-        torch._assert_async(~wrong.any(), wanted)  # reading the answer here would be a sync point
-    elif wrong.any():
-        position = int(wrong.nonzero()[0])
-        raise ValueError(f"targets[{position}] is {int(targets[position])}: {wanted}")

@@ -69,7 +69,8 @@ def token_stats_forward(
     options: TokenStatsOptions,
 ) -> tuple[Tensor, RowStats]:
     head = Head(weight, bias, options)
-    parts = [Chunk(head, hidden[s], targets[s], keep=False) for s in _slices(len(targets), CHUNK_TOKENS)]
+    slices = _slices(len(targets), CHUNK_TOKENS)
+    parts = [Chunk(head, hidden[s], targets[s], options.of(s), keep=False) for s in slices]
     if len(parts) == 1:
         return parts[0].logprobs, parts[0].stats
     whole = [torch.cat(x) for x in zip(*((p.logprobs, p.stats.max, p.stats.log_sum) for p in parts), strict=True)]
@@ -90,7 +91,7 @@ def token_stats_backward(
     head = Head(weight, bias, options)
     into = HeadGrads(hidden, weight, options, needs)
     for tokens in _slices(len(targets), CHUNK_TOKENS):
-        chunk = head.chunk(hidden[tokens], targets[tokens])
+        chunk = head.chunk(hidden[tokens], targets[tokens], options.of(tokens))
         chunk.backward(grads.of(tokens), into, tokens, last=tokens.stop == len(targets))
     return into.finish(bias)
 
@@ -107,16 +108,14 @@ class Head:
         self.bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
         self.scratch_dtype = torch.bfloat16 if self.bfloat16 else torch.float32
         self._scratch = torch.empty(0, dtype=self.scratch_dtype)
-        # logit_scale, temperature and softcap (0: none), as the kernels take them
-        self.scaling = (options.logit_scale, options.temperature, options.softcap or 0.0)
 
     def tokens_within(self, max_bytes: int) -> int:
         tokens = max_bytes // (self.scratch_dtype.itemsize * len(self.weight))
         return max(1, tokens if tokens < STRIP else tokens // STRIP * STRIP)  # fewer than a strip take as much as one
 
-    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
+    def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:
         """Valid until the next call: chunks share their scratch memory, since new pages cost as much as filling them."""
-        return Chunk(self, hidden, targets, keep=True)
+        return Chunk(self, hidden, targets, options, keep=True)
 
     def scratch(self, lanes: int) -> Tensor:
         """[V, lanes], uninitialised."""
@@ -129,10 +128,11 @@ class Head:
 class Chunk:
     """Some tokens, with their exponentials if `keep`."""
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, *, keep: bool) -> None:
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, options: TokenStatsOptions, *, keep: bool) -> None:
         self._head = head
-        self._rows = KeptRows(targets, head.options.ignore_index)
-        hidden = self._rows.gather(hidden).to(head.options.operand_dtype)
+        self._rows = KeptRows(targets, options.ignore_index)
+        self._options = options = options.rows(self._rows.gather)
+        hidden = self._rows.gather(hidden).to(options.operand_dtype)
         self._hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
         self._targets = self._rows.gather(targets).contiguous()
         n_rows = len(self._hidden)
@@ -146,19 +146,20 @@ class Chunk:
                 head.weight,
                 head.bias,
                 self._targets,
-                *head.scaling,
-                head.options.entropy,
+                *_scaling(options),
+                options.entropy,
                 head.bfloat16,
                 self._exps,
+                *_temperatures(options),
             )
         target_q, maximum, log_sum, entropy = self._raw
         scatter = self._rows.scatter
         self.logprobs = scatter((target_q - maximum) - log_sum)
-        kept_entropy = scatter(entropy) if head.options.entropy else None
+        kept_entropy = scatter(entropy) if options.entropy else None
         self.stats = RowStats(scatter(maximum), scatter(log_sum), kept_entropy)
 
     def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
-        head, options = self._head, self._head.options
+        options = self._options
         if len(self._hidden) == 0:
             if into.hidden is not None:
                 into.hidden[tokens] = 0
@@ -167,7 +168,7 @@ class Chunk:
             return
         assert self._exps is not None
         target_q, maximum, log_sum, entropy = self._raw
-        factor = options.logit_scale / options.temperature
+        factor = options.factor
         of_target = factor * self._rows.gather(grads.logprobs)
         of_p = factor * self._rows.gather(grads.lse) - of_target
         of_entropy = None
@@ -188,13 +189,14 @@ class Chunk:
             of_p,
             of_entropy,
             of_target,
-            *head.scaling,
+            *_scaling(options),
             self._hidden,
             into.weight,
             low_halves,
             into.fresh,
             last,
             into.bias,
+            *_temperatures(options),
         )
         into.fresh = False
         if into.hidden is not None:
@@ -207,6 +209,17 @@ class Chunk:
         if head.bfloat16:  # torch multiplies these at full speed
             return self._exps[:, :n_rows].T @ head.weight
         return _ops().head_hidden_gradient(self._exps, head.weight, n_rows)
+
+
+def _scaling(options: TokenStatsOptions) -> tuple[float, float, float]:
+    """logit_scale, temperature and softcap (0: none), as the kernels take them."""
+    one = 1.0 if isinstance(options.temperature, Tensor) else options.temperature
+    return options.logit_scale, one, options.softcap or 0.0
+
+
+def _temperatures(options: TokenStatsOptions) -> tuple[Tensor, ...]:
+    """Of the rows [rows], where they have not all the same one."""
+    return (options.temperature,) if isinstance(options.temperature, Tensor) else ()
 
 
 def _ops() -> Any:

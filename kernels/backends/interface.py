@@ -8,7 +8,8 @@ of one chunk of tokens at a time.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,7 +25,8 @@ class TokenStatsOptions:
 
     operand_dtype: torch.dtype
     """The dtype to which hidden and weight are rounded before they are multiplied; products are never rounded to it."""
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
+    """A tensor is [T], one for each of the tokens at hand, contiguous and in the compute dtype."""
     softcap: float | None = None
     logit_scale: float = 1.0
     entropy: bool = False
@@ -33,7 +35,7 @@ class TokenStatsOptions:
     def __post_init__(self) -> None:
         for name in ("temperature", "softcap", "logit_scale"):
             value = getattr(self, name)
-            if name == "softcap" and value is None:
+            if isinstance(value, Tensor) or (name == "softcap" and value is None):
                 continue
             if not (math.isfinite(value) and value > 0):
                 hint = " (None for no soft-capping)" if name == "softcap" else ""
@@ -43,6 +45,20 @@ class TokenStatsOptions:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of every statistic and of every accumulator."""
         return torch.float64 if self.operand_dtype == torch.float64 else torch.float32
+
+    @property
+    def factor(self) -> float | Tensor:
+        """dQ / dlogits, but for the slope of the soft-capping."""
+        return self.logit_scale / self.temperature
+
+    def rows(self, select: Callable[[Tensor], Tensor]) -> TokenStatsOptions:
+        """Those of some of the tokens, which `select` takes from [T]."""
+        if isinstance(self.temperature, Tensor):
+            return replace(self, temperature=select(self.temperature))
+        return self
+
+    def of(self, tokens: slice) -> TokenStatsOptions:
+        return self.rows(lambda values: values[tokens])
 
 
 class RowStats(NamedTuple):
@@ -152,8 +168,11 @@ class Head(Protocol):
         """How many tokens a chunk may have for its logits to take at most `max_bytes`; at least the fewest it can handle."""
         ...
 
-    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
-        """The statistics of at least one token, and what the backward pass needs in order to recompute nothing."""
+    def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:
+        """The statistics of at least one token, and what the backward pass needs in order to recompute nothing.
+
+        `options` are those of the tokens: the head's own but for their temperatures.
+        """
         ...
 
 

@@ -30,7 +30,7 @@ def token_stats_forward(
     options: TokenStatsOptions,
 ) -> tuple[Tensor, RowStats]:
     rows = KeptRows(targets, options.ignore_index)
-    return _forward(TiledLogits(rows.gather(hidden), weight, bias, options), rows, targets)
+    return _forward(TiledLogits(rows.gather(hidden), weight, bias, options.rows(rows.gather)), rows, targets)
 
 
 def token_stats_backward(
@@ -44,7 +44,7 @@ def token_stats_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rows = KeptRows(targets, options.ignore_index)
-    logits = TiledLogits(rows.gather(hidden), weight, bias, options)
+    logits = TiledLogits(rows.gather(hidden), weight, bias, options.rows(rows.gather))
     grad_weight = torch.empty_like(weight) if needs.weight else None
     grad_bias = torch.zeros_like(weight[:, 0], dtype=options.compute_dtype) if needs.bias else None
     softmax_grad = SoftmaxGrad(rows, targets, stats, grads, logits.factor)
@@ -66,17 +66,18 @@ class Head:
     def tokens_within(self, max_bytes: int) -> int:
         return max(1, max_bytes // (self.options.compute_dtype.itemsize * len(self.weight)))
 
-    def chunk(self, hidden: Tensor, targets: Tensor) -> Chunk:
-        return Chunk(self, hidden, targets)
+    def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:
+        return Chunk(self, hidden, targets, options)
 
 
 class Chunk:
     """Some tokens, whose Q-values are kept for the backward pass."""
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor) -> None:
+    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> None:
         self._targets = targets
-        self._rows = KeptRows(targets, head.options.ignore_index)
-        self._logits = KeptLogits(self._rows.gather(hidden), head.weight, head.bias, head.options)
+        self._rows = KeptRows(targets, options.ignore_index)
+        gather = self._rows.gather
+        self._logits = KeptLogits(gather(hidden), head.weight, head.bias, options.rows(gather))
         self.logprobs, self.stats = _forward(self._logits, self._rows, targets)
         self._logits.complete = True
 

@@ -32,7 +32,7 @@ class TiledLogits:
         self.hidden = self._operand(hidden)
         self.weight = weight
         self.bias = None if bias is None else bias.to(options.compute_dtype)
-        self.factor = options.logit_scale / options.temperature  # dQ / dlogits, but for the slope of the soft-capping
+        self.factor = options.factor
 
         n_rows, width = hidden.shape
         self.row_chunk = min(ROW_CHUNK, max(n_rows, 1))
@@ -64,10 +64,11 @@ class TiledLogits:
 
         cap = self.options.softcap
         if cap is None:
-            return (q if self.factor == 1.0 else q.mul_(self.factor)), None
+            plain = not isinstance(self.factor, Tensor) and self.factor == 1.0
+            return (q if plain else q.mul_(_column(self.factor, chunk))), None
         q.mul_(self.options.logit_scale / cap).tanh_()
         slope = q.square().neg_().add_(1) if with_slope else None
-        return q.mul_(cap / self.options.temperature), slope
+        return q.mul_(_column(cap / self.options.temperature, chunk)), slope
 
 
 class KeptLogits(TiledLogits):
@@ -87,8 +88,9 @@ class KeptLogits(TiledLogits):
             kept.copy_(q)
             return q, None
         cap = self.options.softcap
-        slope = None if cap is None else 1 - (kept * (self.options.temperature / cap)).square_()
-        return kept, slope
+        if cap is None:
+            return kept, None
+        return kept, 1 - (kept * _column(self.options.temperature / cap, chunk)).square_()
 
 
 class OnlineSoftmax:
@@ -134,15 +136,22 @@ class SoftmaxGrad:
     The names: `of_target`, `of_p` and `of_entr` are the factors, per row, of 1[v = target], p_v and -p_v log p_v.
     """
 
-    def __init__(self, rows: KeptRows, targets: Tensor, stats: RowStats, grads: RowGrads, factor: float) -> None:
+    def __init__(
+        self,
+        rows: KeptRows,
+        targets: Tensor,
+        stats: RowStats,
+        grads: RowGrads,
+        factor: float | Tensor,  # [kept rows] if a tensor
+    ) -> None:
         self.targets = rows.gather(targets)
         self.max = rows.gather(stats.max)[:, None]
         self.inverse_sum = rows.gather(stats.log_sum).neg().exp_()[:, None]
         self.of_target = factor * rows.gather(grads.logprobs)
-        self.of_p = factor * rows.gather(grads.lse)[:, None] - self.of_target[:, None]
+        self.of_p = (factor * rows.gather(grads.lse))[:, None] - self.of_target[:, None]
         self.of_entr = None  # entr(p) = -p log p
         if grads.entropy is not None and stats.entropy is not None:
-            self.of_entr = factor * rows.gather(grads.entropy)[:, None]
+            self.of_entr = (factor * rows.gather(grads.entropy))[:, None]
             self.of_p -= self.of_entr * rows.gather(stats.entropy)[:, None]
 
     def of_tile(self, chunk: slice, tile: slice, q: Tensor) -> Tensor:
@@ -154,6 +163,11 @@ class SoftmaxGrad:
             grad = torch.special.entr(p).mul_(self.of_entr[chunk]).addcmul_(p, self.of_p[chunk])
         inside, column = _locate(self.targets[chunk], tile)
         return grad.scatter_add_(1, column, torch.where(inside, self.of_target[chunk], 0)[:, None])
+
+
+def _column(values: float | Tensor, chunk: slice) -> float | Tensor:
+    """What a chunk's rows [rows, vocabulary] are multiplied with: a number, or one for each row."""
+    return values[chunk, None] if isinstance(values, Tensor) else values
 
 
 def slices(total: int, step: int) -> Iterator[slice]:

@@ -132,7 +132,9 @@ def assert_as_good_as_plain_torch(head: Head, slack: float = 8, **options: Any) 
         else:  # a derivative may be the small difference of terms of about this size
             roundings += rounding(head)
             other = {"d_hidden": head.weight, "d_weight": head.hidden}.get(name, torch.ones(1))
-            factor = options.get("logit_scale", 1.0) / options.get("temperature", 1.0)
+            factor = float(
+                torch.max(options.get("logit_scale", 1.0) / torch.as_tensor(options.get("temperature", 1.0)))
+            )
             scale = scale.clamp(min=factor * max(other.abs().flatten().tolist(), default=0.0))
         # Where plain torch has no number, as on a GPU for a bias of -3e38, the roundings alone.
         allowed = luck(head) * (plain[name] - true).abs().max().nan_to_num(0) + roundings * scale

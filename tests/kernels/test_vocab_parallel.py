@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "options": {"softcap": 5.0, "temperature": 0.7, "logit_scale": 0.5},
     "small chunks, one trajectory in pieces": {"tokens": 6},
     "bfloat16": {"dtype": torch.bfloat16},
+    "temperatures": {"softcap": 5.0, "temperature": torch.linspace(0.5, 2.0, sum(LENGTHS))},
     "ignored by a token's id": {"ignore_index": 0},
 }
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..interface import RowGrads, RowStats, TokenStatsOptions
 from .launch import Operands, TileConfig
-from .tile import derivative, kernel, q_tile
+from .tile import derivative, kernel, per_token, q_tile
 
 
 @kernel
 def dlogits_kernel(
-    hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
+    hidden, weight, bias, inverse_temperature, targets,  # [T, D], [V, D], [V] or None, [T] or None, [T]
     maximum, log_sum, entropy,  # [T], [T], [T] or None
     grad_logprobs, grad_lse, grad_entropy,  # [T], [T], [T] or None
     out,  # [T, width], its columns those of the weight's rows from first_v on
@@ -35,9 +35,12 @@ def dlogits_kernel(
     # 64 bits for the tile's place alone: one pointer per element would take half of the registers.
     tile = out + tl.cast(t0, tl.int64) * width + column
     q = q_tile(
-        hidden, weight, bias, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
+        hidden, weight, bias, inverse_temperature, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
         CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
     )  # fmt: skip
+    factor = per_token(factor, inverse_temperature, t, T)
+    if inverse_temperature is not None:
+        outer = per_token(outer, inverse_temperature, t, T)[:, None]
     h, g_entropy = None, None
     if grad_entropy is not None:
         h = tl.load(entropy + t, mask=inside, other=0.0)
@@ -79,8 +82,7 @@ def dlogits(
         *arguments.sizes,
         vocabulary.start,
         width,
-        *operands.scaling,
-        options.logit_scale / options.temperature,
+        *operands.scaling[:3],
         options.ignore_index,
         **arguments.constants,
     )

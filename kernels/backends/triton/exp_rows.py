@@ -23,14 +23,14 @@ from torch import Tensor
 from ..interface import RowGrads, TokenStatsOptions
 from .exps import Exps
 from .launch import Operands
-from .tile import kernel
+from .tile import kernel, slope
 
 BLOCK, WARPS = 1024, 4
 
 
 @kernel
 def exp_rows_kernel(
-    values, hidden, targets,  # [T, V], [T, D], [T]
+    values, hidden, inverse_temperature, targets,  # [T, V], [T, D], [T] or None, [T]
     target_q, shift, others, logprobs, log_sum, entropy,  # [T] each, entropy may be None
     grad_logprobs, grad_lse, grad_entropy,  # [T] each, grad_entropy may be None
     factors, scaled,  # out: [T], [T, D]
@@ -63,9 +63,11 @@ def exp_rows_kernel(
             x = tl.log(tl.maximum(e, 1e-38)) - log_s  # 1e-38: the product is 0 there all the same
             e = tl.where(kept, e * (alpha - w * (x + h)), 0.0)
             tl.store(row + v, e.to(values.dtype.element_ty), mask=v < V)
+    if inverse_temperature is not None:
+        by = tl.load(inverse_temperature + t)
+        factor, outer = factor * by, outer * by
     if CAPPED:
-        tanh = tl.maximum(q, -outer) / outer
-        at_target *= 1 - tanh * tanh
+        at_target *= slope(q, outer)
     of_row = tl.where(kept, of_row * factor, 0.0)
     tl.store(factors + t, of_row)
     tl.debug_barrier()  # the target's entry is written last
@@ -85,15 +87,15 @@ def exp_rows_(
 
     dL/dlogits is E' times the factors; zeros where the target is ignored.
     """
-    values, hidden = exps.values, operands.hidden
+    values, hidden, scaling = exps.values, operands.hidden, operands.scaling
     assert values is not None
     factors, scaled = torch.empty_like(exps.shift), torch.empty_like(hidden)
     exp_rows_kernel[(len(targets),)](
-        values, hidden, targets,
+        values, hidden, scaling.inverse_temperature, targets,
         exps.target_q, exps.shift, exps.others, exps.logprobs, exps.log_sum, exps.entropy,
         grads.logprobs, grads.lse, grads.entropy, factors, scaled,
         values.shape[1], hidden.shape[1], values.stride(0), hidden.stride(0), scaled.stride(0),
-        options.ignore_index, options.logit_scale / options.temperature, operands.scaling[1],
+        options.ignore_index, scaling.factor, scaling.outer,
         CAPPED=options.softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return factors, scaled

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import RowStats, TokenStatsOptions
 from .launch import ALIGNMENT, Operands, TileConfig, exp_config, has_tma, multiprocessors
-from .tile import LOWEST, exp, kernel, q_tile, scale
+from .tile import LOWEST, exp, kernel, per_token, q_tile, scale, slope
 
 LARGEST = tl.constexpr(1.1420073898156842e26)  # e^60
 SUMS_ROWS, SUMS_TILES, SUMS_WARPS = 32, 64, 4
@@ -39,7 +39,7 @@ GROUP_BYTES = 2**24
 
 @kernel
 def target_kernel(
-    hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
+    hidden, weight, bias, inverse_temperature, targets,  # [T, D], [V, D], [V] or None, [T] or None, [T]
     target_q, shift,  # out: [T] each
     D, stride_hidden, stride_weight, ignore_index, inner, outer, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,13 +58,15 @@ def target_kernel(
         if bias is not None:
             x += tl.load(bias + target).to(tl.float32)
         q = scale(x, inner, outer, CAPPED)
+        if inverse_temperature is not None:
+            q *= tl.load(inverse_temperature + t)
     tl.store(target_q + t, q)
     tl.store(shift + t, tl.where(tl.abs(q) < float("inf"), q, 0.0))
 
 
 @triton.jit
 def exp_tile(
-    hidden, weight, bias, targets, shift, out, sums, largest, weighted,
+    hidden, weight, bias, inverse_temperature, targets, shift, out, sums, largest, weighted,
     t0, tile, T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -72,7 +74,7 @@ def exp_tile(
     """E of one tile, and its part of the sums."""
     v0 = tile * BLOCK_V
     q = q_tile(
-        hidden, weight, bias, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
+        hidden, weight, bias, inverse_temperature, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
         CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     row, lane = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_V)
@@ -91,8 +93,10 @@ def exp_tile(
         tl.store(weighted + at, tl.sum(others * tl.maximum(x, -1e4), 1), mask=inside)
     if out is not None:
         if CAPPED:
-            tanh = tl.maximum(q, -outer) / outer  # -outer: where a bias of -inf masks
-            e *= 1 - tanh * tanh
+            largest_q = per_token(outer, inverse_temperature, t, T)
+            if inverse_temperature is not None:
+                largest_q = largest_q[:, None]
+            e *= slope(q, largest_q)
         if isinstance(out, tl.tensor_descriptor):
             out.store([t0, v0], e.to(out.dtype))
         else:
@@ -103,7 +107,7 @@ def exp_tile(
 
 @kernel
 def exp_kernel(
-    hidden, weight, bias, targets, shift,  # [T, D], [V, D], [V] or None, [T], [T]
+    hidden, weight, bias, inverse_temperature, targets, shift,  # [T, D], [V, D], [V] or None, [T] or None, [T], [T]
     out,  # [T, V], or None
     sums, largest, weighted,  # out: [tiles, T] each: of E, the largest Q - shift, of E (Q - shift); weighted may be None
     T, V, D, stride_hidden, stride_weight, stride_out, group, inner, outer,
@@ -118,7 +122,7 @@ def exp_kernel(
         rows = min(row_tiles - first, group)
         within = number - first * tiles
         exp_tile(
-            hidden, weight, bias, targets, shift, out, sums, largest, weighted,
+            hidden, weight, bias, inverse_temperature, targets, shift, out, sums, largest, weighted,
             (first + within % rows) * BLOCK_T, within // rows,
             T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
@@ -127,7 +131,7 @@ def exp_kernel(
 
 @kernel
 def exp_again_kernel(
-    hidden, weight, bias, targets, shift, unfit,  # as above; [T] int8: rows that are computed again
+    hidden, weight, bias, inverse_temperature, targets, shift, unfit,  # as above; [T] int8: rows that are computed again
     out, sums, largest, weighted,
     T, V, D, stride_hidden, stride_weight, stride_out, splits, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
@@ -140,7 +144,7 @@ def exp_again_kernel(
     wanted = tl.max(tl.load(unfit + t, mask=t < T, other=0).to(tl.int32), 0)
     for tile in range(tl.program_id(0) // row_tiles, tiles * wanted, splits):
         exp_tile(
-            hidden, weight, bias, targets, shift, out, sums, largest, weighted,
+            hidden, weight, bias, inverse_temperature, targets, shift, out, sums, largest, weighted,
             t0, tile, T, V, D, stride_hidden, stride_weight, stride_out, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
         )  # fmt: skip
@@ -227,7 +231,7 @@ def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: T
     arguments = operands.arguments(config)
     group = max(1, GROUP_BYTES // (config.block_t * operands.hidden.stride(0) * operands.hidden.element_size()))
     exp_kernel[(min(programs, row_tiles * tiles),)](
-        *arguments.tensors, targets, shift, _blocks(out, config), *parts, *arguments.sizes, pitch, group, *operands.scaling,
+        *arguments.tensors, targets, shift, _blocks(out, config), *parts, *arguments.sizes, pitch, group, *operands.scaling[:2],
         FLATTEN=config.flatten, **arguments.constants,
     )  # fmt: skip
     found, unfit = _add_up(parts, out, target_q, shift, targets, options)
@@ -238,7 +242,7 @@ def exps(operands: Operands, targets: Tensor, options: TokenStatsOptions, out: T
     arguments = operands.arguments(again)
     exp_again_kernel[(row_tiles * splits,)](
         *arguments.tensors, targets, found.shift, unfit, _blocks(out, again), *parts, *arguments.sizes, pitch, splits,
-        *operands.scaling, **arguments.constants,
+        *operands.scaling[:2], **arguments.constants,
     )  # fmt: skip
     return _add_up(parts, out, target_q, found.shift, targets, options)[0]
 
@@ -251,11 +255,12 @@ def _blocks(out: Tensor | None, config: TileConfig) -> Any:
 
 
 def _target_q(operands: Operands, targets: Tensor, options: TokenStatsOptions) -> tuple[Tensor, Tensor]:
-    hidden, weight = operands.hidden, operands.weight
+    hidden, weight, scaling = operands.hidden, operands.weight, operands.scaling
     target_q, shift = _vectors(targets, 2, len(targets))
     target_kernel[(len(targets),)](
-        hidden, weight, operands.bias, targets, target_q, shift, hidden.shape[1], hidden.stride(0), weight.stride(0),
-        options.ignore_index, *operands.scaling, CAPPED=options.softcap is not None, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
+        hidden, weight, operands.bias, scaling.inverse_temperature, targets, target_q, shift,
+        hidden.shape[1], hidden.stride(0), weight.stride(0), options.ignore_index, scaling.inner, scaling.outer,
+        CAPPED=options.softcap is not None, BLOCK=ROW_BLOCK, num_warps=ROW_WARPS,
     )  # fmt: skip
     return target_q, shift
 

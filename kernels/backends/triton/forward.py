@@ -22,7 +22,7 @@ COMBINE_BLOCK, COMBINE_WARPS = 128, 4
 
 @kernel
 def forward_kernel(
-    hidden, weight, bias, targets,  # [T, D], [V, D], [V] or None, [T]
+    hidden, weight, bias, inverse_temperature, targets,  # [T, D], [V, D], [V] or None, [T] or None, [T]
     maximum, total, weighted, target_q,  # out: [splits, T] each; weighted may be None
     T, V, D, stride_hidden, stride_weight, splits, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
@@ -44,7 +44,7 @@ def forward_kernel(
     of_target = tl.zeros([BLOCK_T], tl.float32)
     for tile in range(split * tiles_per_split, min(tiles, (split + 1) * tiles_per_split)):
         q = q_tile(
-            hidden, weight, bias, t0, tile * BLOCK_V, T, V, D, stride_hidden, stride_weight, inner, outer,
+            hidden, weight, bias, inverse_temperature, t0, tile * BLOCK_V, T, V, D, stride_hidden, stride_weight, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -126,7 +126,7 @@ def forward(
             *parts,
             *arguments.sizes,
             splits,
-            *operands.scaling,
+            *operands.scaling[:2],
             **arguments.constants,
         )
         combine_kernel[(triton.cdiv(T, COMBINE_BLOCK),)](

@@ -93,27 +93,29 @@ class Head:
     def tokens_within(self, max_bytes: int) -> int:
         return max(1, max_bytes // (self._dtype.itemsize * self._pitch))
 
-    def chunk(self, hidden: Tensor, targets: Tensor) -> ExpsChunk | LogitsChunk:
+    def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> ExpsChunk | LogitsChunk:
         """Valid until the next call: chunks share their scratch memory."""
         size = len(hidden) * self._pitch
         if self._scratch.numel() < size:
             self._scratch = self._scratch.new_empty(size)
         scratch = self._scratch[:size].view(len(hidden), self._pitch)[:, : len(self.weight)]
-        return (ExpsChunk if self._keeps_exps else LogitsChunk)(self, hidden, targets, scratch)
+        return (ExpsChunk if self._keeps_exps else LogitsChunk)(self, hidden, targets, options, scratch)
 
 
 class ExpsChunk:
     """Some tokens with the exponentials of their logits in `scratch`, which become their derivatives but for a factor."""
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: Tensor) -> None:
-        self._head, self._targets = head, targets.contiguous()
-        self._operands = Operands(hidden, head.weight, head.bias, head.options)
-        self._exps = exps(self._operands, self._targets, head.options, scratch)
+    def __init__(
+        self, head: Head, hidden: Tensor, targets: Tensor, options: TokenStatsOptions, scratch: Tensor
+    ) -> None:
+        self._head, self._options, self._targets = head, options, targets.contiguous()
+        self._operands = Operands(hidden, head.weight, head.bias, options)
+        self._exps = exps(self._operands, self._targets, options, scratch)
         self.logprobs, self.stats = self._exps.logprobs, self._exps.stats
 
     def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
         head = self._head
-        factors, scaled = exp_rows_(self._exps, self._operands, self._targets, head.options, _contiguous(grads))
+        factors, scaled = exp_rows_(self._exps, self._operands, self._targets, self._options, _contiguous(grads))
         values, scaled = self._exps.values, scaled[:, : head.weight.shape[1]]
         assert values is not None
         if into.hidden is not None:
@@ -130,17 +132,19 @@ class ExpsChunk:
 class LogitsChunk:
     """Some tokens with their logits in `scratch`, which become their derivatives."""
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor, scratch: Tensor) -> None:
-        self._head, self._targets, self._logits = head, targets.contiguous(), scratch
-        self._hidden = kept_rows(hidden.to(head.options.operand_dtype), targets, head.options)
+    def __init__(
+        self, head: Head, hidden: Tensor, targets: Tensor, options: TokenStatsOptions, scratch: Tensor
+    ) -> None:
+        self._head, self._options, self._targets, self._logits = head, options, targets.contiguous(), scratch
+        self._hidden = kept_rows(hidden.to(options.operand_dtype), targets, options)
         product(self._hidden, head.weight.T, out=scratch)
-        self._scaling = scaling(head.options)
-        self.logprobs, self.stats = row_stats(scratch, head.bias, self._targets, head.options, self._scaling)
+        self._scaling = scaling(options)
+        self.logprobs, self.stats = row_stats(scratch, head.bias, self._targets, options, self._scaling)
 
     def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
         head = self._head
         of_logits = row_dlogits_(
-            self._logits, head.bias, self._targets, head.options, self._scaling, self.stats, _contiguous(grads)
+            self._logits, head.bias, self._targets, self._options, self._scaling, self.stats, _contiguous(grads)
         )
         if into.hidden is not None:
             into.hidden[tokens] = product(of_logits, head.weight)

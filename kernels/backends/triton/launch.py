@@ -73,11 +73,22 @@ EXP_CONFIGS: dict[tuple[int, bool], TileConfig] = {
 
 
 class Arguments(NamedTuple):
-    tensors: tuple[Any, Any, Tensor | None]
-    """hidden, weight and bias; the matrices as descriptors where the GPU has a unit (TMA) that loads blocks by them."""
+    tensors: tuple[Any, Any, Tensor | None, Tensor | None]
+    """hidden, weight, bias and 1 / temperature; the matrices as descriptors where the GPU has a unit (TMA) that loads blocks by
+    them."""
     sizes: tuple[int, ...]
     """T, V, D and the strides of hidden and weight."""
     constants: dict[str, Any]
+
+
+class Scaling(NamedTuple):
+    """From products to Q, as `tile.scale` has it, and back."""
+
+    inner: float
+    outer: float
+    factor: float  # dQ / dproducts, but for the slope of the soft-capping
+    inverse_temperature: Tensor | None
+    """[T], by which Q, `outer` and `factor` are still to be multiplied; None where they have the one temperature in them."""
 
 
 class Operands:
@@ -89,15 +100,17 @@ class Operands:
         self.bias = None if bias is None else bias.contiguous()
         self.options = options
         self.scaling = scaling(options)
-        self.plain = bias is None and options.softcap is None and not options.entropy
+        plain_scaling = options.softcap is None and self.scaling.inverse_temperature is None
+        self.plain = bias is None and plain_scaling and not options.entropy
 
     def arguments(self, config: TileConfig) -> Arguments:
         (T, D), V = self.hidden.shape, len(self.weight)
-        tensors: tuple[Any, Any, Tensor | None] = (self.hidden, self.weight, self.bias)
+        vectors = (self.bias, self.scaling.inverse_temperature)
+        tensors: tuple[Any, Any, Tensor | None, Tensor | None] = (self.hidden, self.weight, *vectors)
         if has_tma(self.hidden.device):
             hidden = TensorDescriptor.from_tensor(self.hidden, [config.block_t, config.block_d])
             weight = TensorDescriptor.from_tensor(self.weight, [config.block_v, config.block_d])
-            tensors = (hidden, weight, self.bias)
+            tensors = (hidden, weight, *vectors)
         constants = {
             "CAPPED": self.options.softcap is not None,
             "FACTOR": tl.bfloat16 if self.hidden.dtype == torch.bfloat16 and not INTERPRETED else tl.float32,
@@ -126,11 +139,14 @@ def aligned(matrix: Tensor) -> Tensor:
     return copy
 
 
-def scaling(options: TokenStatsOptions) -> tuple[float, float]:
-    """`inner` and `outer` of `tile.scale`."""
+def scaling(options: TokenStatsOptions) -> Scaling:
+    temperature, inverse = options.temperature, None
+    if isinstance(temperature, Tensor):
+        temperature, inverse = 1.0, temperature.reciprocal()
+    factor = options.logit_scale / temperature
     if options.softcap is None:
-        return options.logit_scale / options.temperature, 1.0
-    return options.logit_scale / options.softcap, options.softcap / options.temperature
+        return Scaling(factor, 1.0, factor, inverse)
+    return Scaling(options.logit_scale / options.softcap, options.softcap / temperature, factor, inverse)
 
 
 def candidates(operands: Operands) -> tuple[TileConfig, ...]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..interface import RowGrads, RowStats, TokenStatsOptions
+from .launch import Scaling
 from .tile import LOWEST, derivative, exp, kernel, scale
 
 BLOCK, WARPS = 4096, 8
@@ -20,13 +21,16 @@ BLOCK, WARPS = 4096, 8
 
 @kernel
 def row_stats_kernel(
-    logits, bias, targets,  # [T, V] float32, [V] or None, [T]
+    logits, bias, inverse_temperature, targets,  # [T, V] float32, [V] or None, [T] or None, [T]
     logprobs_out, max_out, log_sum_out, entropy_out,  # [T] each, entropy_out may be None
     V, ignore_index, inner, outer, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     row = logits + t.to(tl.int64) * V
     target = tl.load(targets + t)
+    by = 1.0
+    if inverse_temperature is not None:
+        by = tl.load(inverse_temperature + t)
     logprob, maximum, log_sum, entropy = 0.0, 0.0, 0.0, 0.0
     if target != ignore_index:
         # One softmax per lane, all of them combined at the end of the row.
@@ -39,7 +43,10 @@ def row_stats_kernel(
             x = tl.load(row + v, mask=v < V, other=0.0)
             if bias is not None:
                 x += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)
-            q = tl.where(v < V, scale(x, inner, outer, CAPPED), -float("inf"))
+            q = scale(x, inner, outer, CAPPED)
+            if inverse_temperature is not None:
+                q *= by
+            q = tl.where(v < V, q, -float("inf"))
             of_target += tl.where(v == target, q, 0.0)
             m_new = tl.maximum(m, q)
             rescale, e = exp(m - m_new), exp(q - m_new)
@@ -64,7 +71,8 @@ def row_stats_kernel(
 
 @kernel
 def row_dlogits_kernel(
-    logits, out, bias, targets,  # [T, V] float32; the same memory as [T, V] of rows as far apart; [V] or None; [T]
+    logits, out,  # [T, V] float32; the same memory as [T, V] of rows as far apart
+    bias, inverse_temperature, targets,  # [V] or None, [T] or None, [T]
     maximum, log_sum, entropy,  # [T], [T], [T] or None
     grad_logprobs, grad_lse, grad_entropy,  # [T], [T], [T] or None
     V, out_stride, ignore_index, inner, outer, factor, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,6 +85,10 @@ def row_dlogits_kernel(
     kept = target != ignore_index
     m, log_s = tl.load(maximum + t + lane), tl.load(log_sum + t + lane)
     g_logprobs, g_lse = tl.load(grad_logprobs + t + lane), tl.load(grad_lse + t + lane)
+    by = None
+    if inverse_temperature is not None:
+        by = tl.load(inverse_temperature + t + lane)
+        factor = factor * by
     h, g_entropy = None, None
     if grad_entropy is not None:
         h, g_entropy = tl.load(entropy + t + lane), tl.load(grad_entropy + t + lane)
@@ -86,8 +98,12 @@ def row_dlogits_kernel(
         if bias is not None:
             x += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)
         q = scale(x, inner, outer, CAPPED)[None, :]
+        largest_q = outer
+        if inverse_temperature is not None:
+            q *= by[:, None]
+            largest_q = outer * by[:, None]
         grad = derivative(
-            q, target[:, None] == v[None, :], kept, m, log_s, h, g_logprobs, g_lse, g_entropy, factor, outer, CAPPED
+            q, target[:, None] == v[None, :], kept, m, log_s, h, g_logprobs, g_lse, g_entropy, factor, largest_q, CAPPED
         )
         tl.debug_barrier()  # all of the block is read before any of it is written over
         tl.store(out_row + v, tl.reshape(grad, [BLOCK]).to(out.dtype.element_ty), mask=v < V)
@@ -98,7 +114,7 @@ def row_stats(
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [T]
     options: TokenStatsOptions,
-    scaling: tuple[float, float],
+    scaling: Scaling,
 ) -> tuple[Tensor, RowStats]:
     """The log-probs [T] and the rest; 0 where the target is ignored."""
     n_rows, vocab = logits.shape
@@ -110,6 +126,7 @@ def row_stats(
     row_stats_kernel[(n_rows,)](
         logits,
         bias,
+        scaling.inverse_temperature,
         targets,
         logprobs,
         maximum,
@@ -117,7 +134,8 @@ def row_stats(
         entropy,
         vocab,
         options.ignore_index,
-        *scaling,
+        scaling.inner,
+        scaling.outer,
         CAPPED=options.softcap is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,
@@ -130,7 +148,7 @@ def row_dlogits_(
     bias: Tensor | None,
     targets: Tensor,
     options: TokenStatsOptions,
-    scaling: tuple[float, float],
+    scaling: Scaling,
     stats: RowStats,
     grads: RowGrads,
 ) -> Tensor:
@@ -141,6 +159,7 @@ def row_dlogits_(
         logits,
         out,
         bias,
+        scaling.inverse_temperature,
         targets,
         stats.max,
         stats.log_sum,
@@ -151,8 +170,9 @@ def row_dlogits_(
         vocab,
         out.stride(0),
         options.ignore_index,
-        *scaling,
-        options.logit_scale / options.temperature,
+        scaling.inner,
+        scaling.outer,
+        scaling.factor,
         CAPPED=options.softcap is not None,
         BLOCK=BLOCK,
         num_warps=WARPS,

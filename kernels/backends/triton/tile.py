@@ -11,7 +11,7 @@ import triton.language as tl
 
 VECTORS = (
     *("targets", "target_q", "shift", "unfit", "logprobs", "lse", "maximum", "log_sum", "entropy", "others"),
-    *("grad_logprobs", "grad_lse", "grad_entropy", "grad_out", "factors"),
+    *("grad_logprobs", "grad_lse", "grad_entropy", "grad_out", "factors", "inverse_temperature"),
     *("cu_seqlens", "ref_logprob_sums", "rewards", "ref_values"),
 )
 kernel = partial(
@@ -48,8 +48,23 @@ def scale(logits, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def per_token(number, inverse_temperature, t, T):
+    """The number over the temperature of each token t, [tokens]; itself if all have the one that is in it already."""
+    if inverse_temperature is not None:
+        number *= tl.load(inverse_temperature + t, mask=t < T, other=1.0)
+    return number
+
+
+@triton.jit
+def slope(q, outer):
+    """Of the soft-capping, from its outcome: 1 - tanh^2; 0 where a bias of -inf masks."""
+    tanh = tl.maximum(q, -outer) / outer
+    return 1 - tanh * tanh
+
+
+@triton.jit
 def q_tile(
-    hidden, weight, bias, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
+    hidden, weight, bias, inverse_temperature, t0, v0, T, V, D, stride_hidden, stride_weight, inner, outer,
     CAPPED: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +95,8 @@ def q_tile(
     if bias is not None:
         products += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     q = scale(products, inner, outer, CAPPED)
+    if inverse_temperature is not None:
+        q *= per_token(1.0, inverse_temperature, t0 + tl.arange(0, BLOCK_T), T)[:, None]
     if v0 + BLOCK_V > V:  # a branch, since the comparison would take registers in every tile
         q = tl.where((v < V)[None, :], q, -float("inf"))
     return q
@@ -93,7 +110,7 @@ def derivative(
     """The loss's derivative with respect to the products behind a tile of Q [tokens, vocabulary]; 0 in rows not `kept`.
 
     The other arguments are [tokens], `entropy` and `grad_entropy` None together; `factor` is dQ / dproducts without
-    soft-capping. With p = e^(Q - lse) and the entropy H:
+    soft-capping, [tokens] or a number, and `outer` [tokens, 1] or a number. With p = e^(Q - lse) and the entropy H:
 
         dL/dQ_v = g_logprob 1[v = target] + (g_lse - g_logprob) p_v - g_entropy p_v (log p_v + H)
 
@@ -110,6 +127,5 @@ def derivative(
         grad = p * ((factor * of_p)[:, None] - (factor * grad_entropy)[:, None] * tl.maximum(x, -1e4))
     grad += tl.where(is_target, (factor * grad_logprobs)[:, None], 0.0)
     if CAPPED:
-        tanh = tl.maximum(q, -outer) / outer  # -outer: where a bias of -inf masks
-        grad *= 1 - tanh * tanh
+        grad *= slope(q, outer)
     return tl.where(kept[:, None], grad, 0.0)

@@ -85,14 +85,15 @@ def test_derivatives_take_the_place_of_logits(vocab: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(rows, "BLOCK", 32)
     head = random_head(6, vocab, 8)
     options = TokenStatsOptions(torch.bfloat16, entropy=True)
+    plain = launch.scaling(options)
     logits = (head.hidden @ head.weight.T).contiguous()
     exact = logits.clone()
-    _, stats = rows.row_stats(logits, None, head.targets, options, (1.0, 1.0))
+    _, stats = rows.row_stats(logits, None, head.targets, options, plain)
     grads = random_grads(6)
-    out = rows.row_dlogits_(logits, None, head.targets, options, (1.0, 1.0), stats, grads)
+    out = rows.row_dlogits_(logits, None, head.targets, options, plain, stats, grads)
     assert out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     expected = rows.row_dlogits_(
-        exact, None, head.targets, TokenStatsOptions(torch.float32, entropy=True), (1.0, 1.0), stats, grads
+        exact, None, head.targets, TokenStatsOptions(torch.float32, entropy=True), plain, stats, grads
     )
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-30)  # Triton's interpreter truncates
 
