@@ -9,9 +9,10 @@ from the last hidden states and the head's weight, differentiably, without ever 
 from __future__ import annotations
 
 from .backends.registry import backends
-from .single_pass import TbrmOutput, TrajectoryLossFn, fused_linear_tbrm_loss, fused_linear_trajectory_loss
+from .tbrm_loss import TbrmOutput, fused_linear_tbrm_loss
 from .token_stats import TokenStats, linear_token_stats
 from .trajectory import segment_sums, trajectory_residual
+from .trajectory_loss import TrajectoryLossFn, fused_linear_trajectory_loss
 
 __all__ = [
     "TbrmOutput",

@@ -6,6 +6,8 @@ Shapes, dtypes and devices are looked at wherever tensors are only described (fa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,17 @@ from .trajectory import check_tensors
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+def only_described(hidden: Tensor) -> bool:
+    """Whether tensors are described and hold nothing: under torch.compile, fake ones, and those on the meta device."""
+    return torch.compiler.is_compiling() or hidden.is_meta or type(hidden).__name__ == "FakeTensor"
+
+
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would multiply the two."""
     device_type = hidden.device.type
     # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # there is none on meta
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
         raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one to the dtype of the other")
@@ -58,6 +66,20 @@ def check_head(
             )
         if temperature.requires_grad:
             raise ValueError("temperature requires grad, but gets no gradient here: pass temperature.detach()")
+
+
+def check_per_token(per_token: Sequence[Tensor], hidden: Tensor) -> None:
+    for i, values in enumerate(per_token):
+        check_tensors(**{f"per_token[{i}]": values})
+        if values.shape[:1] != hidden.shape[:1] or values.device != hidden.device or not values.is_floating_point():
+            raise ValueError(
+                f"per_token[{i}] is {list(values.shape)} {values.dtype} on {values.device}: it must be floating-point, "
+                f"[T = {hidden.shape[0]}, ...] on {hidden.device}"
+            )
+
+
+def needs_gradient(values: Tensor | None) -> bool:
+    return values is not None and torch.is_grad_enabled() and values.requires_grad
 
 
 def temperatures(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

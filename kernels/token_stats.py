@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOptions
+from .backends.interface import Backend, Needs, TokenStatsOptions
 from .backends.registry import select
-from .checks import check_head, check_values, operand_dtype, temperatures
+from .checks import check_head, check_values, only_described, operand_dtype, temperatures
+from .once import FirstDerivative
+from .token_stats_op import gradients, statistics, token_stats_op
 from .vocab_parallel import VocabSlice, sum_gradient
 
 
@@ -29,7 +30,6 @@ class TokenStats(NamedTuple):
     """-sum p log p over the vocabulary; None unless asked for."""
 
 
-@torch.compiler.disable
 def linear_token_stats(
     hidden: Tensor,  # [T, D]
     weight: Tensor,  # [V, D]
@@ -55,7 +55,7 @@ def linear_token_stats(
     hidden and weight share one of the dtypes bfloat16, float16, float32 and float64; bias may have any of them.
     Products and sums are in float32 (float64 for float64), and each gradient is rounded once, to its tensor's dtype.
     Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do, and so may hidden's
-    gradient be. In a model under torch.compile the graph breaks here.
+    gradient be. In a model under torch.compile it is one operation of the graph (with `tp_group` the graph breaks here).
 
     temperature: a number, or one for each token: rollouts that were sampled at several share a batch. It gets no gradient.
     backend: "auto", or a name from `backends()`.
@@ -69,49 +69,62 @@ def linear_token_stats(
     check_head(hidden, weight, targets, bias, temperature)
     dtype = operand_dtype(hidden, weight)
     temperature = temperatures(temperature, dtype)
+    if tp_group is None and only_described(hidden):
+        number, each = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+        scaling = (number, softcap, logit_scale, entropy, ignore_index)
+        logprobs, lse, entropies, *_ = token_stats_op(hidden, weight, bias, targets, each, dtype, *scaling, backend)
+        return TokenStats(logprobs, lse, entropies if entropy else None)
     options = TokenStatsOptions(dtype, temperature, softcap, logit_scale, entropy, ignore_index)
-    part = None if tp_group is None else VocabSlice(weight, targets, ignore_index, tp_group)
+    return _now(hidden, weight, bias, targets, options, backend, tp_group)
+
+
+@torch.compiler.disable
+def _now(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    options: TokenStatsOptions,
+    backend: str,
+    group: dist.ProcessGroup | None,
+) -> TokenStats:
+    part = None if group is None else VocabSlice(weight, targets, options.ignore_index, group)
     check_values(targets, weight.shape[0] if part is None else part.vocab, options)
     chosen = select(backend, hidden.device, options.operand_dtype)
-    if part is None:
-        return TokenStats(*_LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen))
-    hidden, options = sum_gradient(hidden, part.group), part.options_of(options)
-    return TokenStats(*part.combine(*_LinearTokenStats.apply(hidden, weight, bias, part.targets, options, chosen)))
+    if part is not None:
+        hidden, targets, options = sum_gradient(hidden, part.group), part.targets, part.options_of(options)
+    stats = _LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen)[:3]
+    return TokenStats(*(stats if part is None else part.combine(*stats)))
 
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
         options: TokenStatsOptions,
         backend: Backend,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, stats = backend.token_stats_forward(hidden, weight, bias, targets, options)
-        ctx.save_for_backward(hidden, weight, bias, targets, *stats)
-        ctx.options, ctx.backend = options, backend
-        ctx.set_materialize_grads(False)
-        return logprobs, stats.lse, stats.entropy
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        return statistics(hidden, weight, bias, targets, options, backend)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        *tensors, options, backend = inputs
+        _, _, entropy, maximum, log_sum = output
+        ctx.save_for_backward(*tensors, maximum, log_sum, entropy)
+        ctx.options, ctx.backend = options, backend
+        ctx.mark_non_differentiable(maximum, log_sum)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, *rows = ctx.saved_tensors
-        stats = RowStats(*rows)
         if all(grad is None for grad in grads):
             return (None,) * 6
-        grad_logprobs, grad_lse, grad_entropy = grads
-        row_grads = RowGrads(
-            torch.zeros_like(stats.max) if grad_logprobs is None else grad_logprobs,
-            torch.zeros_like(stats.max) if grad_lse is None else grad_lse,
-            grad_entropy,
-        )
-        with torch.autocast(hidden.device.type, enabled=False):
-            head_grads = ctx.backend.token_stats_backward(
-                hidden, weight, bias, targets, ctx.options, stats, row_grads, Needs(*ctx.needs_input_grad[:3])
-            )
-        return (*head_grads, None, None, None)
+        options, backend, needs = ctx.options, ctx.backend, Needs(*ctx.needs_input_grad[:3])
+
+        def compute(*tensors: Any) -> tuple[Tensor | None, ...]:
+            return gradients(*tensors, options=options, backend=backend, needs=needs)
+
+        return (*FirstDerivative.apply(compute, *ctx.saved_tensors, *grads[:3]), None, None, None)

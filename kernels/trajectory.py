@@ -31,6 +31,7 @@ def segment_sums(
     """
     _check_floats("values", values)
     check_packing("values", values, cu_seqlens)
+    check_bounds("values", values, cu_seqlens)
     if _has_kernel(values):
         return triton.Residual.apply(values, None, cu_seqlens)
     return _segment_sums(values, cu_seqlens)
@@ -62,6 +63,7 @@ def trajectory_residual(
         raise ValueError(f"beta is {beta!r}: it must be a finite number above 0")
     _check_floats("logprobs", logprobs)
     check_packing("logprobs", logprobs, cu_seqlens)
+    check_bounds("logprobs", logprobs, cu_seqlens)
     n_tokens, n_trajectories = logprobs.shape[0], cu_seqlens.shape[0] - 1
     check_vector("lse", lse, n_tokens, logprobs.dtype, logprobs.device)
     for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
@@ -81,6 +83,21 @@ def trajectory_residual(
 
 def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens, unsafe=True).to(values.dtype)
+
+
+def residual_gradients(
+    of_residual: Tensor,  # [N], the loss's derivatives by the residuals
+    cu_seqlens: Tensor,  # [N + 1]
+    n_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss's derivatives by the logprobs and the lse, [T] each: what autograd makes of `trajectory_residual`."""
+    if _has_kernel(of_residual):
+        return triton.residual_gradients(of_residual, cu_seqlens, n_tokens)
+    lengths = cu_seqlens.diff()
+    of_logprobs = of_residual.repeat_interleave(lengths, output_size=n_tokens)
+    # The extra element gives an empty trajectory at the very end a place to point at.
+    of_lse = of_residual.new_zeros(n_tokens + 1).index_add_(0, cu_seqlens[:-1], of_residual * (lengths > 0))
+    return of_logprobs, of_lse[:-1]
 
 
 def _has_kernel(values: Tensor) -> bool:
@@ -111,13 +128,16 @@ def _check_floats(name: str, values: Tensor) -> None:
 
 
 def check_packing(name: str, values: Tensor, cu_seqlens: Tensor) -> None:
-    """That `cu_seqlens` divides the [T] tensor called `name`. Raises as `segment_sums` says."""
+    """That `cu_seqlens` may divide the [T] tensor called `name`, going by its shape, dtype and device."""
     check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}: wanted [N + 1], int32 or int64")
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} and {name} on {values.device}: move them to one device")
 
+
+def check_bounds(name: str, values: Tensor, cu_seqlens: Tensor) -> None:
+    """That it does, going by its values too."""
     n_tokens = values.shape[0]
     wanted = f"cu_seqlens must rise from 0 to T = {n_tokens}"
     fits = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n_tokens) & (cu_seqlens.diff() >= 0).all()

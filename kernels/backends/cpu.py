@@ -100,7 +100,9 @@ class Head:
     """A head whose weight has the dtype of the products (but for float16, which is cast up block by block)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
-        self.sum_bytes = weight.nbytes if weight.element_size() == 2 else 0
+        self.sum_bytes = (
+            weight.nbytes if weight.dtype == torch.bfloat16 else 0
+        )  # the single pass holds float16's as float32
         weight = weight.to(options.operand_dtype)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()

@@ -99,11 +99,18 @@ class Needs(NamedTuple):
 class HeadGrads:
     """The gradients that the single pass sums over chunks; None for those that nobody needs."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, options: TokenStatsOptions, needs: Needs) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, options: TokenStatsOptions, needs: Needs, *, scaled_later: bool = False
+    ) -> None:
+        """scaled_later: a factor of the loss is still to come, so that `held_dtype` holds."""
         self._dtype = options.compute_dtype
-        self.hidden = torch.empty_like(hidden) if needs.hidden else None
+        self._held = held_dtype if scaled_later else lambda dtype: dtype
+        self.hidden = torch.empty_like(hidden, dtype=self._held(hidden.dtype)) if needs.hidden else None
         """[T, D], in the dtype of hidden: each chunk writes its own tokens."""
-        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
+        self.weight = None
+        if needs.weight:
+            as_held = self._held(weight.dtype)
+            self.weight = torch.empty_like(weight, dtype=as_held, memory_format=torch.contiguous_format)
         """[V, D], in the dtype of weight: what is handed out in the end. The chunks are summed in `accumulator`, or in the
         halves that `low_halves` describes."""
         self.bias = weight.new_zeros(weight.shape[0], dtype=self._dtype) if needs.bias else None
@@ -140,7 +147,15 @@ class HeadGrads:
             self.weight.zero_()
         elif self.weight is not None and self._accumulator is not None:
             self.weight.copy_(self._accumulator)
-        return self.hidden, self.weight, None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+        return self.hidden, self.weight, self._bias_of(bias)
+
+    def _bias_of(self, bias: Tensor | None) -> Tensor | None:
+        return None if self.bias is None or bias is None else self.bias.to(self._held(bias.dtype))
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that is yet to be scaled: float16 would underflow where the loss's scale is what keeps it from that."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Chunk(Protocol):

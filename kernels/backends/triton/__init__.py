@@ -18,6 +18,7 @@ if INSTALLED:
     from .launch import INTERPRETED
     from .multiply import multiply_ as multiply_
     from .segments import Residual as Residual
+    from .segments import residual_gradients as residual_gradients
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -142,7 +142,7 @@ def aligned(matrix: Tensor) -> Tensor:
 def scaling(options: TokenStatsOptions) -> Scaling:
     temperature, inverse = options.temperature, None
     if isinstance(temperature, Tensor):
-        temperature, inverse = 1.0, temperature.reciprocal()
+        inverse, temperature = temperature.reciprocal(), 1.0
     factor = options.logit_scale / temperature
     if options.softcap is None:
         return Scaling(factor, 1.0, factor, inverse)

@@ -85,7 +85,6 @@ def row_dlogits_kernel(
     kept = target != ignore_index
     m, log_s = tl.load(maximum + t + lane), tl.load(log_sum + t + lane)
     g_logprobs, g_lse = tl.load(grad_logprobs + t + lane), tl.load(grad_lse + t + lane)
-    by = None
     if inverse_temperature is not None:
         by = tl.load(inverse_temperature + t + lane)
         factor = factor * by

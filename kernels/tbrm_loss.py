@@ -1,0 +1,212 @@
+"""The loss of TBRM in a single pass, and as an operator of torch for whoever traces a model instead of running it.
+
+T tokens, V vocabulary entries, D hidden width, N trajectories.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backends.interface import Needs, RowGrads, TokenStatsOptions, held_dtype
+from .backends.registry import select
+from .checks import check_head, check_values, needs_gradient, only_described, operand_dtype, temperatures
+from .single_pass import Plan, single_pass
+from .token_stats import TokenStats
+from .token_stats_op import TAGS, or_empty
+from .trajectory import (
+    check_bounds,
+    check_packing,
+    check_vector,
+    residual_gradients,
+    segment_sums,
+    trajectory_residual,
+)
+from .trajectory_loss import differentiable
+
+
+class TbrmOutput(NamedTuple):
+    """Only `loss` carries a gradient. [N] each, in float32 (float64 for float64 inputs)."""
+
+    loss: Tensor
+    """[], the mean of the squared residuals."""
+    residuals: Tensor
+    values: Tensor
+    """V(s_1); 0 for an empty trajectory."""
+    logprob_sums: Tensor
+    """sum_h log pi(a_h|s_h)."""
+
+
+def fused_linear_tbrm_loss(
+    hidden: Tensor,  # [T, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T] int64
+    cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
+    ref_logprob_sums: Tensor,  # [N] float32
+    rewards: Tensor,  # [N] float32
+    *,
+    beta: float,
+    ref_values: Tensor | None = None,  # [N] float32
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # or [T]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+    tp_group: dist.ProcessGroup | None = None,
+) -> TbrmOutput:
+    """The TBRM loss of packed trajectories (arXiv 2505.15311), from hidden states to gradients in a single pass:
+
+        loss = mean of residual^2, with the residual of `trajectory_residual`
+
+    0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and
+    `fused_linear_trajectory_loss`. In a model under torch.compile it is one operation of the graph (with `tp_group` the graph
+    breaks here).
+    """
+    check_head(hidden, weight, targets, bias, temperature)
+    check_packing("targets", targets, cu_seqlens)
+    dtype = operand_dtype(hidden, weight)
+    stats_dtype = TokenStatsOptions(dtype).compute_dtype
+    for name, tensor in {"ref_logprob_sums": ref_logprob_sums, "rewards": rewards, "ref_values": ref_values}.items():
+        if tensor is not None:
+            check_vector(name, tensor, cu_seqlens.shape[0] - 1, stats_dtype, hidden.device)
+    temperature = temperatures(temperature, dtype)
+    scores = (ref_logprob_sums, rewards, ref_values, beta)
+    if tp_group is None and only_described(hidden):
+        number, each = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+        scaling = (number, softcap, logit_scale, ignore_index)
+        needs = [needs_gradient(x) for x in (hidden, weight, bias)]
+        inputs = (hidden, weight, bias, targets, each, cu_seqlens)
+        return TbrmOutput(*tbrm_loss_op(*inputs, *scores, needs, dtype, *scaling, max_chunk_bytes, backend)[:4])
+    options = TokenStatsOptions(dtype, temperature, softcap, logit_scale, False, ignore_index)
+    return _now((hidden, weight, bias, targets), cu_seqlens, scores, options, backend, max_chunk_bytes, tp_group)
+
+
+Scores = tuple[Tensor, Tensor, Tensor | None, float]
+"""ref_logprob_sums, rewards, ref_values and beta."""
+
+
+@torch.compiler.disable
+def _now(
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    cu_seqlens: Tensor,
+    scores: Scores,
+    options: TokenStatsOptions,
+    backend: str,
+    max_chunk_bytes: int | None,
+    group: dist.ProcessGroup | None,
+) -> TbrmOutput:
+    loss_of = _SquaredResiduals(cu_seqlens.shape[0] - 1, scores)
+    loss, stats = differentiable(inputs, cu_seqlens, lambda **_: loss_of, options, backend, max_chunk_bytes, group)
+    return TbrmOutput(loss, *loss_of.vectors(like=stats.lse))
+
+
+class _SquaredResiduals:
+    """The loss of a chunk and its derivatives; keeps the residuals, values and sums of its trajectories."""
+
+    grads = ()
+
+    def __init__(self, n_trajectories: int, scores: Scores) -> None:
+        self._n = max(1, n_trajectories)
+        self._scores = scores
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(
+        self, stats: TokenStats, tokens: slice, cu_seqlens: Tensor, first: int, differentiate: bool
+    ) -> tuple[Tensor, RowGrads | None]:
+        here = slice(first, first + cu_seqlens.shape[0] - 1)
+        *vectors, beta = self._scores
+        sums, rewards, values = (None if x is None else x[here] for x in vectors)
+        with torch.no_grad():
+            residual = trajectory_residual(*stats[:2], cu_seqlens, sums, rewards, beta, ref_values=values)
+            starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+            first_values = torch.cat([stats.lse, stats.lse.new_zeros(1)])[starts] * (lengths > 0)
+            self._parts.append((residual, first_values, segment_sums(stats.logprobs, cu_seqlens)))
+            loss = residual.square().sum() / self._n
+            if not differentiate:
+                return loss, None
+            of_residual = residual * (2 / self._n)
+            return loss, RowGrads(*residual_gradients(of_residual, cu_seqlens, stats.lse.shape[0]), None)
+
+    def vectors(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The residuals, values and sums of all trajectories, [N] each."""
+        if not self._parts:
+            return tuple(like.new_zeros(0) for _ in range(3))
+        return tuple(torch.cat(parts) for parts in zip(*self._parts, strict=True))
+
+
+@torch.library.custom_op("tbrm_kernels::fused_linear_tbrm_loss", mutates_args=(), tags=TAGS)
+def tbrm_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    cu_seqlens: Tensor,
+    ref_logprob_sums: Tensor,
+    rewards: Tensor,
+    ref_values: Tensor | None,
+    beta: float,
+    needs: list[bool],
+    dtype: torch.dtype,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    max_chunk_bytes: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `TbrmOutput` has, and the gradients of hidden, weight and bias, yet to be scaled; empty where not needed."""
+    each = temperature if temperatures is None else temperatures
+    options = TokenStatsOptions(dtype, each, softcap, logit_scale, False, ignore_index)
+    check_values(targets, weight.shape[0], options)
+    check_bounds("targets", targets, cu_seqlens)
+    loss_of = _SquaredResiduals(cu_seqlens.shape[0] - 1, (ref_logprob_sums, rewards, ref_values, beta))
+    chosen = select(backend, hidden.device, dtype)
+    plan = Plan(cu_seqlens, options, chosen, max_chunk_bytes, Needs(*needs), any(needs))
+    loss, stats, grads = single_pass(hidden, weight, bias, targets, loss_of, plan)
+    residuals, values, sums = loss_of.vectors(like=stats.lse)
+    of_hidden, of_weight, of_bias = (or_empty(grad, hidden) for grad in grads)
+    return loss, residuals, values, sums, of_hidden, of_weight, of_bias
+
+
+@tbrm_loss_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    cu_seqlens: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    needs, dtype = rest[4:6]
+    n, vector = cu_seqlens.shape[0] - 1, hidden.new_empty(0, dtype=TokenStatsOptions(dtype).compute_dtype)
+    grads = [
+        hidden.new_empty(0) if x is None or not needed else x.new_empty(x.shape, dtype=held_dtype(x.dtype))
+        for x, needed in zip((hidden, weight, bias), needs, strict=True)
+    ]
+    return vector.new_empty(()), vector.new_empty(n), vector.new_empty(n), vector.new_empty(n), *grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[10]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = [
+        (grad * grad_loss).to(dtype) if needed else None
+        for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    ]
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - 3))
+
+
+tbrm_loss_op.register_autograd(_backward, setup_context=_setup_context)
