@@ -31,7 +31,7 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
     ]
 
 
-def visible(batch: data.TrajectoryBatch, row: int) -> list[int]:
+def visible(batch: data.PackedBatch, row: int) -> list[int]:
     """The token ids that a packed token sees, in order of position."""
     trees = Tree.of(batch.inputs.segments, torch.device("cpu"))
     segment, allowed = next(tree for tree in trees if tree.segment.start <= row < tree.segment.stop)
