@@ -139,7 +139,7 @@ class _SquaredResiduals:
         return tuple(torch.cat(parts) for parts in zip(*self._parts, strict=True))
 
 
-@torch.library.custom_op("tbrm_kernels::fused_linear_tbrm_loss", mutates_args=(), tags=TAGS)
+@torch.library.custom_op(f"{__package__}::fused_linear_tbrm_loss", mutates_args=(), tags=TAGS)
 def tbrm_loss_op(
     hidden: Tensor,
     weight: Tensor,

@@ -16,6 +16,8 @@ from .backends.interface import Backend, Needs, RowGrads, RowStats, TokenStatsOp
 from .backends.registry import select
 from .checks import check_values
 
+# The operators have the package's name, whatever it is imported as: from the root of this repository transformers takes the
+# folder for a package called `kernels`, and an operator that is defined a second time destroys the first.
 TAGS = (torch.Tag.cudagraph_unsafe,)  # some backends wait for the device
 
 
@@ -54,7 +56,7 @@ def gradients(
         return backend.token_stats_backward(hidden, weight, bias, targets, options, stats, row_grads, needs)
 
 
-@torch.library.custom_op("tbrm_kernels::linear_token_stats", mutates_args=(), tags=TAGS)
+@torch.library.custom_op(f"{__package__}::linear_token_stats", mutates_args=(), tags=TAGS)
 def token_stats_op(
     hidden: Tensor,
     weight: Tensor,
@@ -97,7 +99,7 @@ def _(
     return tuple(hidden.new_empty(length, dtype=TokenStatsOptions(dtype).compute_dtype) for length in lengths)
 
 
-@torch.library.custom_op("tbrm_kernels::linear_token_stats_backward", mutates_args=(), tags=TAGS)
+@torch.library.custom_op(f"{__package__}::linear_token_stats_backward", mutates_args=(), tags=TAGS)
 def token_stats_backward_op(
     hidden: Tensor,
     weight: Tensor,

@@ -264,9 +264,9 @@ class Chunks:
         for backend in registry._BACKENDS.values():
             real = backend.Head.chunk
 
-            def chunk(head: Any, hidden: Tensor, targets: Tensor, real: Any = real) -> Any:
+            def chunk(head: Any, hidden: Tensor, *rest: Any, real: Any = real) -> Any:
                 self.tokens.append(len(hidden))
-                return real(head, hidden, targets)
+                return real(head, hidden, *rest)
 
             monkeypatch.setattr(backend.Head, "chunk", chunk)
 
