@@ -8,17 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.problem import BETA, Problem
+from bench.problem import Problem
 from bench.shapes import DEVICE
-from bench.ways import FLOOR, ONE_PRODUCT, SCORING, WAYS, step_of
-from tbrm_kernels import fused_linear_tbrm_loss
+from bench.ways import FLOOR, ONE_PRODUCT, SCORING, step_of
 
 FLOAT32_FLOOR = "floor, weight's gradient in float32"
 """As the three products, with the last in float32, which is what a sum over chunks takes."""
-
-ONE_CHUNK = "tbrm: single pass, one chunk"
-"""However much memory that takes: what the chunks of the default cost."""
-
 
 LIGER_MEAN = "Liger-Kernel, mean cross-entropy"
 """Its kernel for supervised training, whose loss is a sum over tokens: no trajectory's, but what it is known for."""
@@ -46,7 +41,6 @@ def cells(heads: tuple[Head, ...]) -> Iterator[Cell]:
     for what, ways in (
         ("time", (single, SCORING, recompute, FLOOR, FLOAT32_FLOOR)),
         ("errors", (single, recompute)),
-        ("time", (ONE_CHUNK,)),
         ("time", ("Liger-Kernel", LIGER_MEAN, "cut-cross-entropy")),
         ("errors", ("Liger-Kernel", "cut-cross-entropy", "torch, eager")),
         ("time", ("torch, eager",)),
@@ -54,23 +48,6 @@ def cells(heads: tuple[Head, ...]) -> Iterator[Cell]:
     ):
         for head in heads:
             yield from (Cell(what, head, way) for way in ways)
-
-
-def loss_of(way: str, problem: Problem) -> Tensor:
-    return one_chunk(problem) if way == ONE_CHUNK else WAYS[way](problem)
-
-
-def one_chunk(problem: Problem) -> Tensor:
-    return fused_linear_tbrm_loss(
-        problem.hidden,
-        problem.weight,
-        problem.targets,
-        problem.cu_seqlens,
-        problem.ref_logprob_sums,
-        problem.rewards,
-        beta=BETA,
-        max_chunk_bytes=4 * len(problem.targets) * len(problem.weight),
-    ).loss
 
 
 def liger_mean(problem: Problem) -> Tensor:
@@ -85,7 +62,7 @@ def step(way: str, problem: Problem) -> Callable[[], object]:
         return lambda: liger_mean(problem).backward()
     if way == FLOAT32_FLOOR:
         return lambda: three_products(problem)
-    return (lambda: loss_of(way, problem).backward()) if way == ONE_CHUNK else step_of(way, problem)
+    return step_of(way, problem)
 
 
 @torch.no_grad()

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.cells import HEADS, TINY, TINY_TOKENS, TOKENS, Cell, Head, cells, floor_of, loss_of, operations, step
+from bench.gpu.cells import HEADS, TINY, TINY_TOKENS, TOKENS, Cell, Head, cells, floor_of, operations, step
 from bench.gpu.health import device_answers
 from bench.gpu.rows import append, read
 from bench.gpu.timing import Stopwatch, in_turns
 from bench.problem import Problem
 from bench.shapes import DEVICE
+from bench.ways import WAYS
 from bench.worker import wait_for_device
 from tbrm_kernels.backends import torch_tiles
 
@@ -67,7 +68,7 @@ class Measurement:
 
     def errors(self, cell: Cell) -> dict[str, Any]:
         problem = self.problem(cell.head)
-        loss = loss_of(cell.way, problem)
+        loss = WAYS[cell.way](problem)
         loss.backward()
         found = problem.take_gradients()
         exact_loss, exact = self.exact(cell.head)
