@@ -27,7 +27,8 @@ from .vocab_parallel import VocabSlice
 
 CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 1024, "cuda": 16384}
 """The default of `max_chunk_bytes` by device, times V. On a CPU room for 512 tokens in bfloat16 and 256 in float32 (32 MiB
-at V = 32768); on a GPU for 4096, so that the products outweigh reading and writing the weight's gradient once per chunk."""
+at V = 32768); on a GPU for 8192 and 4096, so that the products outweigh reading and writing the weight's gradient once per
+chunk."""
 
 
 def default_chunk_bytes(device_type: str, vocab: int) -> int:

@@ -73,9 +73,9 @@ def fused_linear_trajectory_loss(
     yours do not break it. Fake and meta tensors go that way, with `loss_fn` called once for all trajectories.
 
     max_chunk_bytes: of scratch memory for the logits of a chunk. If None, 1 KiB x V on a CPU (512 tokens in bfloat16, 256 in
-        float32) and 16 KiB x V on a GPU (4096 tokens); but where all T tokens take no more than that and the sum that the
-        weight's gradient needs beside it over several chunks (2 V D for a 16-bit weight on a CPU), one chunk takes them all.
-        A trajectory that does not fit is computed twice instead, in pieces that do: four products.
+        float32) and 16 KiB x V on a GPU (8192 and 4096); but where all T tokens take no more than that and the sum that the
+        weight's gradient needs beside it over several chunks (of a 16-bit weight 2 V D on a CPU, 4 V D on a GPU), one chunk
+        takes them all. A trajectory that does not fit is computed twice instead, in pieces that do: four products.
     The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU the call waits for nothing, but
     where there is more than one chunk: then once, for `cu_seqlens`.
     """

@@ -151,9 +151,8 @@ class Trainer:
         ):
             self.callbacks.start(self)
             if state.step == 0 and self.heldout:
-                state.accuracy_before, state.reward_before = state.best_accuracy, state.best_reward = self._evaluate(
-                    out
-                )
+                before = self._evaluate(out)
+                state.accuracy_before, state.reward_before = state.best_accuracy, state.best_reward = before
             while state.step < config.trainer.steps:
                 started = time.perf_counter()
                 metrics = self.train_step()
@@ -252,9 +251,8 @@ class Trainer:
         """Scales the gradients down to the largest norm allowed; returns the norm that they had, []."""
         if self.policy.vocabulary is not None:
             self.policy.vocabulary.sum_over_copies()
-        return whole(self.optimisers.clip()["policy"]).to(
-            self.device
-        )  # of no gradients, or of those on the CPU, it is there
+        # Of no gradients, or of those on the CPU, it is there.
+        return whole(self.optimisers.clip()["policy"]).to(self.device)
 
     def _update(self, learning_rate: float, *, skipped: bool) -> None:
         """Takes the step, unless it is to be skipped, and clears the gradients."""
