@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +44,12 @@ def test_our_way_takes_its_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert ours.logprobs() != before
 
 
-def test_the_table_compares_with_ours() -> None:
+def test_the_table_compares_with_ours_and_with_its_floor() -> None:
     first, *others = WAYS
-    measured = {first: {"seconds": [2.0, 1.0, 9.0], "peak_mib": 1000.0, "gap": 0.0}}
+    floor = {"operations": 3e12, "products": 0.75, "of_optimiser": 0.25, "seconds_of_floor": 1.0}
+    measured: dict[str, dict[str, Any]] = {first: {"seconds": [2.0, 1.0, 9.0], "peak_mib": 1000.0, "gap": 0.0, **floor}}
     measured |= {way: {"seconds": [6.0], "peak_mib": 1500.0, "gap": 2e-5} for way in others}
     text = step.table(measured)
-    assert f"| {first} | 2.00 | 1.00 | 1000 | 1.00 |" in text
-    assert all(f"| {way} | 6.00 | 3.00 | 1500 | 1.50 |" in text for way in others)
+    assert f"| {first} | 2.00 | 1.00 | 2.00 | 3.00 | 0.75 | 0.25 | 1000 | 1.00 |" in text
+    assert all(f"| {way} | 6.00 | 3.00 |  |  |  |  | 1500 | 1.50 |" in text for way in others)
     assert "within 2e-05" in text and "3,904 tokens" in text
