@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tbrm.policy.attention_choice import Kind
 
 _OPTIONAL = {
-    "liger_kernel": ("liger-kernel", "gpu", "fused RMSNorm, RoPE and SwiGLU on a GPU"),
     "peft": ("peft", "lora", "LoRA adapters (lora.rank)"),
     "wandb": ("wandb", "wandb", "logging.wandb"),
     "math_verify": ("math-verify", "math", "the verifier math_verify"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from tbrm.config.section import ConfigError, Section
 from tbrm.storage.paths import ExpandedPath
@@ -35,12 +35,9 @@ class ModelConfig(Section):
         description="Attention in training. On a GPU in bfloat16, flash: flash-attn (pip install 'tbrm[gpu]'), varlen: torch's "
         "own, flex: its FlexAttention, compiled. sdpa: segment by segment, anywhere. auto: the first that is there and fits.",
     )
-    liger: bool = Field(
-        False, description="Use liger-kernel's RMSNorm, RoPE and gated MLP, on a GPU (pip install 'tbrm[gpu]')."
-    )
     compile: bool = Field(
         False,
-        description="Run each block's norms and MLP through torch.compile; the first steps wait for it. Not with liger.",
+        description="Run each block's norms and MLP through torch.compile; the first steps wait for it.",
     )
     device: str = Field(
         "auto", description="Device of the model: auto, cpu, cuda or cuda:N. auto takes a GPU where there is one."
@@ -48,12 +45,6 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Off for good reason."
     )
-
-    @model_validator(mode="after")
-    def _one_way_to_fuse(self) -> ModelConfig:
-        if self.compile and self.liger:
-            raise ValueError("compile and liger are both true, and both replace norms and MLP: set one to false")
-        return self
 
     @field_validator("device")
     @classmethod

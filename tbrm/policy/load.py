@@ -20,7 +20,6 @@ from transformers import (
 
 from tbrm.config.model import ModelConfig
 from tbrm.config.schema import Config
-from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.architecture import check_architecture
 from tbrm.policy.attention_choice import NAMES, choose_attention
@@ -126,8 +125,6 @@ def load_policy(
     No process of several ever holds all of a model that is read from files.
     """
     device, precision = config.model.resolve_device(), config.model.resolve_precision()
-    if config.model.liger and device.type != "cuda":
-        raise ConfigError(f"model.liger: true; wants a GPU, and this is {device}: set it to false")
     if model is None or tokenizer is None:
         alone = world.mesh is None
         lm, tokenizer = load_model(config.model, config.seed, meta=not (alone and has_adapters(config.model.name)))
@@ -141,7 +138,6 @@ def load_policy(
         temperature=config.rollout.temperature,
         precision=precision,
         attention=NAMES[choose_attention(config.model, lm)],
-        liger=config.model.liger,
         compiled=config.model.compile,
     )
     policy.adapters = adapters

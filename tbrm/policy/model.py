@@ -12,7 +12,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import PreTrainedModel
 
 from tbrm.policy.compiled import compile_around_attention
-from tbrm.policy.liger import use_liger_kernels
 from tbrm.policy.lora import Adapters, adapted_weight
 from tbrm.policy.packed_attention import PACKED_ATTENTION
 from tbrm.policy.sharding import Sharding
@@ -39,18 +38,14 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         precision: torch.dtype = torch.float32,
         attention: str = PACKED_ATTENTION,
-        liger: bool = False,
         compiled: bool = False,
     ) -> None:
         super().__init__()
         text_config = lm.config.get_text_config()
-        if liger:
-            use_liger_kernels(lm)
         self.lm = lm.eval()  # dropout would make Q, and with it the residual, noise
         self.temperature = temperature
         self.precision = precision
         self.attention = attention
-        self.liger = liger
         self.compiled = compiled
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(text_config)

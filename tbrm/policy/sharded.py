@@ -50,7 +50,6 @@ def frozen_copy(policy: PolicyModel) -> PolicyModel:
         temperature=policy.temperature,
         precision=policy.precision,
         attention=policy.attention,
-        liger=policy.liger,
         compiled=policy.compiled,
     ).requires_grad_(False)
     shard(twin, policy.sharding.of_reference())

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tbrm.config.recipe import parse_config
-from tbrm.config.section import ConfigError
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.sharded import frozen_copy
@@ -19,7 +17,7 @@ from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
-from tests.tbrm.conftest import chat_of, make_lm, tiny_config, tiny_tree
+from tests.tbrm.conftest import chat_of, make_lm, tiny_config
 from tests.tbrm.policy.test_model import trajectories
 from tests.tbrm.policy.test_reference import scored
 
@@ -96,11 +94,6 @@ def test_a_run_learns_as_without(tmp_path: Path) -> None:
         assert (graphs() > 0) == compiled
     assert len(losses[True]) == 4
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-
-
-def test_liger_and_compile_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model: compile and liger are both true"):
-        parse_config(tiny_tree(tmp_path, model__compile=True, model__liger=True))
 
 
 def test_without_a_compiler_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
