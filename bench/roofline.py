@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from tbrm_kernels.backends.head_memory import CHUNK_BYTES_PER_VOCABULARY_ENTRY
 from tbrm_kernels.backends.triton import exps, head, launch
-from tbrm_kernels.single_pass import CHUNK_BYTES_PER_VOCABULARY_ENTRY
 
 T = 8192
 TRAJECTORIES = 32

@@ -93,9 +93,9 @@ void forward(const Tensor& hidden, const Tensor& weight, const float* bias, cons
 // What the backward pass needs to know of each token, [T] each.
 struct TokenGradients {
   const float *maximum, *log_sum;
-  const float* of_p;        // the factor of p_v
-  const float* of_entropy;  // the factor of -p_v log p_v, or nullptr
-  const float* of_target;   // added at the target
+  const float* p_factor;        // the factor of p_v
+  const float* entropy_factor;  // the factor of -p_v log p_v, or nullptr
+  const float* target_factor;   // added at the target
   const int64_t* targets;
 };
 
@@ -104,9 +104,9 @@ void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t
               const Scaling& scaling, const PackedMatrix<P>* hidden, int64_t D,
               const std::optional<WeightSum>& grad_weight, float* grad_bias) {
   // Padding lanes: nothing flows from them.
-  std::vector<float> of_p(lanes, 0.0f), of_entropy(lanes, 0.0f);
-  std::copy(tokens.of_p, tokens.of_p + T, of_p.begin());
-  if (tokens.of_entropy) std::copy(tokens.of_entropy, tokens.of_entropy + T, of_entropy.begin());
+  std::vector<float> p_factor(lanes, 0.0f), entropy_factor(lanes, 0.0f);
+  std::copy(tokens.p_factor, tokens.p_factor + T, p_factor.begin());
+  if (tokens.entropy_factor) std::copy(tokens.entropy_factor, tokens.entropy_factor + T, entropy_factor.begin());
   const float* outer = scaling.capped ? scaling.outer.data() : nullptr;
 
   at::parallel_for(0, divup(V, kBlock), 1, [&](int64_t begin, int64_t end) {
@@ -130,15 +130,15 @@ void backward(P* exps, const float* block_max, int64_t V, int64_t lanes, int64_t
         const int64_t first = t / kStrip * kStrip;
         float exact[kStrip];
         std::copy(block_exps + row * lanes + first, block_exps + row * lanes + first + kStrip, exact);
-        const LaneGradients lane{probability.data() + first, of_p.data() + first,
-                                 tokens.of_entropy ? of_entropy.data() + first : nullptr, maximum + first,
+        const LaneGradients lane{probability.data() + first, p_factor.data() + first,
+                                 tokens.entropy_factor ? entropy_factor.data() + first : nullptr, maximum + first,
                                  outer ? outer + first : nullptr};
         gradient_strip(exact, 1, kStrip, lane);
-        at_targets.emplace_back(where, static_cast<P>(exact[t - first] + tokens.of_target[t]));
+        at_targets.emplace_back(where, static_cast<P>(exact[t - first] + tokens.target_factor[t]));
       }
       for (int64_t t = 0; t < lanes; t += kStrip) {
-        const LaneGradients lane{probability.data() + t, of_p.data() + t,
-                                 tokens.of_entropy ? of_entropy.data() + t : nullptr, maximum + t,
+        const LaneGradients lane{probability.data() + t, p_factor.data() + t,
+                                 tokens.entropy_factor ? entropy_factor.data() + t : nullptr, maximum + t,
                                  outer ? outer + t : nullptr};
         gradient_strip(block_exps + t, rows, lanes, lane);
       }
@@ -202,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(const Tensor& hi
 // exps becomes the loss's derivative with respect to hidden @ weight.T, transposed; adds to the weight's and bias's
 // gradients.
 void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets, const Tensor& maximum,
-                   const Tensor& log_sum, const Tensor& of_p, const std::optional<Tensor>& of_entropy,
-                   const Tensor& of_target, double logit_scale, double temperature, double softcap,
+                   const Tensor& log_sum, const Tensor& p_factor, const std::optional<Tensor>& entropy_factor,
+                   const Tensor& target_factor, double logit_scale, double temperature, double softcap,
                    const Tensor& hidden, const std::optional<Tensor>& grad_weight,
                    const std::optional<Tensor>& low_halves, bool fresh, bool last,
                    const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& temperatures) {
@@ -214,17 +214,17 @@ void head_backward(Tensor& exps, const Tensor& block_max, const Tensor& targets,
               "tbrm_kernels: block_max");
   check_vector("targets", targets, T, at::kLong);
   for (const auto& [name, tensor] :
-       {std::pair{"maximum", maximum}, {"log_sum", log_sum}, {"of_p", of_p}, {"of_target", of_target}}) {
+       {std::pair{"maximum", maximum}, {"log_sum", log_sum}, {"p_factor", p_factor}, {"target_factor", target_factor}}) {
     check_vector(name, tensor, T, at::kFloat);
   }
-  if (of_entropy) check_vector("of_entropy", *of_entropy, T, at::kFloat);
+  if (entropy_factor) check_vector("entropy_factor", *entropy_factor, T, at::kFloat);
   if (grad_bias) check_vector("grad_bias", *grad_bias, V, at::kFloat);
   std::optional<WeightSum> weight_sum;
   if (grad_weight) weight_sum.emplace(checked_sum(*grad_weight, low_halves, V, D, fresh, last));
 
   const TokenGradients tokens{maximum.const_data_ptr<float>(),   log_sum.const_data_ptr<float>(),
-                              of_p.const_data_ptr<float>(),      pointer<float>(of_entropy),
-                              of_target.const_data_ptr<float>(), targets.const_data_ptr<int64_t>()};
+                              p_factor.const_data_ptr<float>(),      pointer<float>(entropy_factor),
+                              target_factor.const_data_ptr<float>(), targets.const_data_ptr<int64_t>()};
   const Scaling scaling = scaling_of(logit_scale, temperature, softcap, temperatures, T, lanes);
   dispatch_weight(hidden, [&](auto element) {
     using H = decltype(element);
@@ -282,8 +282,8 @@ TORCH_LIBRARY(tbrm_kernels_cpu, m) {
       "bool entropy, bool bfloat16_products, Tensor(a!)? exps, Tensor? temperatures=None) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def(
-      "head_backward(Tensor(a!) exps, Tensor block_max, Tensor targets, Tensor maximum, Tensor log_sum, Tensor of_p, "
-      "Tensor? of_entropy, Tensor of_target, float logit_scale, float temperature, float softcap, Tensor hidden, "
+      "head_backward(Tensor(a!) exps, Tensor block_max, Tensor targets, Tensor maximum, Tensor log_sum, Tensor p_factor, "
+      "Tensor? entropy_factor, Tensor target_factor, float logit_scale, float temperature, float softcap, Tensor hidden, "
       "Tensor(b!)? grad_weight, Tensor(c!)? low_halves, bool fresh, bool last, Tensor(d!)? grad_bias, "
       "Tensor? temperatures=None) -> ()");
   m.def("head_hidden_gradient(Tensor exps, Tensor weight, int T) -> Tensor");

@@ -104,33 +104,33 @@ inline void exp_strip(const float* tile, int64_t rows, int64_t ld, const float* 
 
 // What turns e^(Q - max) of a block into the loss's derivative with respect to the products; one value per lane.
 struct LaneGradients {
-  const float* probability;  // p / e^(Q - max)
-  const float* of_p;         // the factor of p
-  const float* of_entropy;   // the factor of -p log p, nullptr if there is none
-  const float* maximum;      // of the block
-  const float* outer;        // of the scaling, nullptr if nothing is capped
+  const float* probability;     // p / e^(Q - max)
+  const float* p_factor;        // of p
+  const float* entropy_factor;  // of -p log p, nullptr if there is none
+  const float* maximum;         // of the block
+  const float* outer;           // of the scaling, nullptr if nothing is capped
 };
 
-// exps becomes p (of_p - of_entropy log p) (1 - tanh^2), in place.
+// exps becomes p (p_factor - entropy_factor log p) (1 - tanh^2), in place.
 template <typename P>
 inline void gradient_strip(P* exps, int64_t rows, int64_t ld, const LaneGradients& lanes) {
-  Vec probability[kVectors], of_p[kVectors], e[kVectors];
+  Vec probability[kVectors], p_factor[kVectors], e[kVectors];
   load_as(lanes.probability, probability);
-  load_as(lanes.of_p, of_p);
-  if (!lanes.of_entropy && !lanes.outer) {
-    for (int j = 0; j < kVectors; ++j) of_p[j] = of_p[j] * probability[j];
+  load_as(lanes.p_factor, p_factor);
+  if (!lanes.entropy_factor && !lanes.outer) {
+    for (int j = 0; j < kVectors; ++j) p_factor[j] = p_factor[j] * probability[j];
     for (int64_t v = 0; v < rows; ++v) {
       load_as(exps + v * ld, e);
-      for (int j = 0; j < kVectors; ++j) e[j] = e[j] * of_p[j];
+      for (int j = 0; j < kVectors; ++j) e[j] = e[j] * p_factor[j];
       store_as(exps + v * ld, e);
     }
     return;
   }
-  Vec of_entropy[kVectors], maximum[kVectors], log_probability[kVectors], per_cap[kVectors];
+  Vec entropy_factor[kVectors], maximum[kVectors], log_probability[kVectors], per_cap[kVectors];
   load_as(lanes.maximum, maximum);
   const Vec one(1.0f), floor(-1e4f);
   for (int j = 0; j < kVectors; ++j) {
-    of_entropy[j] = lanes.of_entropy ? Vec::loadu(lanes.of_entropy + j * Vec::size()) : Vec(0.0f);
+    entropy_factor[j] = lanes.entropy_factor ? Vec::loadu(lanes.entropy_factor + j * Vec::size()) : Vec(0.0f);
     log_probability[j] = probability[j].log();
     per_cap[j] = lanes.outer ? one / Vec::loadu(lanes.outer + j * Vec::size()) : one;
   }
@@ -139,7 +139,7 @@ inline void gradient_strip(P* exps, int64_t rows, int64_t ld, const LaneGradient
     for (int j = 0; j < kVectors; ++j) {
       const Vec log_e = e[j].log();
       const Vec log_p = at::vec::maximum(log_e + log_probability[j], floor);
-      Vec gradient = e[j] * probability[j] * (of_p[j] - of_entropy[j] * log_p);
+      Vec gradient = e[j] * probability[j] * (p_factor[j] - entropy_factor[j] * log_p);
       if (lanes.outer) {
         const Vec t = at::vec::maximum((log_e + maximum[j]) * per_cap[j], Vec(-1.0f));
         gradient = gradient * (one - t * t);

@@ -25,17 +25,6 @@ from .backends.interface import Backend, Head, HeadGrads, Needs, RowGrads, Token
 from .token_stats import TokenStats
 from .vocab_parallel import VocabSlice
 
-CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 1024, "cuda": 16384}
-"""The default of `max_chunk_bytes` by device, times V. On a CPU room for 512 tokens in bfloat16 and 256 in float32 (32 MiB
-at V = 32768); on a GPU for 8192 and 4096, so that the products outweigh reading and writing the weight's gradient once per
-chunk."""
-
-
-def default_chunk_bytes(device_type: str, vocab: int) -> int:
-    """What `max_chunk_bytes` is where None is given and there are several chunks."""
-    per_entry = CHUNK_BYTES_PER_VOCABULARY_ENTRY
-    return per_entry.get(device_type, per_entry["cpu"]) * vocab
-
 
 class ChunkLoss(Protocol):
     @property
@@ -82,7 +71,7 @@ def _run(
 ) -> tuple[Tensor, TokenStats, tuple[Tensor | None, ...]]:
     options, needs = plan.options, plan.needs
     head = plan.backend.Head(weight, bias, options)
-    max_tokens = _tokens_of_a_chunk(head, plan, hidden.shape[0])
+    max_tokens = head.memory.chunk_tokens(hidden.shape[0], plan.max_chunk_bytes, weight_grad=needs.weight)
     if plan.vocab_slice is not None:  # all processes must go through the same chunks
         max_tokens = plan.vocab_slice.fewest(max_tokens)
     into = HeadGrads(hidden, weight, options, needs, scaled_later=True)
@@ -111,15 +100,6 @@ def _run(
         else:
             _recompute(head, hidden, targets, options, tokens, row_grads, into, max_tokens)
     return loss, all_stats, into.finish(bias)
-
-
-def _tokens_of_a_chunk(head: Head, plan: Plan, tokens: int) -> int:
-    """At most. By default all `tokens`, if that takes no more memory than several chunks and the sum of their gradients."""
-    if plan.max_chunk_bytes is not None:
-        return head.tokens_within(plan.max_chunk_bytes)
-    usual = default_chunk_bytes(head.weight.device.type, head.weight.shape[0])
-    alone = head.tokens_within(usual + plan.needs.weight * head.sum_bytes)
-    return alone if tokens <= alone else head.tokens_within(usual)
 
 
 def _whole_trajectories(cu_seqlens: Tensor, tokens: int, max_tokens: int) -> Iterator[tuple[int, int, slice]]:
@@ -158,8 +138,8 @@ def _loss_and_gradients(
     given = [(values, grad) for values, grad in zip(whole, grads, strict=True) if grad is not None]
     inputs = [leaf for leaf in leaves if leaf is not None]
     outputs, upstream = zip(*given, strict=True)
-    of_logprobs, of_lse, *of_entropy = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
-    return loss, stats, RowGrads(of_logprobs, of_lse, of_entropy[0] if of_entropy else None)
+    grad_logprobs, grad_lse, *grad_entropy = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
+    return loss, stats, RowGrads(grad_logprobs, grad_lse, grad_entropy[0] if grad_entropy else None)
 
 
 def detached(stats: TokenStats, *, differentiate: bool = False) -> TokenStats:

@@ -170,8 +170,8 @@ def tbrm_loss_op(
     plan = Plan(cu_seqlens, options, chosen, max_chunk_bytes, Needs(*needs), any(needs))
     loss, stats, grads = single_pass(hidden, weight, bias, targets, loss_of, plan)
     residuals, values, sums = loss_of.vectors(like=stats.lse)
-    of_hidden, of_weight, of_bias = (or_empty(grad, hidden) for grad in grads)
-    return loss, residuals, values, sums, of_hidden, of_weight, of_bias
+    grad_hidden, grad_weight, grad_bias = (or_empty(grad, hidden) for grad in grads)
+    return loss, residuals, values, sums, grad_hidden, grad_weight, grad_bias
 
 
 @tbrm_loss_op.register_fake

@@ -16,7 +16,7 @@ from .backends.registry import select
 from .checks import check_head, check_values, only_described, operand_dtype, temperatures
 from .once import FirstDerivative
 from .token_stats_op import gradients, statistics, token_stats_op
-from .vocab_parallel import VocabSlice, sum_gradient
+from .vocab_parallel import VocabSlice
 
 
 class TokenStats(NamedTuple):
@@ -88,13 +88,13 @@ def _now(
     backend: str,
     group: dist.ProcessGroup | None,
 ) -> TokenStats:
-    part = None if group is None else VocabSlice(weight, targets, options.ignore_index, group)
-    check_values(targets, weight.shape[0] if part is None else part.vocab, options)
+    vocab_slice = None if group is None else VocabSlice(weight, targets, options.ignore_index, group)
+    check_values(targets, weight.shape[0] if vocab_slice is None else vocab_slice.vocab, options)
     chosen = select(backend, hidden.device, options.operand_dtype)
-    if part is not None:
-        hidden, targets, options = sum_gradient(hidden, part.group), part.targets, part.options_of(options)
+    if vocab_slice is not None:
+        hidden, targets, options = vocab_slice.inputs(hidden, options)
     stats = _LinearTokenStats.apply(hidden, weight, bias, targets, options, chosen)[:3]
-    return TokenStats(*(stats if part is None else part.combine(*stats)))
+    return TokenStats(*(stats if vocab_slice is None else vocab_slice.combine(*stats)))
 
 
 class _LinearTokenStats(torch.autograd.Function):

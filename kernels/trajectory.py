@@ -86,18 +86,18 @@ def _segment_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def residual_gradients(
-    of_residual: Tensor,  # [N], the loss's derivatives by the residuals
+    grad_residual: Tensor,  # [N], the loss's derivatives by the residuals
     cu_seqlens: Tensor,  # [N + 1]
     n_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss's derivatives by the logprobs and the lse, [T] each: what autograd makes of `trajectory_residual`."""
-    if _has_kernel(of_residual):
-        return triton.residual_gradients(of_residual, cu_seqlens, n_tokens)
+    if _has_kernel(grad_residual):
+        return triton.residual_gradients(grad_residual, cu_seqlens, n_tokens)
     lengths = cu_seqlens.diff()
-    of_logprobs = of_residual.repeat_interleave(lengths, output_size=n_tokens)
+    grad_logprobs = grad_residual.repeat_interleave(lengths, output_size=n_tokens)
     # The extra element gives an empty trajectory at the very end a place to point at.
-    of_lse = of_residual.new_zeros(n_tokens + 1).index_add_(0, cu_seqlens[:-1], of_residual * (lengths > 0))
-    return of_logprobs, of_lse[:-1]
+    grad_lse = grad_residual.new_zeros(n_tokens + 1).index_add_(0, cu_seqlens[:-1], grad_residual * (lengths > 0))
+    return grad_logprobs, grad_lse[:-1]
 
 
 def _has_kernel(values: Tensor) -> bool:

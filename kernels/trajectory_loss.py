@@ -29,7 +29,7 @@ from .once import FirstDerivative
 from .single_pass import ChunkLoss, Plan, detached, single_pass
 from .token_stats import TokenStats, linear_token_stats
 from .trajectory import check_bounds, check_packing
-from .vocab_parallel import VocabSlice, sum_gradient
+from .vocab_parallel import VocabSlice
 
 TrajectoryLossFn = Callable[..., Tensor]
 """(stats, cu_seqlens, first_trajectory, *per_token) -> []"""
@@ -109,18 +109,18 @@ def differentiable(
 ) -> tuple[Tensor, TokenStats]:
     """The single pass, differentiable. `loss_of(per_token=, needs=)` makes the loss that is to differentiate `per_token`."""
     hidden, weight, bias, targets = inputs
-    part = None if group is None else VocabSlice(weight, targets, options.ignore_index, group)
-    check_values(targets, weight.shape[0] if part is None else part.vocab, options)
+    vocab_slice = None if group is None else VocabSlice(weight, targets, options.ignore_index, group)
+    check_values(targets, weight.shape[0] if vocab_slice is None else vocab_slice.vocab, options)
     check_bounds("targets", targets, cu_seqlens)
     if max_chunk_bytes is not None and max_chunk_bytes <= 0:
         raise ValueError(f"max_chunk_bytes is {max_chunk_bytes!r}: it must be above 0, or None for the default")
     chosen = select(backend, hidden.device, options.operand_dtype)
-    if part is not None:
-        hidden, targets, options = sum_gradient(hidden, part.group), part.targets, part.options_of(options)
-    needs, of_values = Needs(*map(needs_gradient, (hidden, weight, bias))), [needs_gradient(x) for x in per_token]
-    plan = Plan(cu_seqlens, options, chosen, max_chunk_bytes, needs, any(needs) or any(of_values), part)
+    if vocab_slice is not None:
+        hidden, targets, options = vocab_slice.inputs(hidden, options)
+    needs, per_token_needs = Needs(*map(needs_gradient, (hidden, weight, bias))), [needs_gradient(x) for x in per_token]
+    plan = Plan(cu_seqlens, options, chosen, max_chunk_bytes, needs, any(needs) or any(per_token_needs), vocab_slice)
     loss, *stats = _SinglePass.apply(
-        partial(loss_of, needs=of_values), plan, hidden, weight, bias, targets, *per_token
+        partial(loss_of, needs=per_token_needs), plan, hidden, weight, bias, targets, *per_token
     )[:4]
     return loss, TokenStats(*stats)
 
@@ -155,15 +155,16 @@ class _AnyLoss:
             return loss.detach(), None
         inputs = [leaf for leaf in (*leaves, *shares) if leaf is not None and leaf.requires_grad]
         found = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
-        of_logprobs, of_lse, *others = found
-        of_entropy = None if stats.entropy is None else others.pop(0)  # None, not zeros, if left out: that spares work
+        grad_logprobs, grad_lse, *others = found
+        # None, not zeros, if left out: that spares work.
+        grad_entropy = None if stats.entropy is None else others.pop(0)
         for whole in self.grads:
             if whole is not None and (grad := others.pop(0)) is not None:
                 whole[tokens] = grad
         return loss.detach(), RowGrads(
-            torch.zeros_like(stats.logprobs) if of_logprobs is None else of_logprobs,
-            torch.zeros_like(stats.lse) if of_lse is None else of_lse,
-            of_entropy,
+            torch.zeros_like(stats.logprobs) if grad_logprobs is None else grad_logprobs,
+            torch.zeros_like(stats.lse) if grad_lse is None else grad_lse,
+            grad_entropy,
         )
 
 

@@ -43,9 +43,10 @@ class VocabSlice:
         # Where the target is another's, any entry will do: what is said of it is not used.
         self.targets = torch.where(self.owned, targets - first, 0).where(self.kept, _IGNORED)
 
-    def options_of(self, options: TokenStatsOptions) -> TokenStatsOptions:
-        """Those of the slice: an ignore_index that is some token's id would be another token's here."""
-        return replace(options, ignore_index=_IGNORED)
+    def inputs(self, hidden: Tensor, options: TokenStatsOptions) -> tuple[Tensor, Tensor, TokenStatsOptions]:
+        """hidden, whose gradient will be the sum of the slices', targets and options as a head of the slice takes them: an
+        ignore_index that is some token's id would be another token's here."""
+        return sum_gradient(hidden, self.group), self.targets, replace(options, ignore_index=_IGNORED)
 
     def fewest(self, number: int) -> int:
         """The smallest of the numbers that the processes give."""
@@ -101,17 +102,17 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         share, entropy, whole_entropy, owned, kept = ctx.saved_tensors
-        of_logprobs, of_lse, of_entropy = (None if g is None else torch.where(kept, g, 0) for g in grads)
-        grad_logprobs = torch.zeros_like(share) if of_logprobs is None else of_logprobs * owned
+        to_logprobs, to_lse, to_entropy = (None if g is None else torch.where(kept, g, 0) for g in grads)
+        grad_logprobs = torch.zeros_like(share) if to_logprobs is None else to_logprobs * owned
         grad_lse = grad_logprobs.clone()
-        for grad, sign in ((of_lse, 1), (of_logprobs, -1)):
+        for grad, sign in ((to_lse, 1), (to_logprobs, -1)):
             if grad is not None:
                 grad_lse += sign * share * grad
         grad_entropy = None
-        if of_entropy is not None and entropy is not None:
-            grad_entropy = share * of_entropy
-            of_share = torch.where(share == 0, 0, entropy - share.log() - whole_entropy)
-            grad_lse += grad_entropy * of_share
+        if to_entropy is not None and entropy is not None:
+            grad_entropy = share * to_entropy
+            by_share = torch.where(share == 0, 0, entropy - share.log() - whole_entropy)
+            grad_lse += grad_entropy * by_share
         return grad_logprobs, grad_lse, grad_entropy, None, None, None
 
 

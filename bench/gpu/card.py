@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.rows import append
+from bench.gpu.json_lines import append
 from bench.gpu.timing import Stopwatch
 from bench.machine import processor
 from bench.shapes import DEVICE

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.gpu.cells import HEADS, TINY, TINY_TOKENS, TOKENS, Cell, Head, cells, floor_of, operations, step
 from bench.gpu.health import device_answers
-from bench.gpu.rows import append, read
+from bench.gpu.json_lines import append, read
 from bench.gpu.timing import Stopwatch, in_turns
 from bench.problem import Problem
 from bench.shapes import DEVICE

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bench.gpu.health import device_answers
-from bench.gpu.rows import append
+from bench.gpu.json_lines import append
 
 ROWS = Path(os.environ["TEST_ROWS"])
 LONGEST = 2500

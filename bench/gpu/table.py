@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.gpu.rows import read
+from bench.gpu.json_lines import read
 
 Row = dict[str, Any]
 IDLE = 0.6  # of the highest clock; below, it is not the power limit that slows a card down

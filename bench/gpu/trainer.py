@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from bench.gpu.rows import append
+from bench.gpu.json_lines import append
 from bench.shapes import DEVICE
 from tbrm.config.recipe import load_config
 from tbrm.plan import make_plan

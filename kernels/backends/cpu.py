@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head_memory import STRIP, cpu_head_memory
 from .interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
-from .rows import KeptRows
+from .kept_rows import KeptRows
 
 CHUNK_TOKENS = 512
-STRIP = 32  # lanes of the scratch come in multiples of this: kStrip in csrc/softmax_tile.h
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -100,20 +100,15 @@ class Head:
     """A head whose weight has the dtype of the products (but for float16, which is cast up block by block)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
-        self.sum_bytes = (
-            weight.nbytes if weight.dtype == torch.bfloat16 else 0
-        )  # the single pass holds float16's as float32
+        held = weight.dtype
         weight = weight.to(options.operand_dtype)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
         self.options = options
         self.bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
         self.scratch_dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        self.memory = cpu_head_memory(*weight.shape, held, self.scratch_dtype)
         self._scratch = torch.empty(0, dtype=self.scratch_dtype)
-
-    def tokens_within(self, max_bytes: int) -> int:
-        tokens = max_bytes // (self.scratch_dtype.itemsize * len(self.weight))
-        return max(1, tokens if tokens < STRIP else tokens // STRIP * STRIP)  # fewer than a strip take as much as one
 
     def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:
         """Valid until the next call: chunks share their scratch memory, since new pages cost as much as filling them."""
@@ -171,14 +166,14 @@ class Chunk:
         assert self._exps is not None
         target_q, maximum, log_sum, entropy = self._raw
         factor = options.factor
-        of_target = factor * self._rows.gather(grads.logprobs)
-        of_p = factor * self._rows.gather(grads.lse) - of_target
-        of_entropy = None
+        target_factor = factor * self._rows.gather(grads.logprobs)
+        p_factor = factor * self._rows.gather(grads.lse) - target_factor
+        entropy_factor = None
         if grads.entropy is not None:
-            of_entropy = factor * self._rows.gather(grads.entropy)
-            of_p -= of_entropy * entropy
+            entropy_factor = factor * self._rows.gather(grads.entropy)
+            p_factor -= entropy_factor * entropy
         if options.softcap is not None:
-            of_target *= 1 - (target_q * (options.temperature / options.softcap)).square_()
+            target_factor *= 1 - (target_q * (options.temperature / options.softcap)).square_()
         low_halves = None
         if into.weight is not None and into.weight.element_size() == 2 and not (into.fresh and last):
             low_halves = into.low_halves
@@ -188,9 +183,9 @@ class Chunk:
             self._targets,
             maximum,
             log_sum,
-            of_p,
-            of_entropy,
-            of_target,
+            p_factor,
+            entropy_factor,
+            target_factor,
             *_scaling(options),
             self._hidden,
             into.weight,

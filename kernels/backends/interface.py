@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .head_memory import HeadMemory
+
 
 @dataclass(frozen=True)
 class TokenStatsOptions:
@@ -176,12 +178,7 @@ class Head(Protocol):
     """A head that is ready to multiply."""
 
     weight: Tensor  # [V, D]
-    sum_bytes: int
-    """What the weight's gradient takes beyond its own memory where there are several chunks, and not where there is one."""
-
-    def tokens_within(self, max_bytes: int) -> int:
-        """How many tokens a chunk may have for its logits to take at most `max_bytes`; at least the fewest it can handle."""
-        ...
+    memory: HeadMemory
 
     def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:
         """The statistics of at least one token, and what the backward pass needs in order to recompute nothing.

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .head_memory import torch_head_memory
 from .interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
-from .rows import KeptRows
+from .kept_rows import KeptRows
 from .torch_tiles import KeptLogits, OnlineSoftmax, SoftmaxGrad, TiledLogits
 
 
@@ -61,10 +62,7 @@ class Head:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, options: TokenStatsOptions) -> None:
         self.weight, self.bias, self.options = weight, bias, options
-        self.sum_bytes = 0
-
-    def tokens_within(self, max_bytes: int) -> int:
-        return max(1, max_bytes // (self.options.compute_dtype.itemsize * len(self.weight)))
+        self.memory = torch_head_memory(len(weight), options.compute_dtype, weight.device.type)
 
     def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:
         return Chunk(self, hidden, targets, options)

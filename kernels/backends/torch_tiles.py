@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .interface import RowGrads, RowStats, TokenStatsOptions
-from .rows import KeptRows
+from .kept_rows import KeptRows
 
 ROW_CHUNK = 1024
 SCRATCH_ELEMENTS = 2**21
@@ -133,7 +133,7 @@ class OnlineSoftmax:
 class SoftmaxGrad:
     """dL/dQ times `factor`, from what the forward pass kept of each row and the upstream gradients.
 
-    The names: `of_target`, `of_p` and `of_entr` are the factors, per row, of 1[v = target], p_v and -p_v log p_v.
+    `target_factor`, `p_factor` and `entr_factor` are those, per row, of 1[v = target], p_v and -p_v log p_v.
     """
 
     def __init__(
@@ -147,22 +147,22 @@ class SoftmaxGrad:
         self.targets = rows.gather(targets)
         self.max = rows.gather(stats.max)[:, None]
         self.inverse_sum = rows.gather(stats.log_sum).neg().exp_()[:, None]
-        self.of_target = factor * rows.gather(grads.logprobs)
-        self.of_p = (factor * rows.gather(grads.lse))[:, None] - self.of_target[:, None]
-        self.of_entr = None  # entr(p) = -p log p
+        self.target_factor = factor * rows.gather(grads.logprobs)
+        self.p_factor = (factor * rows.gather(grads.lse))[:, None] - self.target_factor[:, None]
+        self.entr_factor = None  # entr(p) = -p log p
         if grads.entropy is not None and stats.entropy is not None:
-            self.of_entr = (factor * rows.gather(grads.entropy))[:, None]
-            self.of_p -= self.of_entr * rows.gather(stats.entropy)[:, None]
+            self.entr_factor = (factor * rows.gather(grads.entropy))[:, None]
+            self.p_factor -= self.entr_factor * rows.gather(stats.entropy)[:, None]
 
     def of_tile(self, chunk: slice, tile: slice, q: Tensor) -> Tensor:
         """The derivative for one tile of Q, which it overwrites."""
         p = q.sub_(self.max[chunk]).exp_().mul_(self.inverse_sum[chunk])
-        if self.of_entr is None:
-            grad = p.mul_(self.of_p[chunk])
+        if self.entr_factor is None:
+            grad = p.mul_(self.p_factor[chunk])
         else:
-            grad = torch.special.entr(p).mul_(self.of_entr[chunk]).addcmul_(p, self.of_p[chunk])
+            grad = torch.special.entr(p).mul_(self.entr_factor[chunk]).addcmul_(p, self.p_factor[chunk])
         inside, column = _locate(self.targets[chunk], tile)
-        return grad.scatter_add_(1, column, torch.where(inside, self.of_target[chunk], 0)[:, None])
+        return grad.scatter_add_(1, column, torch.where(inside, self.target_factor[chunk], 0)[:, None])
 
 
 def _column(values: float | Tensor, chunk: slice) -> float | Tensor:

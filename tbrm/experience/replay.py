@@ -38,7 +38,7 @@ _INDEX = "index.json"
 
 
 @dataclass
-class _Kept:
+class _Group:
     """One group, and where it lies: rows [start, stop) of a file."""
 
     group: int
@@ -63,7 +63,7 @@ class ReplayBuffer(Kept):
         self.expired = 0
         """Trajectories that were dropped for their age since `metrics` was last asked."""
         self._world = world
-        self._kept: dict[int, _Kept] = {}  # by group, the oldest first
+        self._kept: dict[int, _Group] = {}  # by group, the oldest first
         self._hashes: dict[str, str] = {}  # of every file
         self._discards = Discards(folder)
         if world.is_main:
@@ -89,25 +89,25 @@ class ReplayBuffer(Kept):
                 "its own, with --resume"
             ) from error
 
-    def _draw(self, seed: int) -> list[_Kept]:
-        kept = list(self._kept.values())
+    def _draw(self, seed: int) -> list[_Group]:
+        groups = list(self._kept.values())
         # The largest keys log w + Gumbel noise are a draw without replacement in proportion to the weights w.
         with np.errstate(divide="ignore"):
-            log_weights = np.log(self._weights(kept))
-        keys = log_weights + np.random.default_rng(seed).gumbel(size=len(kept))
+            log_weights = np.log(self._weights(groups))
+        keys = log_weights + np.random.default_rng(seed).gumbel(size=len(groups))
         drawn, count = [], 0
         for index in np.argsort(-keys, kind="stable"):
             if count >= self.config.samples_per_step:
                 break
-            drawn.append(kept[index])
-            count += kept[index].stop - kept[index].start
+            drawn.append(groups[index])
+            count += groups[index].stop - groups[index].start
         return drawn
 
-    def _weights(self, kept: Sequence[_Kept]) -> np.ndarray:
+    def _weights(self, groups: Sequence[_Group]) -> np.ndarray:
         if self.config.sampling == "uniform":
-            return np.ones(len(kept))
-        largest = max((k.residual for k in kept if k.residual is not None), default=1.0)
-        return np.array([largest if k.residual is None else k.residual for k in kept], dtype=np.float64)
+            return np.ones(len(groups))
+        largest = max((group.residual for group in groups if group.residual is not None), default=1.0)
+        return np.array([largest if group.residual is None else group.residual for group in groups], dtype=np.float64)
 
     def update(self, step: int, trajectories: Sequence[Trajectory], residuals: Sequence[float]) -> None:
         """Takes in what update `step` was made of: groups that it does not have yet, and of those that it has, their new
@@ -157,7 +157,7 @@ class ReplayBuffer(Kept):
             tokens = sum(len(t.prompt_ids) + len(t.response_ids) for t in members)
             versions = [t.weight_version for t in members if t.weight_version is not None]
             reference_version = first.reference.version if first.reference else None
-            self._kept[first.group] = _Kept(
+            self._kept[first.group] = _Group(
                 first.group, file, start, stop, tokens, min(versions, default=None), reference_version
             )
             start = stop
@@ -216,7 +216,7 @@ class ReplayBuffer(Kept):
         index = json.loads((folder / _INDEX).read_text())
         try:
             self._hashes = {plain_name(file): sha256 for file, sha256 in index["files"].items()}
-            self._kept = {kept["group"]: _Kept(**kept) for kept in index["kept"]}
+            self._kept = {kept["group"]: _Group(**kept) for kept in index["kept"]}
             if lost := {kept.file for kept in self._kept.values()} - self._hashes.keys():
                 raise ValueError(f"{sorted(lost)} are kept, and not among its files")
         except ValueError as error:

@@ -13,12 +13,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from tbrm.config.schema import Config
 from tbrm.plan.footprint import Footprint
 from tbrm.plan.inputs import Sizes, Work, is_sharded, precision_of, slices
 from tbrm.rollout.embedded import PROMPT_TOKENS
 from tbrm_kernels.backends.cpu import multiplies_bfloat16
-from tbrm_kernels.single_pass import default_chunk_bytes
+from tbrm_kernels.backends.head_memory import HeadMemory, cpu_head_memory, triton_head_memory
 
 PHASES = {
     "rollout": "responses are generated",
@@ -133,32 +135,36 @@ class Plan:
         ]
 
     def _head(self, tokens: int) -> list[Term]:
-        """The formulas of docs/kernels.md."""
         width, elements = self.sizes.width, self.vocab * self.sizes.width
         # A divided vocabulary's rows meet the actions of all.
         actions = round(self.work.actions_per_token * tokens) * (self.shard if self.divided else 1)
-        gathered = self.sharded and not self.divided
-        weight = self.precision if gathered else _FLOAT32  # bytes of an element of what the kernel is given
-        logit = 2 if self.on_cpu and self.precision == 2 and multiplies_bfloat16() else _FLOAT32
+        weight = self._head_dtype.itemsize
         cast = self.precision if self.precision < weight else 0
         adapted = self.sizes.head_adapted
         trained = adapted or not self.sizes.adapters_only
-        scratch, chunk = logit * self.vocab * actions, default_chunk_bytes("cpu" if self.on_cpu else "cuda", self.vocab)
-        summed = 0  # beside the gradient's own memory
-        if weight == 2 and trained:
-            summed = (2 if self.on_cpu else _FLOAT32) * elements
-        if self.on_cpu and scratch <= chunk + summed:
-            summed = 0
-        else:
-            scratch = min(scratch, chunk)
+        memory = self._head_memory()
+        chunk = memory.chunk_tokens(actions, None, weight_grad=trained)
+        summed = memory.sum_bytes * (trained and actions > chunk)
         return [
-            Term("head's scratch", scratch, ("loss",)),
+            Term("head's scratch", memory.token_bytes * min(actions, chunk), ("loss",)),
             Term("float32 sum of the head's gradient", summed, ("loss",)),
             Term("head's weight, cast", cast * elements, ("reference", "loss")),
             Term("head's weight, adapted", weight * elements * adapted, ("loss",)),
             Term("hidden states of the actions, and their gradient", 2 * _FLOAT32 * width * actions, ("loss",)),
             Term("head's gradient", weight * elements * trained, ("loss",) if adapted else ("loss", "backward")),
         ]
+
+    @property
+    def _head_dtype(self) -> torch.dtype:
+        """Of the weight that the kernel is given: FSDP2 casts what it gathers."""
+        return precision_of(self.config) if self.sharded and not self.divided else torch.float32
+
+    def _head_memory(self) -> HeadMemory:
+        precision, shape = precision_of(self.config), (self.vocab, self.sizes.width)
+        if not self.on_cpu:
+            return triton_head_memory(*shape, self._head_dtype, exps=precision == torch.bfloat16)
+        able = precision == torch.bfloat16 and multiplies_bfloat16()
+        return cpu_head_memory(*shape, self._head_dtype, torch.bfloat16 if able else torch.float32)
 
     def _embeddings(self) -> list[Term]:
         """The end of one process's backward pass, or of its own rows'; where embeddings and head are tied, their gradients are

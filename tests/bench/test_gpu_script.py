@@ -12,7 +12,7 @@ import pytest
 
 from bench.gpu import head, table
 from bench.gpu.cells import TINY, Cell, cells
-from bench.gpu.rows import append, read
+from bench.gpu.json_lines import append, read
 from bench.ways import FLOOR, ONE_PRODUCT
 
 ROOT = Path(__file__).parents[2]

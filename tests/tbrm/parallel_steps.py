@@ -31,7 +31,8 @@ from tbrm.training.step_metrics import StepMetrics
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.deal import deal
 from tbrm.trajectories.trajectory import Trajectory
-from tbrm_kernels import segment_sums, single_pass
+from tbrm_kernels import segment_sums
+from tbrm_kernels.backends import head_memory
 from tests.tbrm.conftest import tiny_config
 
 MODELS = [f"{name}-{head}" for name in ("llama", "qwen3", "gemma3") for head in ("tied", "untied")]
@@ -223,7 +224,7 @@ def gathers(step: OneStep) -> dict[str, int]:
     policy = step.trainer.policy
     in_head_group = len(list(weights_of(policy))) - sum(len(list(block.parameters())) for block in policy.blocks)
     assert isinstance(policy, FSDPModule)
-    real, chunk = _fsdp_param_group.foreach_all_gather, single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY
+    real, chunk = _fsdp_param_group.foreach_all_gather, head_memory.CHUNK_BYTES_PER_VOCABULARY_ENTRY
     chunks = []
 
     def count(parameters: list, *arguments: Any) -> Any:
@@ -234,11 +235,11 @@ def gathers(step: OneStep) -> dict[str, int]:
     call = objective.__call__
     objective.__call__ = lambda *arguments: chunks.append(1) or call(*arguments)
     _fsdp_param_group.foreach_all_gather = count
-    single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 4 * 16}
+    head_memory.CHUNK_BYTES_PER_VOCABULARY_ENTRY = {"cpu": 4 * 16}
     try:
         step(batch_tokens=100_000)
     finally:
-        single_pass.CHUNK_BYTES_PER_VOCABULARY_ENTRY, _fsdp_param_group.foreach_all_gather = chunk, real
+        head_memory.CHUNK_BYTES_PER_VOCABULARY_ENTRY, _fsdp_param_group.foreach_all_gather = chunk, real
         objective.__call__ = call
     return {**counts, "chunks": len(chunks), "n_blocks": len(policy.blocks)}
 

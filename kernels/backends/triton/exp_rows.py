@@ -46,16 +46,16 @@ def exp_rows_kernel(
     at_target = u * own + g * tl.load(others + t)
     kept = target != ignore_index
     if grad_entropy is None:
-        of_row = alpha * tl.exp(-log_s)
+        row_factor = alpha * tl.exp(-log_s)
         blank = (alpha == 0) | (kept == 0)
         at_target = tl.where(blank, 1.0, at_target / tl.where(blank, 1.0, alpha))
-        of_row = tl.where(blank, g, of_row)
+        row_factor = tl.where(blank, g, row_factor)
         for start in range(0, tl.where(blank, V, 0), BLOCK):
             v = start + tl.arange(0, BLOCK)
             tl.store(row + v, tl.zeros([BLOCK], values.dtype.element_ty), mask=v < V)
     else:
         h, w = tl.load(entropy + t), tl.load(grad_entropy + t)
-        of_row = tl.exp(-log_s)
+        row_factor = tl.exp(-log_s)
         at_target -= w * own * (tl.load(logprobs + t) + h)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
@@ -68,14 +68,14 @@ def exp_rows_kernel(
         factor, outer = factor * by, outer * by
     if CAPPED:
         at_target *= slope(q, outer)
-    of_row = tl.where(kept, of_row * factor, 0.0)
-    tl.store(factors + t, of_row)
+    row_factor = tl.where(kept, row_factor * factor, 0.0)
+    tl.store(factors + t, row_factor)
     tl.debug_barrier()  # the target's entry is written last
     if kept:
         tl.store(row + target, at_target.to(values.dtype.element_ty))
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        x = tl.load(hidden + t.to(tl.int64) * stride_hidden + d, mask=d < D, other=0.0).to(tl.float32) * of_row
+        x = tl.load(hidden + t.to(tl.int64) * stride_hidden + d, mask=d < D, other=0.0).to(tl.float32) * row_factor
         x = tl.where(kept, x, 0.0).to(scaled.dtype.element_ty)
         tl.store(scaled + t.to(tl.int64) * stride_scaled + d, x, mask=d < D)
 

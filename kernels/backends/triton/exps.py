@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..head_memory import ALIGNMENT
 from ..interface import RowStats, TokenStatsOptions
-from .launch import ALIGNMENT, Operands, TileConfig, exp_config, has_tma, multiprocessors
+from .launch import Operands, TileConfig, exp_config, has_tma, multiprocessors
 from .tile import LOWEST, exp, kernel, per_token, q_tile, scale, slope
 
 LARGEST = tl.constexpr(1.1420073898156842e26)  # e^60

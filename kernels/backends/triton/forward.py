@@ -41,14 +41,14 @@ def forward_kernel(
     m = tl.full([BLOCK_T], LOWEST, tl.float32)
     s = tl.zeros([BLOCK_T], tl.float32)  # sum of e^(q - m)
     u = tl.zeros([BLOCK_T], tl.float32)  # sum of e^(q - m) (m - q)
-    of_target = tl.zeros([BLOCK_T], tl.float32)
+    q_at_target = tl.zeros([BLOCK_T], tl.float32)
     for tile in range(split * tiles_per_split, min(tiles, (split + 1) * tiles_per_split)):
         q = q_tile(
             hidden, weight, bias, inverse_temperature, t0, tile * BLOCK_V, T, V, D, stride_hidden, stride_weight, inner, outer,
             CAPPED, FACTOR, BLOCK_T, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        of_target += tl.sum(tl.where(target[:, None] == v[None, :], q, 0.0), 1)
+        q_at_target += tl.sum(tl.where(target[:, None] == v[None, :], q, 0.0), 1)
 
         m_new = tl.maximum(m, tl.max(q, 1))
         x = q - m_new[:, None]
@@ -64,7 +64,7 @@ def forward_kernel(
     at = tl.cast(split, tl.int64) * T + t
     tl.store(maximum + at, m, mask=inside)
     tl.store(total + at, s, mask=inside)
-    tl.store(target_q + at, of_target, mask=inside)
+    tl.store(target_q + at, q_at_target, mask=inside)
     if weighted is not None:
         tl.store(weighted + at, u, mask=inside)
 

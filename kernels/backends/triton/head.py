@@ -12,13 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from ..head_memory import ALIGNMENT, triton_head_memory
 from ..interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
 from .dlogits import dlogits
 from .exp_rows import exp_rows_
 from .exps import exps
 from .forward import forward
-from .launch import ALIGNMENT, Operands, choose_config, scaling
-from .rows import row_dlogits_, row_stats
+from .launch import Operands, choose_config, scaling
+from .logit_rows import row_dlogits_, row_stats
 
 SCRATCH_BYTES = 2**28
 """Of dL/dlogits of a slice of the vocabulary. Wide slices pay: hidden's gradient is read and written once per slice."""
@@ -63,15 +64,15 @@ def token_stats_backward(
     grad_bias = weight.new_empty(V, dtype=bias.dtype) if needs.bias and bias is not None else None
     for start in range(0, V, width):
         part = slice(start, min(start + width, V))
-        of_logits = scratch[: T * (part.stop - start)].view(T, part.stop - start)
+        grad_logits = scratch[: T * (part.stop - start)].view(T, part.stop - start)
         if T > 0:
-            dlogits(operands, targets, options, stats, grads, part, of_logits, config)
+            dlogits(operands, targets, options, stats, grads, part, grad_logits, config)
         if grad_hidden is not None:
-            add_product(grad_hidden, of_logits, operands.weight[part, :D])
+            add_product(grad_hidden, grad_logits, operands.weight[part, :D])
         if grad_weight is not None:
-            grad_weight[part] = product(of_logits.T, kept_hidden)
+            grad_weight[part] = product(grad_logits.T, kept_hidden)
         if grad_bias is not None:
-            grad_bias[part] = of_logits.sum(0, dtype=torch.float32)
+            grad_bias[part] = grad_logits.sum(0, dtype=torch.float32)
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
@@ -84,14 +85,10 @@ class Head:
         # What is written of a capped logit has its slope in it, from which its own logarithm cannot be had back.
         capped_entropy = options.entropy and options.softcap is not None
         self._keeps_exps = options.operand_dtype == torch.bfloat16 and not capped_entropy
-        rounds_once = self._keeps_exps and weight.dtype == torch.bfloat16
-        self.sum_bytes = 4 * weight.numel() if rounds_once else 0
+        self.memory = triton_head_memory(*weight.shape, weight.dtype, exps=self._keeps_exps)
         self._dtype = torch.bfloat16 if self._keeps_exps else torch.float32
         self._pitch = triton.cdiv(len(weight), ALIGNMENT) * ALIGNMENT if self._keeps_exps else len(weight)
         self._scratch = weight.new_empty(0, dtype=self._dtype)
-
-    def tokens_within(self, max_bytes: int) -> int:
-        return max(1, max_bytes // (self._dtype.itemsize * self._pitch))
 
     def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> ExpsChunk | LogitsChunk:
         """Valid until the next call: chunks share their scratch memory."""
@@ -143,14 +140,14 @@ class LogitsChunk:
 
     def backward(self, grads: RowGrads, into: HeadGrads, tokens: slice, *, last: bool) -> None:
         head = self._head
-        of_logits = row_dlogits_(
+        grad_logits = row_dlogits_(
             self._logits, head.bias, self._targets, self._options, self._scaling, self.stats, _contiguous(grads)
         )
         if into.hidden is not None:
-            into.hidden[tokens] = product(of_logits, head.weight)
-        _add_to_weight(into, of_logits.T, self._hidden)
+            into.hidden[tokens] = product(grad_logits, head.weight)
+        _add_to_weight(into, grad_logits.T, self._hidden)
         if into.bias is not None:
-            into.bias += of_logits.sum(0, dtype=torch.float32)
+            into.bias += grad_logits.sum(0, dtype=torch.float32)
         into.fresh = False
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..head_memory import ALIGNMENT
 from ..interface import TokenStatsOptions
 
 INTERPRETED = triton.knobs.runtime.interpret
-ALIGNMENT = 16  # bytes of a base address, elements of a stride and of a width
 
 
 @dataclass(frozen=True)

@@ -94,15 +94,17 @@ class Residual(torch.autograd.Function):
         return grad_logprobs, grad_lse, None, None, None, None, None
 
 
-def residual_gradients(of_residual: Tensor, cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
+def residual_gradients(grad_residual: Tensor, cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
     """The derivatives by logprobs and lse [T], from those by the residuals [N]."""
-    of_logprobs, of_lse = (torch.empty(n_tokens, dtype=torch.float32, device=of_residual.device) for _ in range(2))
-    _gradients(of_residual, cu_seqlens, of_logprobs, of_lse)
-    return of_logprobs, of_lse
+    grad_logprobs, grad_lse = (
+        torch.empty(n_tokens, dtype=torch.float32, device=grad_residual.device) for _ in range(2)
+    )
+    _gradients(grad_residual, cu_seqlens, grad_logprobs, grad_lse)
+    return grad_logprobs, grad_lse
 
 
-def _gradients(of_residual: Tensor, cu_seqlens: Tensor, of_logprobs: Tensor, of_lse: Tensor | None) -> None:
-    if len(of_residual) > 0:
-        residual_grad_kernel[(len(of_residual),)](
-            of_residual.contiguous(), cu_seqlens.contiguous(), of_logprobs, of_lse, BLOCK=BLOCK, num_warps=WARPS
+def _gradients(grad_residual: Tensor, cu_seqlens: Tensor, grad_logprobs: Tensor, grad_lse: Tensor | None) -> None:
+    if len(grad_residual) > 0:
+        residual_grad_kernel[(len(grad_residual),)](
+            grad_residual.contiguous(), cu_seqlens.contiguous(), grad_logprobs, grad_lse, BLOCK=BLOCK, num_warps=WARPS
         )

@@ -118,13 +118,13 @@ def derivative(
     """
     x = q - maximum[:, None]
     p = exp(x) * tl.exp(-log_sum)[:, None]
-    of_p = grad_lse - grad_logprobs
+    p_factor = grad_lse - grad_logprobs
     if grad_entropy is None:
-        grad = p * (factor * of_p)[:, None]
+        grad = p * (factor * p_factor)[:, None]
     else:
-        of_p -= grad_entropy * (entropy - log_sum)
+        p_factor -= grad_entropy * (entropy - log_sum)
         # e^-1e4 is 0: the bound only keeps infinities out of the product.
-        grad = p * ((factor * of_p)[:, None] - (factor * grad_entropy)[:, None] * tl.maximum(x, -1e4))
+        grad = p * ((factor * p_factor)[:, None] - (factor * grad_entropy)[:, None] * tl.maximum(x, -1e4))
     grad += tl.where(is_target, (factor * grad_logprobs)[:, None], 0.0)
     if CAPPED:
         grad *= slope(q, outer)

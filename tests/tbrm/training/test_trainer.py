@@ -15,7 +15,7 @@ from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout import Sampling
 from tbrm.rollout.evaluate import evaluate
 from tbrm.training.trainer import Trainer
-from tbrm_kernels import single_pass
+from tbrm_kernels.backends import head_memory
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.training.runs import AHEAD, REPLAY, Recorded, assert_same_run, rows
 
@@ -86,9 +86,8 @@ def test_gradients_do_not_depend_on_the_chunks_of_the_head(
 ) -> None:
     config = tiny_config(tmp_path, objective__name=objective)
     whole = gradients_of_one_step(Trainer(config))
-    monkeypatch.setattr(
-        single_pass, "CHUNK_BYTES_PER_VOCABULARY_ENTRY", {"cpu": 4 * 12}
-    )  # 12 tokens: a trajectory or two
+    twelve_tokens = {"cpu": 4 * 12}  # a trajectory or two
+    monkeypatch.setattr(head_memory, "CHUNK_BYTES_PER_VOCABULARY_ENTRY", twelve_tokens)
     for name, gradient in gradients_of_one_step(Trainer(config)).items():
         assert (whole[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 

@@ -37,7 +37,7 @@ def row_stats_kernel(
         m = tl.full([BLOCK], LOWEST, tl.float32)
         s = tl.zeros([BLOCK], tl.float32)
         u = tl.zeros([BLOCK], tl.float32)
-        of_target = tl.zeros([BLOCK], tl.float32)
+        q_at_target = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             x = tl.load(row + v, mask=v < V, other=0.0)
@@ -47,7 +47,7 @@ def row_stats_kernel(
             if inverse_temperature is not None:
                 q *= by
             q = tl.where(v < V, q, -float("inf"))
-            of_target += tl.where(v == target, q, 0.0)
+            q_at_target += tl.where(v == target, q, 0.0)
             m_new = tl.maximum(m, q)
             rescale, e = exp(m - m_new), exp(q - m_new)
             if entropy_out is not None:
@@ -59,7 +59,7 @@ def row_stats_kernel(
         rescale = tl.exp(m - maximum)
         total = tl.sum(s * rescale, 0)
         log_sum = tl.log(total)
-        logprob = (tl.sum(of_target, 0) - maximum) - log_sum
+        logprob = (tl.sum(q_at_target, 0) - maximum) - log_sum
         if entropy_out is not None:
             entropy = log_sum + tl.sum((u - s * tl.maximum(m - maximum, -1e4)) * rescale, 0) / total
     tl.store(logprobs_out + t, logprob)
