@@ -26,7 +26,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tbrm_kernels.backends.triton import dlogits, exp_rows, exps, forward, launch, multiply, rows, segments
+from tbrm_kernels.backends.triton import dlogits, exp_rows, exps, forward, launch, logit_rows, multiply, segments
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_KIB = {8: 163, 9: 227, 10: 227}  # that a program may have, by NVIDIA's CUDA programming guide
@@ -86,9 +86,9 @@ def cases(major: int) -> Iterator[Case]:
                     yield tiled(kernel, options, types, capped, dtype, config)
         row = {"targets": "*i64", "out": f"*{name}"}
         for options, types, capped in (("", PLAIN, False), ("bias, soft-cap, entropy", with_bias, True)):
-            constants = {"CAPPED": capped, "BLOCK": rows.BLOCK}
-            for kernel in (rows.row_stats_kernel, rows.row_dlogits_kernel):
-                yield Case(kernel, ", ".join(filter(None, [name, options])), row | types, constants, rows.WARPS)
+            constants = {"CAPPED": capped, "BLOCK": logit_rows.BLOCK}
+            for kernel in (logit_rows.row_stats_kernel, logit_rows.row_dlogits_kernel):
+                yield Case(kernel, ", ".join(filter(None, [name, options])), row | types, constants, logit_rows.WARPS)
     yield from exp_cases(major)
     for options, types in (("", PLAIN), ("entropy", {})):
         combine = {"targets": "*i64"} | types

@@ -28,7 +28,7 @@ if not registry.backends(DEVICE)["triton"].usable:
 
 
 from tbrm_kernels.backends.triton import head as triton_head
-from tbrm_kernels.backends.triton import launch, rows
+from tbrm_kernels.backends.triton import launch, logit_rows
 
 
 @pytest.fixture(autouse=True)
@@ -82,17 +82,17 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("vocab", [50, 97, 300])
 def test_derivatives_take_the_place_of_logits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit values over 32-bit ones, in rows of several blocks, none of them whole at the end."""
-    monkeypatch.setattr(rows, "BLOCK", 32)
+    monkeypatch.setattr(logit_rows, "BLOCK", 32)
     head = random_head(6, vocab, 8)
     options = TokenStatsOptions(torch.bfloat16, entropy=True)
     plain = launch.scaling(options)
     logits = (head.hidden @ head.weight.T).contiguous()
     exact = logits.clone()
-    _, stats = rows.row_stats(logits, None, head.targets, options, plain)
+    _, stats = logit_rows.row_stats(logits, None, head.targets, options, plain)
     grads = random_grads(6)
-    out = rows.row_dlogits_(logits, None, head.targets, options, plain, stats, grads)
+    out = logit_rows.row_dlogits_(logits, None, head.targets, options, plain, stats, grads)
     assert out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
-    expected = rows.row_dlogits_(
+    expected = logit_rows.row_dlogits_(
         exact, None, head.targets, TokenStatsOptions(torch.float32, entropy=True), plain, stats, grads
     )
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=1e-30)  # Triton's interpreter truncates
