@@ -21,6 +21,10 @@ from tbrm.tasks import TASKS, Task
 _PLUGGABLE: dict[str, tuple[Any, Any]] = {"objective": (Objective, OBJECTIVES), "task": (Task, TASKS)}
 
 
+_RETIRED = {"model.liger": (False, "model.compile fuses norms and MLP")}
+"""Keys of earlier versions: the value that changes nothing, which a run's config.yaml may hold, and what does instead."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-5 as text; everybody else, and this loader, as a number."""
 
@@ -77,6 +81,7 @@ def _read(recipe: str | Path) -> dict[str, Any]:
 
 def parse_config(tree: dict[str, Any]) -> Config:
     """Checks a config given as nested dicts. Raises ConfigError."""
+    tree = _without_retired(tree)
     kinds = {section: _kind(section, tree[section]) for section in _PLUGGABLE if isinstance(tree.get(section), dict)}
     outer = dict(tree)
     if "objective" in kinds:
@@ -91,6 +96,19 @@ def parse_config(tree: dict[str, Any]) -> Config:
         return config
     # Last, since a task takes its time: it reads its files, or makes a first problem.
     return config.model_copy(update={"task": _build("task", kinds["task"], tree["task"])})
+
+
+def _without_retired(tree: dict[str, Any]) -> dict[str, Any]:
+    tree = dict(tree)
+    for key, (harmless, instead) in _RETIRED.items():
+        section, name = key.split(".")
+        values = tree.get(section)
+        if not isinstance(values, dict) or name not in values:
+            continue
+        if values[name] != harmless:
+            raise ConfigError(f"{key}: got {values[name]!r}, and there is no such key any more: {instead}")
+        tree[section] = {other: value for other, value in values.items() if other != name}
+    return tree
 
 
 def with_sections(config: Config, **sections: BaseModel) -> Config:

@@ -56,6 +56,10 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("trainer.steps=true", r"trainer.steps: got True \(bool\)"),
         ("trainer.steps=0", r"trainer.steps: got 0 \(int\); wants: input should be greater than or equal to 1"),
         ("model.device=gpu", r"^model.device: got 'gpu'; wants auto, cpu, cuda or cuda:N$"),
+        (
+            "model.liger=true",
+            r"model.liger: got True, and there is no such key any more: model.compile fuses norms and MLP",
+        ),
         ("logging.wandb=1", r"logging.wandb: got 1 \(int\); wants: input should be a valid boolean"),
         (
             "rollout.truncated=maybe",
