@@ -61,11 +61,61 @@ def fused_linear_tbrm_loss(
 ) -> TbrmOutput:
     """The TBRM loss of packed trajectories (arXiv 2505.15311), from hidden states to gradients in a single pass:
 
-        loss = mean of residual^2, with the residual of `trajectory_residual`
+        loss     = mean of residual^2 over the N trajectories; 0 if there are none
+        residual = V(s_1) [- V_ref(s_1)] + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - R / beta
 
-    0 if there are no trajectories. Arguments and errors are those of `trajectory_residual` and
-    `fused_linear_trajectory_loss`. In a model under torch.compile it is one operation of the graph (with `tp_group` the graph
-    breaks here).
+    with log pi and V of Q = logits / temperature, where
+
+        logits = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) if softcap is given
+
+    The [T, V] logits are never held: the gradients of hidden, weight and bias are computed here, chunk by chunk, and the
+    backward pass scales them and hands them out, once. Products and sums are in float32 (float64 for float64). A factor
+    put on the loss that is no power of 2 rounds bfloat16 gradients a second time. Under torch.autocast, hidden and weight
+    are first rounded to its dtype. In a model under torch.compile it is one operation of the graph (with `tp_group` the
+    graph breaks here). An empty trajectory has residual 0 and no gradient.
+
+    Args:
+        hidden: [T, D], the hidden states that predict the targets, as they go into the head (after the last norm), batch and
+            sequence flattened: bfloat16, float16, float32 or float64, on any device. T may be 0.
+        weight: [V, D], the head's weight, of hidden's dtype and on its device, as all tensors are.
+        targets: [T] int64, the token taken at each position, in [0, V), or `ignore_index`.
+        cu_seqlens: [N + 1] int32 or int64, rising from 0 to T: trajectory i owns tokens cu_seqlens[i]:cu_seqlens[i + 1]. The
+            tokens are the policy's actions and nothing else: leave those of prompts and tools out before packing.
+        ref_logprob_sums: [N] float32 (float64 for float64 inputs), sum_h log pi_ref(a_h|s_h) of each trajectory, in nats:
+            `segment_sums` of the reference's `linear_token_stats(...).logprobs`. Where policy and reference agree, the
+            sums cancel exactly if they come from there.
+        rewards: [N] of that dtype, R of each trajectory.
+        beta: what a nat of KL divergence from the reference costs, in units of reward; finite and above 0.
+        ref_values: [N] of that dtype, V_ref(s_1) in nats: the residual is then the calibrated one of ReVal. None: not
+            subtracted.
+        bias: [V], added to the products hidden @ weight.T, of any of hidden's dtypes; None for a head without.
+        temperature: divides the logits; above 0. A number, or [T] floating-point, one for each token: rollouts that were
+            sampled at several share a batch. It gets no gradient.
+        softcap: logits become softcap * tanh(logits / softcap); above 0. None for none.
+        logit_scale: multiplies the logits before that; above 0.
+        ignore_index: targets of this value are left out: their statistics are 0, and no gradient comes from them.
+        max_chunk_bytes: of scratch memory for the logits of a chunk of whole trajectories. If None, 1 KiB x V on a CPU (512
+            tokens in bfloat16, 256 in float32) and 16 KiB x V on a GPU (8192 and 4096); but where all T tokens take no more
+            than that and the sum that the weight's gradient needs beside it over several chunks (of a 16-bit weight 2 V D
+            on a CPU, 4 V D on a GPU), one chunk takes them all. A trajectory that does not fit is computed twice instead,
+            in pieces that do: four products.
+        backend: "auto" takes the first that can run of those that `backends()` lists: "cpu" (C++), "triton" (NVIDIA GPUs),
+            "torch" (everywhere). A name takes that one.
+        tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets and its own rows
+            of weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, and hidden's
+            gradient, by collectives. The loss must be the same on all of them.
+
+    Returns:
+        `TbrmOutput`: the loss [], which alone carries a gradient, and residuals, values and logprob_sums, [N] each, in nats.
+
+    Raises:
+        TypeError: for what is no tensor (a DTensor is none here), for dtypes that do not fit, and for a vector [N] on another
+            device than hidden's.
+        ValueError: for shapes that do not fit, tensors on several devices, targets out of range, bounds that do not rise
+            from 0 to T, a number that is not above 0, and a backend of an unknown name. On a GPU a wrong value in a tensor
+            is found by a device-side assertion: reading it here would wait for the device.
+        RuntimeError: for a backend that cannot run here, with the reason; from the backward pass, if a second derivative is
+            asked for, or a second backward pass over the same graph.
     """
     check_head(hidden, weight, targets, bias, temperature)
     check_packing("targets", targets, cu_seqlens)

@@ -44,27 +44,45 @@ def linear_token_stats(
     backend: str = "auto",
     tp_group: dist.ProcessGroup | None = None,
 ) -> TokenStats:
-    """The statistics of the target tokens under Q = logits / temperature, where
+    """Log-probability, soft value and entropy of the target tokens under Q = logits / temperature, where
 
         logits = logit_scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) if softcap is given
 
     without holding [T, V] in any form (`reference.py` has the definition). Differentiable once, in hidden, weight and
-    bias, through all three outputs. A NaN in a row makes that row's outputs NaN. Rows whose target is `ignore_index`
-    are left out: their outputs are 0, and no gradient comes from them.
+    bias, through all three outputs. A NaN in a row makes that row's outputs NaN.
 
-    hidden and weight share one of the dtypes bfloat16, float16, float32 and float64; bias may have any of them.
     Products and sums are in float32 (float64 for float64), and each gradient is rounded once, to its tensor's dtype.
     Under torch.autocast, hidden and weight are first rounded to its dtype, as a linear layer would do, and so may hidden's
     gradient be. In a model under torch.compile it is one operation of the graph (with `tp_group` the graph breaks here).
 
-    temperature: a number, or one for each token: rollouts that were sampled at several share a batch. It gets no gradient.
-    backend: "auto", or a name from `backends()`.
-    tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets, and its own rows of
-        weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, by collectives over [T]
-        vectors (`vocab_parallel.py`). The loss must be the same on all of them.
+    Args:
+        hidden: [T, D], the hidden states that predict the targets, as they go into the head (after the last norm), batch and
+            sequence flattened: bfloat16, float16, float32 or float64, on any device. T may be 0.
+        weight: [V, D], the head's weight, of hidden's dtype and on its device, as all tensors are.
+        targets: [T] int64, the token taken at each position, in [0, V), or `ignore_index`.
+        bias: [V], added to the products hidden @ weight.T, of any of hidden's dtypes; None for a head without.
+        temperature: divides the logits; above 0. A number, or [T] floating-point, one for each token: rollouts that were
+            sampled at several share a batch. It gets no gradient.
+        softcap: logits become softcap * tanh(logits / softcap); above 0. None for none.
+        logit_scale: multiplies the logits before that; above 0.
+        entropy: whether the entropy is computed too.
+        ignore_index: targets of this value are left out: their statistics are 0, and no gradient comes from them.
+        backend: "auto" takes the first that can run of those that `backends()` lists: "cpu" (C++), "triton" (NVIDIA GPUs),
+            "torch" (everywhere). A name takes that one.
+        tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets and its own rows
+            of weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, and hidden's
+            gradient, by collectives. The loss must be the same on all of them.
 
-    Raises ValueError or TypeError for arguments that do not fit, and RuntimeError for a backend that cannot run here.
-    On a GPU a target out of range is found by a device-side assertion: reading it here would wait for the device.
+    Returns:
+        `TokenStats`: logprobs, lse and entropy, in nats, [T] each in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: for what is no tensor (a DTensor is none here), and for dtypes that do not fit.
+        ValueError: for shapes that do not fit, tensors on several devices, targets out of range, a number that is not above
+            0, and a backend of an unknown name. On a GPU a wrong value in a tensor is found by a device-side assertion:
+            reading it here would wait for the device.
+        RuntimeError: for a backend that cannot run here, with the reason; from the backward pass, if a second derivative is
+            asked for.
     """
     check_head(hidden, weight, targets, bias, temperature)
     dtype = operand_dtype(hidden, weight)

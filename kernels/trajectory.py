@@ -21,13 +21,22 @@ def segment_sums(
     values: Tensor,  # [T] float
     cu_seqlens: Tensor,  # [N + 1] int32 or int64, rising from 0 to T
 ) -> Tensor:
-    """The sum of `values` over each trajectory: [N], in the dtype of `values`; 0 for an empty trajectory.
+    """The sum of `values` over each trajectory. Differentiable and deterministic.
 
-    Differentiable and deterministic. Summed in float64: thousands of float32 log-probs added in float32 lose enough to
-    show in the difference of two such sums.
+    Summed in float64: thousands of float32 log-probs added in float32 lose enough to show in the difference of two such sums.
 
-    Raises ValueError or TypeError for shapes, dtypes or bounds that do not fit. On a GPU wrong bounds are found by a
-    device-side assertion: reading them here would wait for the device.
+    Args:
+        values: [T], of any floating-point dtype: the log-probs of packed trajectories, say.
+        cu_seqlens: [N + 1] int32 or int64, on the same device, rising from 0 to T: trajectory i owns
+            values[cu_seqlens[i] : cu_seqlens[i + 1]].
+
+    Returns:
+        [N], in the dtype of `values`; 0 for an empty trajectory.
+
+    Raises:
+        TypeError: for what is no tensor, and for shapes or dtypes that do not fit.
+        ValueError: for tensors on two devices, and for bounds that do not rise from 0 to T. On a GPU those are found by a
+            device-side assertion: reading them here would wait for the device.
     """
     _check_floats("values", values)
     check_packing("values", values, cu_seqlens)
@@ -48,16 +57,31 @@ def trajectory_residual(
     *,
     ref_values: Tensor | None = None,  # [N]
 ) -> Tensor:
-    """The trajectory Bellman residual (arXiv 2505.15311), [N], in the dtype of `logprobs`:
+    """The trajectory Bellman residual (arXiv 2505.15311), of statistics that `linear_token_stats` made:
 
         V(s_1) [- V_ref(s_1)] + sum_h log pi(a_h|s_h) - sum_h log pi_ref(a_h|s_h) - R / beta
 
-    V(s_1) is `lse` at the first token of the trajectory. With `ref_values` it is measured against the reference's, and
-    the residual is the calibrated one of ReVal ("Off-Policy Value-Based RL for LLMs"). An empty trajectory has residual
-    0 and no gradient: no action was taken, so there is nothing to correct. Where policy and reference agree, the sums
-    cancel exactly if those of the reference come from `segment_sums` too.
+    V(s_1) is `lse` at the first token of the trajectory. An empty trajectory has residual 0 and no gradient: no action was
+    taken, so there is nothing to correct. Differentiable in `logprobs` and `lse`.
 
-    Differentiable in `logprobs` and `lse`. Raises as `segment_sums` does, and ValueError unless beta is above 0.
+    Args:
+        logprobs: [T] floating-point, log pi of each token taken, in nats.
+        lse: [T], of the same dtype and on the same device, as all tensors are: V(s) at each token, in nats.
+        cu_seqlens: [N + 1] int32 or int64, rising from 0 to T: trajectory i owns tokens cu_seqlens[i]:cu_seqlens[i + 1].
+        ref_logprob_sums: [N] of that dtype, sum_h log pi_ref(a_h|s_h), in nats. Where policy and reference agree, the sums
+            cancel exactly if these come from `segment_sums`.
+        rewards: [N] of that dtype, R of each trajectory.
+        beta: what a nat of KL divergence from the reference costs, in units of reward; finite and above 0.
+        ref_values: [N] of that dtype, V_ref(s_1) in nats: the value is then measured against the reference's, and the
+            residual is the calibrated one of ReVal ("Off-Policy Value-Based RL for LLMs"). None: not subtracted.
+
+    Returns:
+        [N], in nats, in the dtype of `logprobs`.
+
+    Raises:
+        TypeError: for what is no tensor, and for dtypes or devices that do not fit.
+        ValueError: for shapes that do not fit, a beta that is not above 0, and bounds that do not rise from 0 to T. On a GPU
+            the bounds are checked by a device-side assertion: reading them here would wait for the device.
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}: it must be a finite number above 0")

@@ -54,30 +54,61 @@ def fused_linear_trajectory_loss(
     tp_group: dist.ProcessGroup | None = None,
     per_token: Sequence[Tensor] = (),  # [T, ...] each
 ) -> tuple[Tensor, TokenStats]:
-    """The sum of `loss_fn` over chunks of whole trajectories, [], and the statistics of all tokens, which carry no gradient.
+    """The sum of a loss over chunks of whole trajectories, and its gradients, in a single pass over the head.
 
-        loss_fn(stats, cu_seqlens, first_trajectory, *per_token) -> [], the sum of the losses of the trajectories in the chunk
-
-    `stats` are the chunk's TokenStats, `cu_seqlens` its own bounds, from 0 on, and `first_trajectory` is the index of the
-    first of them among all N. Any loss will do that is a sum over trajectories. It is differentiated in `stats` and in its
-    share of each tensor in `per_token` (a critic's values, say), whose gradient comes with the others; a parameter that it
-    reads in another way (a learnt log Z) gets none.
-
-    The gradients of hidden, weight and bias are those of `linear_token_stats` and that loss. They are computed here, in
-    the forward pass, and the backward pass scales them and hands them out, once: for a second backward pass over the
-    same graph, call this function again. A factor of the loss belongs into `loss_fn`: one that is put on what is
-    returned, and is no power of 2, rounds bfloat16 gradients a second time. (Those of float16 are kept in float32 until the
-    loss's scale is known.) Under torch.no_grad, or where nothing requires a gradient, none is computed.
+    Any loss will do that is a sum over trajectories. The gradients of hidden, weight and bias are those of
+    `linear_token_stats` and that loss. They are computed here, in the forward pass, and the backward pass scales them and
+    hands them out, once: for a second backward pass over the same graph, call this function again. A factor of the loss
+    belongs into `loss_fn`: one that is put on what is returned, and is no power of 2, rounds bfloat16 gradients a second
+    time. (Those of float16 are kept in float32 until the loss's scale is known.) Under torch.no_grad, or where nothing
+    requires a gradient, none is computed.
 
     In a model under torch.compile the graph breaks here, since `loss_fn` is any function; `linear_token_stats` and a loss of
-    yours do not break it. Fake and meta tensors go that way, with `loss_fn` called once for all trajectories.
+    yours do not break it. Fake and meta tensors go that way, with `loss_fn` called once for all trajectories. On a GPU the
+    call waits for nothing, but where there is more than one chunk: then once, for `cu_seqlens`.
 
-    max_chunk_bytes: of scratch memory for the logits of a chunk. If None, 1 KiB x V on a CPU (512 tokens in bfloat16, 256 in
-        float32) and 16 KiB x V on a GPU (8192 and 4096); but where all T tokens take no more than that and the sum that the
-        weight's gradient needs beside it over several chunks (of a 16-bit weight 2 V D on a CPU, 4 V D on a GPU), one chunk
-        takes them all. A trajectory that does not fit is computed twice instead, in pieces that do: four products.
-    The other arguments, and the errors raised, are those of `linear_token_stats`. On a GPU the call waits for nothing, but
-    where there is more than one chunk: then once, for `cu_seqlens`.
+    Args:
+        hidden: [T, D], the hidden states that predict the targets, as they go into the head (after the last norm), batch and
+            sequence flattened: bfloat16, float16, float32 or float64, on any device. T may be 0.
+        weight: [V, D], the head's weight, of hidden's dtype and on its device, as all tensors are.
+        targets: [T] int64, the token taken at each position, in [0, V), or `ignore_index`.
+        cu_seqlens: [N + 1] int32 or int64, rising from 0 to T: trajectory i owns tokens cu_seqlens[i]:cu_seqlens[i + 1]. The
+            tokens are the policy's actions and nothing else: leave those of prompts and tools out before packing.
+        loss_fn: (stats, cu_seqlens, first_trajectory, *per_token) -> [], the sum of the losses of the trajectories in a
+            chunk. `stats` are the chunk's `TokenStats`, `cu_seqlens` its own bounds, from 0 on, and `first_trajectory` is
+            the index of the first of them among all N. It is differentiated in `stats` and in its share of each tensor in
+            `per_token`; a parameter that it reads in another way (a learnt log Z) gets no gradient.
+        bias: [V], added to the products hidden @ weight.T, of any of hidden's dtypes; None for a head without.
+        temperature: divides the logits; above 0. A number, or [T] floating-point, one for each token: rollouts that were
+            sampled at several share a batch. It gets no gradient.
+        softcap: logits become softcap * tanh(logits / softcap); above 0. None for none.
+        logit_scale: multiplies the logits before that; above 0.
+        entropy: whether `stats` have the entropy too.
+        ignore_index: targets of this value are left out: their statistics are 0, and no gradient comes from them.
+        max_chunk_bytes: of scratch memory for the logits of a chunk of whole trajectories. If None, 1 KiB x V on a CPU (512
+            tokens in bfloat16, 256 in float32) and 16 KiB x V on a GPU (8192 and 4096); but where all T tokens take no more
+            than that and the sum that the weight's gradient needs beside it over several chunks (of a 16-bit weight 2 V D
+            on a CPU, 4 V D on a GPU), one chunk takes them all. A trajectory that does not fit is computed twice instead,
+            in pieces that do: four products.
+        backend: "auto" takes the first that can run of those that `backends()` lists: "cpu" (C++), "triton" (NVIDIA GPUs),
+            "torch" (everywhere). A name takes that one.
+        tp_group: processes over which the vocabulary is divided. Each passes the same hidden and targets and its own rows
+            of weight and bias, in the order of ranks; all get the statistics over the whole vocabulary, and hidden's
+            gradient, by collectives. The loss must be the same on all of them.
+        per_token: tensors [T, ...], floating-point, whose share of each chunk `loss_fn` is given (a critic's values, say), and
+            which get their gradient.
+
+    Returns:
+        The loss, [], and the `TokenStats` of all tokens, [T] each in float32 (float64 for float64 inputs), which carry no
+        gradient.
+
+    Raises:
+        TypeError: for what is no tensor (a DTensor is none here), and for dtypes that do not fit.
+        ValueError: for shapes that do not fit, tensors on several devices, targets out of range, bounds that do not rise
+            from 0 to T, a number that is not above 0, and a backend of an unknown name. On a GPU a wrong value in a tensor
+            is found by a device-side assertion: reading it here would wait for the device.
+        RuntimeError: for a backend that cannot run here, with the reason; from the backward pass, if a second derivative is
+            asked for, or a second backward pass over the same graph.
     """
     check_head(hidden, weight, targets, bias, temperature)
     check_packing("targets", targets, cu_seqlens)

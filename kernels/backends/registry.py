@@ -24,9 +24,15 @@ class BackendStatus:
 
 
 def backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, BackendStatus]:
-    """Each backend and whether it can run on `device` (default: the GPU if there is one, else the CPU) for that dtype.
+    """Each backend, whether it can run, and why not.
 
-    The order is that of preference: `backend="auto"` takes the first usable one.
+    Args:
+        device: where the tensors are; by default the GPU if there is one, else the CPU.
+        dtype: of hidden and weight.
+
+    Returns:
+        A `BackendStatus(usable, reason)` to each name, in the order of preference: `backend="auto"` takes the first usable
+        one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reasons = {name: backend.why_not(device, dtype) for name, backend in _BACKENDS.items()}
