@@ -12,7 +12,7 @@ MAP = ROOT / "docs" / "architecture.md"
 BEGIN, END = "```mermaid\n", "```\n"
 ORDER = [
     "__main__", "commands", "processes", "training", "plan", "experience", "rollout", "chat", "policy", "config", "objectives",
-    "tasks", "trajectories", "reporting", "parallel", "storage", "registry", "spelling",
+    "tasks", "trajectories", "reporting", "parallel", "storage", "registry", "spelling", "needs_train",
 ]  # fmt: skip
 """The rooms of tbrm/, and the modules beside them: each imports what stands after it. (`__init__` is of none.)"""
 

@@ -6,7 +6,6 @@ Each name is imported when it is first asked for: `import tbrm` costs no torch.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from tbrm.training.trainer import Trainer
     from tbrm.trajectories.trajectory import Trajectory
 
-    __version__: str
+__version__ = "0.1.0"
 
 __all__ = [
     "Callback", "Objective", "Task", "Trainer", "Trajectory", "__version__", "load_config", "make_engine", "train",
@@ -38,8 +37,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("tbrm")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'tbrm' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The house: which way imports run, where tests stand, and how long a file and a function may be."""
+"""The house: which way imports run, where tests stand, and how long a file and a function (its docstring aside) may be."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def room_of(dotted: str) -> str | None:
     """The room of tbrm/ that it leads to, or the module beside the rooms; None for the package itself."""
     path = module_of(dotted)
     assert path is not None, dotted
-    parts = path.relative_to(PACKAGES["tbrm"]).with_suffix("").parts
-    return parts[0] if parts else None
+    parts = path.relative_to(PACKAGES["tbrm"]).parts
+    return Path(parts[0]).stem if parts else None
 
 
 def test_the_list_has_every_room() -> None:
     beside = {path.stem for path in (ROOT / "tbrm").glob("*.py")} - {"__init__"}
     rooms = {path.parent.name for path in (ROOT / "tbrm").glob("*/__init__.py")}
     assert beside | rooms == set(ORDER)
-    assert beside == {"__main__", "parallel", "registry", "chat", "spelling"}
+    assert beside == {"__main__", "parallel", "registry", "chat", "spelling", "needs_train"}
 
 
 def test_imports_run_down_the_list_and_never_up() -> None:
@@ -89,7 +89,8 @@ def test_files_and_functions_are_read_in_one_sitting() -> None:
                 long.append(f"{path}: {lines} lines")
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    lines = (node.end_lineno or 0) - node.lineno + 1
+                    docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+                    lines = (node.end_lineno or 0) - node.lineno + 1 - docstring
                     long += [f"{path}:{node.lineno}: {node.name} has {lines} lines"] * (lines > 60)
     assert not long
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from tbrm import __version__
 from tbrm.commands.command import Command
 from tbrm.commands.config import CONFIG
 from tbrm.commands.doctor import DOCTOR
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.overrides += rest
     command: Command = args.command
     try:
+        from tbrm import needs_train  # noqa: F401
+
         if command.of_one_process:
             refuse_several(f"tbrm {command.name}")
         command.run(args)
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tbrm",
         description="Trains language models by Trajectory Bellman Residual Minimization (arXiv 2505.15311).",
     )
+    parser.add_argument("--version", action="version", version=f"tbrm {__version__}")
     _debug_argument(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:

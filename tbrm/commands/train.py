@@ -103,9 +103,12 @@ class _HelpWithKeys(argparse.Action):
     """`--help` that also lists every key of a recipe; the list is made only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from tbrm.config.recipe import describe
-
         parser.print_help()
+        try:
+            from tbrm.config.recipe import describe
+        except ModuleNotFoundError as error:  # no main() has begun a command that would show it
+            parser.exit(1, f"{parser.prog}: {error}\n")
+
         print(
             "\nkeys of a recipe (every one may be overridden; `tbrm config RECIPE` adds those of its task and objective):"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from tbrm.config.section import ConfigError, Section
-from tbrm.storage.paths import ExpandedPath
+from tbrm.storage.path_keys import ExpandedPath
 
 if TYPE_CHECKING:
     import torch

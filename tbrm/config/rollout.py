@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tbrm.config.section import Section
 from tbrm.config.vllm import VllmConfig
-from tbrm.storage.paths import ExpandedPath
+from tbrm.storage.path_keys import ExpandedPath
 
 
 class DataConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from tbrm.config.section import Section
-from tbrm.storage.paths import ExpandedPath
+from tbrm.storage.path_keys import ExpandedPath
 
 
 class RunConfig(Section):

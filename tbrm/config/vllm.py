@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from tbrm.config.section import Section
-from tbrm.storage.paths import ExpandedPath
+from tbrm.storage.path_keys import ExpandedPath
 
 _OUR_HEADERS = ("accept-encoding", "content-length", "content-type", "transfer-encoding")
 

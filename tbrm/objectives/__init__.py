@@ -3,6 +3,7 @@
 Their fields are keys of a recipe, which is checked before torch is loaded: what needs torch is imported where it is used.
 """
 
+from tbrm import needs_train  # noqa: F401
 from tbrm.objectives.objective import Objective, Step, TrajectoryLoss
 from tbrm.registry import GIVEN, Registry
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
 
@@ -29,10 +26,6 @@ def expand(path: str) -> str:
             f"{path!r}: there is no home of {expanded.split('/')[0]!r}; write ./{expanded} for a name with ~"
         )
     return expanded
-
-
-ExpandedPath = Annotated[str, AfterValidator(expand)]
-"""The type of every key that holds a path, or may."""
 
 
 def is_path(model: str) -> bool:

@@ -1,5 +1,6 @@
 """Tasks: where problems come from and how responses are graded."""
 
+from tbrm import needs_train  # noqa: F401
 from tbrm.registry import GIVEN, Registry
 from tbrm.tasks.task import Grade, Problem, ProblemStream, Progress, Task
 

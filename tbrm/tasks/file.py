@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from tbrm.registry import GIVEN, path_of
 from tbrm.spelling import hint
-from tbrm.storage.paths import ExpandedPath
+from tbrm.storage.path_keys import ExpandedPath
 from tbrm.tasks.messages import Message, read_messages, read_tools
 from tbrm.tasks.row_files import read_rows
 from tbrm.tasks.task import Grade, Problem, Progress, Task

@@ -48,7 +48,7 @@ class ReasoningGym(Task):
     @model_validator(mode="after")
     def _check(self) -> ReasoningGym:
         if importlib.util.find_spec("reasoning_gym") is None:
-            raise ValueError("name: reasoning_gym needs the package of that name: pip install reasoning-gym")
+            raise ValueError("name: reasoning_gym needs the package of that name: pip install 'tbrm[train]'")
         try:
             params = self._params
         except TypeError as error:

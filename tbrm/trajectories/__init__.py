@@ -1,1 +1,3 @@
 """What a trajectory is, packed and on disk."""
+
+from tbrm import needs_train  # noqa: F401

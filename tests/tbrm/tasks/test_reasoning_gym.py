@@ -203,7 +203,7 @@ def test_wrong_fields_are_errors(fields: dict[str, Any], message: str) -> None:
 
 def test_a_missing_reasoning_gym_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match="pip install reasoning-gym"):
+    with pytest.raises(ValueError, match=r"pip install 'tbrm\[train\]'"):
         make()
 
 
