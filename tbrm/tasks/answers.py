@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Literal
 
 Extractor = Literal["last_number", "answer_tag", "boxed", "whole"]
+Convention = Literal["last_boxed", "boxed_or_last", "anywhere"]
+Thinking = Literal["required_closed", "ignored"]
+
+_LONGEST_LINE = 2000
+"""Characters at the end of a line in which its answer is looked for."""
 
 _NUMBER = re.compile(
     r"""
@@ -19,6 +24,8 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t]*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 
 
 def last_number(text: str) -> str | None:
@@ -45,22 +52,53 @@ def answer_tag(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{...}`` holds, stripped, braces balanced; None if there is none or it is cut off."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    r"""What the last ``\boxed{...}`` or ``\fbox{...}`` holds, stripped, braces balanced, or what follows it without any; None
+    if there is none or it is cut off."""
+    last = None
+    for last in _BOX.finditer(text):  # noqa: B007
+        pass
+    if last is None:
         return None
-    start += len("\\boxed{")
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):  # an escaped brace does not count
+    start = last.end()
+    if text[start : start + 1] != "{":
+        return re.split(r"[\s$]", text[start:], maxsplit=1)[0] or None
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[start : start + brace.start()].strip()
+            return text[start + 1 : brace.start()].strip()
     return None
 
 
 def whole(text: str) -> str | None:
     """All of the response, stripped."""
     return text.strip()
+
+
+def after_thinking(text: str, thinking: Thinking) -> str:
+    """What follows reasoning between ``<think>`` and ``</think>``; nothing if the last one is never closed. With "ignored" the
+    tags are text like any other."""
+    if thinking == "ignored":
+        return text
+    begun, closed = text.rfind("<think>"), text.rfind("</think>")
+    if begun > closed:
+        return ""
+    return text if closed < 0 else text[closed + len("</think>") :]
+
+
+def final_answer(text: str, convention: Convention) -> str | None:
+    """Where the answer stands: in the last box, which is none if it is unfinished; without any box in the last line that is not
+    empty, or with "last_boxed" nowhere. "anywhere" is all of the text."""
+    if convention == "anywhere":
+        return text
+    if convention == "last_boxed" or _BOX.search(text):
+        return boxed(text)
+    return last_line(text)
+
+
+def last_line(text: str) -> str | None:
+    """The end of the last line that is not empty."""
+    return text.rstrip().rpartition("\n")[2][-_LONGEST_LINE:].strip() or None
 
 
 EXTRACTORS: dict[Extractor, Callable[[str], str | None]] = {

@@ -35,12 +35,15 @@ class FileTask(Task):
         description="Rows at the end of `path` whose problems are kept for evaluation; other rows of them are left out.",
     )
     prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
-    answer_column: str = Field("answer", description="Column of the reference answers: text or a number.")
+    answer_column: str = Field(
+        "answer",
+        description="Column of the reference answers: text, a number, or a list of these, each of which is right.",
+    )
     tools_column: str = Field("tools", description="Column, if there is one, of the tools that the model is told of.")
     system: str | None = Field(None, description="System message before each prompt.")
     verifier: str = Field(
-        description="What grades a response: exact, last_number, math_verify, package.module:function with the signature of "
-        "TRL's reward functions, or given, such a function itself (docs/python.md)."
+        description="What grades a response: exact, last_number, math_verify, choice, package.module:function with the "
+        "signature of TRL's reward functions, or given, such a function itself (docs/python.md)."
     )
     verifier_options: dict[str, Any] = Field({}, description="Options of the verifier, such as {timeout_seconds: 10}.")
 
@@ -141,18 +144,23 @@ class FileTask(Task):
     def _problems(self, path: str) -> Iterator[Problem]:
         for line, row in read_rows(Path(path)):
             try:
-                answer = self._answer(row)
-                self._verify.check_answer(answer)
+                answer, *others = self._answers(row)
                 tools = read_tools(f"column {self.tools_column!r} (tools_column)", row.get(self.tools_column))
-                yield Problem(self._prompt(row), answer, row, tools)
+                problem = Problem(self._prompt(row), answer, row, tools, tuple(others))
+                self._verify.check_problem(problem)
+                yield problem
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: {error}") from error
 
-    def _answer(self, row: dict[str, Any]) -> str:
-        answer = self._cell(row, "answer_column")
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise ValueError(f"column {self.answer_column!r} holds {answer!r:.100}, and an answer is text or a number")
-        return str(answer)
+    def _answers(self, row: dict[str, Any]) -> list[str]:
+        cell = self._cell(row, "answer_column")
+        answers = cell if isinstance(cell, list) else [cell]
+        if not answers or any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in answers):
+            raise ValueError(
+                f"column {self.answer_column!r} holds {cell!r:.100}, and an answer is text, a number, or a list of these, each "
+                "of which is right"
+            )
+        return [str(one) for one in answers]
 
     def _prompt(self, row: dict[str, Any]) -> str | tuple[Message, ...]:
         prompt = self._cell(row, "prompt_column")

@@ -31,6 +31,13 @@ class Problem:
     """The rest of the problem's row, for verifiers that want more than the answer."""
     tools: tuple[Tool, ...] = ()
     """What the model is told it can call."""
+    alternatives: tuple[str, ...] = ()
+    """Other reference answers, each as right as `answer`."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that are right."""
+        return (self.answer, *self.alternatives)
 
     @property
     def messages(self) -> tuple[Message, ...]:

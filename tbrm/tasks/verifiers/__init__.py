@@ -16,6 +16,7 @@ VERIFIERS = Registry(
     {
         "exact": "tbrm.tasks.verifiers.exact:Exact",
         "last_number": "tbrm.tasks.verifiers.last_number:LastNumber",
+        "choice": "tbrm.tasks.verifiers.choice:Choice",
         "math_verify": "tbrm.tasks.verifiers.math_verify:MathVerify",
         GIVEN: "tbrm.tasks.verifiers.given:GivenVerifier",
     },

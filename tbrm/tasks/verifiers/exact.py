@@ -8,15 +8,16 @@ from pydantic import Field
 
 from tbrm.tasks.answers import EXTRACTORS, Extractor
 from tbrm.tasks.task import Grade, Problem
-from tbrm.tasks.verifiers.verifier import Verifier
+from tbrm.tasks.verifiers.text import TextVerifier
 
 
-class Exact(Verifier):
+class Exact(TextVerifier):
     """Compares texts, white space around them aside."""
 
     answer: Extractor = Field("whole", description="Which part of the response is compared.")
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         extract = EXTRACTORS[self.answer]
-        right = [extract(text) == each.answer.strip() for each, text in zip(problems, responses, strict=True)]
+        given = [extract(self.said(text)) for text in responses]
+        right = [text in map(str.strip, each.answers) for each, text in zip(problems, given, strict=True)]
         return [Grade(float(correct), correct) for correct in right]

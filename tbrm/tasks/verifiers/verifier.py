@@ -39,5 +39,10 @@ class Verifier(ABC, BaseModel):
     def check_columns(self, names: Iterable[str]) -> None:
         """Raise ValueError if problems with these columns cannot be graded."""
 
+    def check_problem(self, problem: Problem) -> None:
+        """Raise ValueError if the problem cannot be graded; called for each row when a file is read."""
+        for answer in problem.answers:
+            self.check_answer(answer)
+
     def check_answer(self, answer: str) -> None:
-        """Raise ValueError if `answer` can be no reference answer; called for each row when a file is read."""
+        """Raise ValueError if `answer` can be no reference answer."""

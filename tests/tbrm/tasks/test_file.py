@@ -182,7 +182,10 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     [
         ({"prompt": "", "answer": "1"}, "column 'prompt' holds '', and a prompt is text or a list of messages"),
         ({"prompt": None, "answer": "1"}, "column 'prompt' holds None"),
-        ({"prompt": "a", "answer": None}, "column 'answer' holds None, and an answer is text or a number"),
+        (
+            {"prompt": "a", "answer": None},
+            "column 'answer' holds None, and an answer is text, a number, or a list of these",
+        ),
         ({"prompt": "a", "answer": "one"}, "verifier last_number: the answer 'one' holds no number"),
     ],
 )

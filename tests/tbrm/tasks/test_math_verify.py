@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from tbrm.tasks import Grade, Problem
+from tbrm.tasks.answers import Convention
+from tbrm.tasks.file import FileTask
 from tbrm.tasks.verifiers import Verifier, make_verifier
 
 RIGHT, WRONG = Grade(1.0, True), Grade(0.0, False)
@@ -45,7 +49,7 @@ def test_equality_is_mathematical(patient: Verifier, answer: str, response: str,
 
 
 def test_responses_that_hang_the_grader_get_nothing_and_grading_goes_on() -> None:
-    verify = make_verifier("math_verify", {"timeout_seconds": 4})
+    verify = make_verifier("math_verify", {"timeout_seconds": 4, "answer": "anywhere"})
     slow = Grade(0.0, False, "math_verify: took longer than 4 seconds")
     grades = grade(
         verify,
@@ -64,6 +68,25 @@ def test_grading_works_off_the_main_thread(patient: Verifier) -> None:
     thread.start()
     thread.join()
     assert grades == [RIGHT, RIGHT]
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("", "is empty, or its box is never closed"),
+        (" ", "is empty, or its box is never closed"),
+        (r"\boxed{", "is empty, or its box is never closed"),
+        ("nonsense words", r"is words and no mathematics: write \\text\{nonsense words\} if"),
+        (r"\frac{1}{0}", "divides by zero"),
+        (r"$\dfrac{x}{ 0 }$", "divides by zero"),
+        ("1/0", "divides by zero"),
+    ],
+)
+def test_a_reference_that_nothing_equals_is_refused_when_it_is_read(tmp_path: Path, answer: str, why: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "?", "answer": each}) + "\n" for each in ("1/0.5", answer)))
+    with pytest.raises(ValueError, match=rf"data\.jsonl:2: verifier math_verify: the answer .* {why}"):
+        FileTask(name="file", path=str(path), verifier="math_verify")
 
 
 def test_a_reference_that_cannot_be_parsed_is_a_failure(patient: Verifier) -> None:
@@ -99,9 +122,10 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("convention", ["boxed_or_last", "anywhere"])
 @pytest.mark.parametrize("response", HOSTILE)
 def test_of_a_response_sympy_evaluates_nothing_but_numbers_and_operators(
-    response: str, monkeypatch: pytest.MonkeyPatch
+    response: str, convention: Convention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that is evaluated, by math-verify itself or by sympy where it is given text, is written as Python first."""
     import sympy.physics.units  # noqa: F401  (which writes names of its own as Python when it is imported)
@@ -119,7 +143,7 @@ def test_of_a_response_sympy_evaluates_nothing_but_numbers_and_operators(
         return str(real(text, *others))
 
     monkeypatch.setattr(sympy_parser, "stringify_expr", stringify)
-    equal("$x+1$", response)
-    equal("6", "2*3 = 6, so 1+5")  # that one is
+    equal(["$x+1$"], response, convention, "required_closed")
+    equal(["6"], "2*3 = 6, so 1+5", "anywhere", "ignored")  # that one is
     assert texts
     assert [text for text in texts if not re.fullmatch(r"[\d\s.+*/()-]*", text)] == []

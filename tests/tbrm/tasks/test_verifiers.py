@@ -54,6 +54,54 @@ def test_last_number(answer: str, response: str, correct: bool) -> None:
     assert make_verifier("last_number", {})(problems(answer), [response]) == [RIGHT if correct else WRONG]
 
 
+@pytest.mark.parametrize("name", ["exact", "last_number", "math_verify", "choice"])
+def test_reasoning_that_is_never_closed_holds_no_answer(name: str) -> None:
+    answer = "B" if name == "choice" else "4"
+    asked = problems(*[answer] * 3)
+    said = [f"<think>hm, {answer}</think>{answer}", f"<think>\n{answer}", f"<think>{answer}</think>"]
+    assert make_verifier(name, {})(asked, said) == [RIGHT, WRONG, WRONG]
+    lenient = {} if name == "exact" else {"thinking": "ignored"}
+    assert make_verifier(name, lenient)(asked[:1], [f"<think>\n{answer}"]) == [WRONG if name == "exact" else RIGHT]
+
+
+def test_each_of_several_answers_is_right() -> None:
+    two = [Problem("?", "1", alternatives=("2",))] * 3
+    for name in ("exact", "last_number", "math_verify"):
+        assert make_verifier(name, {})(two, ["1", "2", "3"]) == [RIGHT, RIGHT, WRONG]
+
+
+def test_a_choice_by_letter_or_by_text() -> None:
+    asked = {"options": ["Rome", "Paris", "a city of the South, in Italy"]}
+    verify = make_verifier("choice", {"options_column": "options"})
+    by_letter, by_text = Problem("?", "B", asked), Problem("?", "Paris", {"options": {"A": "Rome", "B": "Paris"}})
+    for problem in (by_letter, by_text):
+        verify.check_problem(problem)
+        said = ["B", "(b)", "Paris", "**paris.**", r"\boxed{\text{Paris}}", "Rome", "A", "C", "Paris or Rome"]
+        assert [grade.correct for grade in verify([problem] * 9, said)] == [True] * 5 + [False] * 4
+    assert verify([by_letter], ["I find \\boxed{E = mc^2}.\n**Answer: B**"]) == [RIGHT]  # the box is no choice
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            Problem("?", "D", {"options": ["x", "y"]}),
+            r"the answer 'D' is none of the letters and texts of the options",
+        ),
+        (Problem("?", "z", {"options": ["x", "y"]}), r"the answer 'z' is none of"),
+        (Problem("?", "A", {"option": ["x", "y"]}), r"no column 'options' \(options_column\): did you mean 'option'\?"),
+        (
+            Problem("?", "A", {"options": "x, y"}),
+            r"column 'options' holds 'x, y', and options are a list of 2 to 10 texts",
+        ),
+        (Problem("?", "A", {"options": {"1": "x", "2": "y"}}), r"options are a list of 2 to 10 texts, or"),
+    ],
+)
+def test_a_choice_that_cannot_be_graded_is_an_error(problem: Problem, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_verifier("choice", {"options_column": "options"}).check_problem(problem)
+
+
 def test_last_number_of_long_numbers() -> None:
     digits = "7" * 10**6
     verify = make_verifier("last_number", {})
@@ -160,7 +208,7 @@ def test_a_reward_function_that_misbehaves_is_an_error(
     [
         ("exakt", {}, r"no verifier is called 'exakt': did you mean 'exact'\?"),
         ("exact", {"anser": "boxed"}, r"verifier_options\.anser: exact has no such option: did you mean 'answer'\?"),
-        ("last_number", {"x": 1}, r"verifier_options\.x: last_number has no such option: Known: none"),
+        ("last_number", {"x": 1}, r"verifier_options\.x: last_number has no such option: Known: thinking"),
         ("exact", {"answer": "box"}, r"verifier_options\.answer: Input should be 'last_number'"),
         ("math_verify", {"timeout_seconds": 0}, r"verifier_options\.timeout_seconds: Input should be greater than 0"),
         ("math_verify", {"timeout_seconds": float("inf")}, r"\.timeout_seconds: Input should be a finite number"),
@@ -183,5 +231,5 @@ def test_a_verifier_class_can_be_named_by_its_import_path() -> None:
 
 def test_grades_are_finite() -> None:
     for name in VERIFIERS.builtin.keys() - {"given"}:
-        (grade,) = make_verifier(name, {})(problems("1"), ["nan inf"])
+        (grade,) = make_verifier(name, {})(problems("B"), ["nan inf"])
         assert math.isfinite(grade.reward)
