@@ -8,21 +8,20 @@ from typing import Any
 from pydantic import Field
 
 from tbrm.spelling import hint
-from tbrm.tasks.answers import Convention, final_answer, last_line
+from tbrm.tasks.answers import final_answer, last_line
 from tbrm.tasks.choices import LETTERS, chosen_letter
 from tbrm.tasks.notation import word
 from tbrm.tasks.task import Grade, Problem
-from tbrm.tasks.verifiers.text import CONVENTION, TextVerifier
+from tbrm.tasks.verifiers.text import AnswerVerifier
 
 
-class Choice(TextVerifier):
+class Choice(AnswerVerifier):
     """A response chooses by letter, "(B)", "B) Paris", "the answer is B", or, where the options are known, by an option's text.
     The reference answer is a letter, A to J, or the text of an option."""
 
     options_column: str | None = Field(
         None, description="Column of the options' texts, in the order of their letters: a list, or {letter: text}."
     )
-    answer: Convention = CONVENTION
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         right = [self._right(each, text) for each, text in zip(problems, responses, strict=True)]

@@ -19,5 +19,7 @@ class Exact(TextVerifier):
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
         extract = EXTRACTORS[self.answer]
         given = [extract(self.said(text)) for text in responses]
-        right = [text in map(str.strip, each.answers) for each, text in zip(problems, given, strict=True)]
+        right = [
+            text in [answer.strip() for answer in each.answers] for each, text in zip(problems, given, strict=True)
+        ]
         return [Grade(float(correct), correct) for correct in right]

@@ -9,24 +9,23 @@ from functools import cache
 
 from pydantic import Field, model_validator
 
-from tbrm.tasks.answers import Convention, boxed, final_answer
+from tbrm.tasks.answers import boxed, final_answer
 from tbrm.tasks.notation import plain_characters, plain_latex
 from tbrm.tasks.task import Grade, Problem
-from tbrm.tasks.verifiers.text import CONVENTION, TextVerifier
+from tbrm.tasks.verifiers.text import AnswerVerifier
 from tbrm.tasks.workers import Outcome, Workers
 
 _WORDS = re.compile(r"[A-Za-z]{2,}(?:[ -][A-Za-z]+)+")
 _BY_ZERO = re.compile(r"\\frac\s*\{[^{}]*\}\s*\{\s*0+\s*\}|/\s*0+(?![0-9.])")
 
 
-class MathVerify(TextVerifier):
+class MathVerify(AnswerVerifier):
     """Compares mathematics, LaTeX or plain, in processes that are killed when a response takes them too long.
 
     math-verify's own time limits use signal.alarm, which works in main threads only and cannot stop a single long
     operation; they are switched off.
     """
 
-    answer: Convention = CONVENTION
     timeout_seconds: float = Field(5.0, gt=0, description="A response that takes longer gets reward 0 and is counted.")
     processes: int = Field(2, ge=1, description="How many responses are graded at once.")
     memory_gib: float = Field(2.0, gt=0, description="Memory that each process may use.")

@@ -1,4 +1,4 @@
-"""What verifiers that read a response's text have in common: reasoning that is not meant for the reader."""
+"""What verifiers that read a response's text have in common: where its answer is."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ from pydantic import Field
 from tbrm.tasks.answers import Convention, Thinking, after_thinking
 from tbrm.tasks.verifiers.verifier import Verifier
 
-CONVENTION = Field(
-    "boxed_or_last",
-    description=r"Where the answer is: boxed_or_last: in the last \boxed{}, which is none if it is unfinished, without any in "
-    "the last line; last_boxed: in the last box alone; anywhere: wherever something like it is found.",
-)
-
 
 class TextVerifier(Verifier):
-    """Base of those that read the response's text."""
+    """Base of those that read the response's text, of which reasoning is no part."""
 
     thinking: Thinking = Field(
         "required_closed",
@@ -28,4 +22,11 @@ class TextVerifier(Verifier):
         return after_thinking(response, self.thinking)
 
 
-__all__ = ["CONVENTION", "Convention", "TextVerifier"]
+class AnswerVerifier(TextVerifier):
+    """Base of those that look for the answer by a convention."""
+
+    answer: Convention = Field(
+        "boxed_or_last",
+        description=r"Where the answer is: boxed_or_last: in the last \boxed{}, which is none if it is unfinished, without any "
+        "in the last line; last_boxed: in the last box alone; anywhere: wherever something like it is found.",
+    )
