@@ -18,7 +18,7 @@ from tbrm_kernels import (
     segment_sums,
 )
 from tbrm_kernels.backends import registry
-from tests.kernels.heads import DEVICE, EXAMPLES, Head, random_head
+from tests.kernels.heads import DEVICE, EXAMPLES, Head, random_head, vocabulary
 from tests.kernels.packed import (
     BETA,
     CHUNKS,
@@ -83,7 +83,8 @@ def test_any_packing(
         pytest.param([5, 3], 211, 640, id="the width of Gemma 3 270M"),
     ],
 )
-def test_shapes(lengths: list[int], vocab: int, width: int, dtype: torch.dtype) -> None:
+def test_shapes(lengths: list[int], vocab: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    vocab = vocabulary(vocab, backend) if vocab > 10_000 else vocab
     assert_as_good_as_plain_torch(random_head(sum(lengths), vocab, width, dtype, ignored=0), lengths)
 
 
@@ -111,9 +112,9 @@ def test_logits_of_ten_thousand_equal_ones_and_masked_ones(tokens: int | None) -
     assert_as_good_as_plain_torch(masked, LENGTHS, tokens)
 
 
-def test_a_real_vocabulary_in_several_chunks() -> None:
+def test_a_real_vocabulary_in_several_chunks(backend: str) -> None:
     """V = 151936 (Qwen), D = 63: many blocks, and neither of them a multiple of anything."""
-    head = random_head(40, 151936, 63, ignored=0)
+    head = random_head(40, vocabulary(151936, backend), 63, ignored=0)
     assert_as_good_as_plain_torch(head, [20, 5, 15], tokens=20)
 
 

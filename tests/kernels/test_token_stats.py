@@ -21,6 +21,7 @@ from tests.kernels.heads import (
     assert_as_good_as_plain_torch,
     random_head,
     values_and_gradients,
+    vocabulary,
 )
 
 SetTiles = Callable[[int, int], None]
@@ -55,6 +56,7 @@ def test_shapes_and_dtypes(
         if backend == "triton":
             pytest.skip("its tiles are small as they are")
         set_tiles(*tiles)
+    vocab = vocabulary(vocab, backend) if vocab > 10_000 else vocab
     assert_as_good_as_plain_torch(random_head(tokens, vocab, width, dtype), entropy=True)
 
 
@@ -250,10 +252,12 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.parametrize("row_chunk", [2048, 64, 8])
 def test_error_of_a_bf16_weight_gradient_does_not_grow_with_the_number_of_chunks(
-    row_chunk: int, set_tiles: SetTiles
+    row_chunk: int, set_tiles: SetTiles, backend: str
 ) -> None:
     """One rounding to bf16 costs at most 2^-9 of a value, and the rounding of dlogits to bf16, where products want it, up to as
     much again. Rounding each chunk's part would cost 1e-2 at 256 chunks."""
+    if backend == "triton" and row_chunk != 2048:
+        pytest.skip("it has no chunks of rows")
     set_tiles(row_chunk, 2**21)
     head = random_head(2048, 16, 8, torch.bfloat16, bias=False, ignored=0)
     head.hidden += 1  # a mean that the sum over rows keeps, so that parts are small against the whole
