@@ -12,7 +12,7 @@ from tbrm.chat import Chat
 from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
-from tbrm.rollout.graded import grade_answers
+from tbrm.rollout.graded import grade_answers, reward_parts
 from tbrm.rollout.interface import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, ProblemStream, Progress
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
@@ -144,6 +144,7 @@ class RolloutSource:
             "ungraded": sum(each.grade.failure is not None for each in graded),
             "dropped": len(graded) - len(collected.trajectories),
             "generated_tokens": sum(len(each.response.token_ids) for each in graded),
+            **reward_parts(graded),
         }
         if config.max_prompt_tokens:
             collected.metrics["prompts_dropped"] = left_out

@@ -96,12 +96,18 @@ def draw_all(metrics: Rows, evals: Rows) -> dict[str, Figure]:
             figures["accuracy"] = _accuracy(evals)
         if np.isfinite(series(evals, HELDOUT_REWARD.key)).any():
             figures["heldout_reward"] = _panel(HELDOUT_REWARD, evals)
-        for panel in PANELS:
+        for panel in [*PANELS[:1], *_reward_panels(metrics), *PANELS[1:]]:
             if np.isfinite(series(metrics, panel.key)).any():
-                figures[panel.key] = _panel(panel, metrics)
+                figures[panel.key.replace("/", "_")] = _panel(panel, metrics)
         if phases := list(dict.fromkeys(key for row in metrics for key in row if key.startswith("seconds/"))):
             figures["seconds"] = _seconds(metrics, phases)
     return figures
+
+
+def _reward_panels(metrics: Rows) -> list[Panel]:
+    """Of each of several verifiers."""
+    keys = sorted({key for row in metrics for key in row if key.startswith("reward/")})
+    return [Panel(key, f"Reward of {key.removeprefix('reward/')}", "mean over responses") for key in keys]
 
 
 def series(rows: Rows, key: str) -> np.ndarray:

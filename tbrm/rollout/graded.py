@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 from tbrm.chat import Chat
 from tbrm.parallel import World
@@ -22,6 +23,13 @@ class Graded:
     response: Response
     text: str
     grade: Grade
+
+
+def reward_parts(graded: Sequence[Graded]) -> dict[str, float]:
+    """The mean of what each of several verifiers gave, over the responses that it gave something."""
+    names = {name for each in graded for name in each.grade.parts}
+    given = {name: [each.grade.parts[name] for each in graded if name in each.grade.parts] for name in sorted(names)}
+    return {f"reward/{name}": fmean(rewards) for name, rewards in given.items()}
 
 
 def grade_answers(

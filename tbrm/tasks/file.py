@@ -17,7 +17,7 @@ from tbrm.storage.path_keys import ExpandedPath
 from tbrm.tasks.messages import Message, read_messages, read_tools
 from tbrm.tasks.row_files import read_rows
 from tbrm.tasks.task import Grade, Problem, Progress, Task
-from tbrm.tasks.verifiers import Verifier, make_verifier
+from tbrm.tasks.verifiers import Verifier, make_verifier, make_verifiers
 from tbrm.tasks.verifiers.reward_function import RewardFunction
 
 
@@ -41,12 +41,21 @@ class FileTask(Task):
     )
     tools_column: str = Field("tools", description="Column, if there is one, of the tools that the model is told of.")
     system: str | None = Field(None, description="System message before each prompt.")
-    verifier: str = Field(
-        description="What grades a response: exact, last_number, math_verify, choice, package.module:function with the "
-        "signature of TRL's reward functions, or given, such a function itself (docs/python.md)."
+    verifier: str | list[str] = Field(
+        description="What grades a response: exact, last_number, math_verify, choice, format, length, package.module:function "
+        "with the signature of TRL's reward functions, or given, such a function itself (docs/python.md). Of a list the "
+        "rewards are added up."
     )
-    verifier_options: dict[str, Any] = Field({}, description="Options of the verifier, such as {timeout_seconds: 10}.")
-
+    verifier_options: dict[str, Any] = Field(
+        {},
+        description="Options of the verifier, such as {timeout_seconds: 10}; of a list, {verifier: {option: value}}.",
+    )
+    weights: list[float] = Field(
+        [], description="Weight of each of several verifiers in the sum of their rewards; 1 if empty."
+    )
+    verifier_column: str | None = Field(
+        None, description="Column that says which of several verifiers grades a row, in place of their sum."
+    )
     reward_timeout_seconds: float = Field(
         600.0, gt=0, description="A reward function that takes longer over a batch is left: its responses are ungraded."
     )
@@ -61,7 +70,7 @@ class FileTask(Task):
     def _read(self) -> FileTask:
         if self.heldout_path is not None and self.heldout_rows:
             raise ValueError("heldout_path and heldout_rows are both set: choose one")
-        self._verify = make_verifier(self.verifier, self.verifier_options, self.reward_timeout_seconds)
+        self._verify = self._make_verifier()
         problems = tuple(self._problems(self.path))
         self._columns = {name for problem in problems for name in problem.entry}
         self._verify.check_columns(self._columns)
@@ -76,6 +85,14 @@ class FileTask(Task):
         self._training = tuple(problem for problem in problems[:split] if problem.key not in forbidden)
         self._repeats = split - len(self._training)
         return self
+
+    def _make_verifier(self) -> Verifier:
+        options, seconds = self.verifier_options, self.reward_timeout_seconds
+        if isinstance(self.verifier, list):
+            return make_verifiers(self.verifier, options, seconds, self.weights, self.verifier_column)
+        if self.weights or self.verifier_column:
+            raise ValueError("weights and verifier_column are for several verifiers: give verifier a list")
+        return make_verifier(self.verifier, options, seconds)
 
     def graded_by(self, reward: Callable[..., Any]) -> Self:
         if self.verifier != GIVEN:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from numbers import Real
@@ -71,6 +71,8 @@ class Grade:
     correct: bool
     failure: str | None = None
     """Why the response could not be graded (reward 0 then); None if it was. `rollout.ungraded` says what becomes of it."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """By verifier, what it gave, where there are several: logged as reward/NAME."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reward", _number(self.reward))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from tbrm.registry import GIVEN, Registry
 from tbrm.spelling import hint
 from tbrm.tasks.verifiers.reward_function import RewardFunction
+from tbrm.tasks.verifiers.several import ByRow, WeightedSum
 from tbrm.tasks.verifiers.verifier import Verifier
 
 VERIFIERS = Registry(
@@ -18,6 +20,8 @@ VERIFIERS = Registry(
         "last_number": "tbrm.tasks.verifiers.last_number:LastNumber",
         "choice": "tbrm.tasks.verifiers.choice:Choice",
         "math_verify": "tbrm.tasks.verifiers.math_verify:MathVerify",
+        "format": "tbrm.tasks.verifiers.format:Format",
+        "length": "tbrm.tasks.verifiers.length:Length",
         GIVEN: "tbrm.tasks.verifiers.given:GivenVerifier",
     },
 )
@@ -48,4 +52,33 @@ def make_verifier(name: str, options: dict[str, Any], reward_timeout_seconds: fl
         raise ValueError(f"{'.'.join(['verifier_options', *map(str, first['loc'])])}: {first['msg']}") from error
 
 
-__all__ = ["VERIFIERS", "Verifier", "make_verifier"]
+def make_verifiers(
+    names: Sequence[str],
+    options: Mapping[str, Any],
+    reward_timeout_seconds: float,
+    weights: Sequence[float] = (),
+    column: str | None = None,
+) -> Verifier:
+    """The weighted sum of these verifiers, or the one that a row names in `column`. They are known by their names, functions by
+    what follows the colon; `options` are by the names as given. Raises ValueError."""
+    short = [name.rpartition(":")[2] for name in names]
+    if len(set(short)) < len(short) or not names:
+        raise ValueError(f"verifier: {list(names)}; wants one or more, each with a name of its own")
+    if unknown := options.keys() - set(names):
+        raise ValueError(f"verifier_options: {sorted(unknown)} are none of the verifiers {list(names)}")
+    if column and weights:
+        raise ValueError(
+            "weights and verifier_column are both set: a row is graded by one verifier or by the sum of all"
+        )
+    if weights and len(weights) != len(names):
+        raise ValueError(f"weights: {len(weights)} for {len(names)} verifiers")
+    members = {
+        own: make_verifier(name, options.get(name, {}), reward_timeout_seconds)
+        for own, name in zip(short, names, strict=True)
+    }
+    if column:
+        return ByRow(members=members, column=column)
+    return WeightedSum(members=members, weights=dict(zip(short, weights or [1.0] * len(names), strict=True)))
+
+
+__all__ = ["VERIFIERS", "Verifier", "make_verifier", "make_verifiers"]

@@ -317,6 +317,7 @@ def test_long_runs_are_drawn_with_a_bounded_number_of_points() -> None:
 
 
 def test_a_loss_that_is_not_positive_is_drawn_on_a_linear_scale() -> None:
+    assert list(draw_all([{"step": 1, "reward_mean": 1.2, "reward/exact": 1.0}], [])) == ["reward_mean", "reward_exact"]
     figure = draw_all([{"step": 1, "loss": -0.5}, {"step": 2, "loss": 0.5}], [])["loss"]
     assert figure.axes[0].get_yscale() == "linear"
     assert "log scale" not in to_svg(figure)
