@@ -6,16 +6,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from tbrm.registry import GIVEN, path_of
-from tbrm.spelling import hint
 from tbrm.storage.path_keys import ExpandedPath
-from tbrm.tasks.messages import Message, read_messages, read_tools
-from tbrm.tasks.row_files import read_rows
+from tbrm.tasks.columns import AnswerFrom, Columns
+from tbrm.tasks.row_files import find_files, read_rows
 from tbrm.tasks.task import Grade, Problem, Progress, Task
 from tbrm.tasks.verifiers import Verifier, make_verifier, make_verifiers
 from tbrm.tasks.verifiers.reward_function import RewardFunction
@@ -27,17 +25,29 @@ class FileTask(Task):
     The file is read when the task is made. Training takes its rows in a new random order each epoch.
     """
 
-    path: ExpandedPath = Field(description="The problems: a .jsonl or .parquet file.")
-    heldout_path: ExpandedPath | None = Field(None, description="A second file, for evaluation only.")
+    path: ExpandedPath | list[ExpandedPath] = Field(
+        description="The problems: a .jsonl, .json, .csv or .parquet file, which may end in .gz or .zst; a folder that "
+        "datasets saved to disk; a pattern with *; or a list of these."
+    )
+    heldout_path: ExpandedPath | list[ExpandedPath] | None = Field(None, description="The same, for evaluation only.")
     heldout_rows: int = Field(
         0,
         ge=0,
         description="Rows at the end of `path` whose problems are kept for evaluation; other rows of them are left out.",
     )
-    prompt_column: str = Field("prompt", description="Column of the prompts: text, or a list of chat messages.")
+    prompt_column: str = Field(
+        "prompt", description="Column of the prompts: text, or a list of chat messages. a.b is b within the column a."
+    )
+    prompt_template: str | None = Field(
+        None, description="Prompt made of columns, in place of prompt_column: 'Question: {question} Answer:'."
+    )
     answer_column: str = Field(
         "answer",
         description="Column of the reference answers: text, a number, or a list of these, each of which is right.",
+    )
+    answer_from: AnswerFrom = Field(
+        "whole",
+        description="Where in that column the answer is: whole, hashes (after ####, as in GSM8K) or boxed (as in MATH).",
     )
     tools_column: str = Field("tools", description="Column, if there is one, of the tools that the model is told of.")
     system: str | None = Field(None, description="System message before each prompt.")
@@ -138,7 +148,9 @@ class FileTask(Task):
         return distinct[:count]
 
     def files(self) -> dict[str, str]:
-        return {"path": self.path} | ({} if self.heldout_path is None else {"heldout_path": self.heldout_path})
+        """The files, by key; of several, or of a folder's, by key and name."""
+        named = {"path": self.path} | ({} if self.heldout_path is None else {"heldout_path": self.heldout_path})
+        return {name: file for key, paths in named.items() for name, file in _by_name(key, paths)}
 
     def withheld(self, count: int) -> Sequence[Problem]:
         return self._heldout
@@ -158,45 +170,30 @@ class FileTask(Task):
             return grades
         return [replace(g, correct=g.failure is None and self.is_correct(g.reward)) for g in grades]
 
-    def _problems(self, path: str) -> Iterator[Problem]:
-        for line, row in read_rows(Path(path)):
+    def _problems(self, paths: str | list[str]) -> Iterator[Problem]:
+        columns = Columns(
+            self.prompt_column,
+            self.prompt_template,
+            self.answer_column,
+            self.answer_from,
+            self.tools_column,
+            self.system,
+        )
+        for place, row in read_rows(paths):
             try:
-                answer, *others = self._answers(row)
-                tools = read_tools(f"column {self.tools_column!r} (tools_column)", row.get(self.tools_column))
-                problem = Problem(self._prompt(row), answer, row, tools, tuple(others))
+                problem = columns.problem(row)
                 self._verify.check_problem(problem)
-                yield problem
             except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from error
+                raise ValueError(f"{place}: {error}") from error
+            yield problem
 
-    def _answers(self, row: dict[str, Any]) -> list[str]:
-        cell = self._cell(row, "answer_column")
-        answers = cell if isinstance(cell, list) else [cell]
-        if not answers or any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in answers):
-            raise ValueError(
-                f"column {self.answer_column!r} holds {cell!r:.100}, and an answer is text, a number, or a list of these, each "
-                "of which is right"
-            )
-        return [str(one) for one in answers]
 
-    def _prompt(self, row: dict[str, Any]) -> str | tuple[Message, ...]:
-        prompt = self._cell(row, "prompt_column")
-        if isinstance(prompt, str) and prompt:
-            if self.system is None:
-                return prompt
-            return ({"role": "system", "content": self.system}, {"role": "user", "content": prompt})
-        messages = read_messages(f"column {self.prompt_column!r}", prompt)
-        if self.system is None:
-            return messages
-        if messages[0]["role"] == "system":
-            raise ValueError(f"column {self.prompt_column!r} begins with a system message, and task.system is set too")
-        return ({"role": "system", "content": self.system}, *messages)
-
-    def _cell(self, row: dict[str, Any], field: str) -> Any:
-        column = getattr(self, field)
-        if column not in row:
-            raise ValueError(f"no column {column!r} ({field}): {hint(column, row)}")
-        return row[column]
+def _by_name(key: str, paths: str | list[str]) -> Iterator[tuple[str, str]]:
+    found = [file for path in find_files(paths) for file in (sorted(path.glob("*.arrow")) if path.is_dir() else [path])]
+    if len(found) == 1 and isinstance(paths, str):
+        yield key, str(found[0])
+    else:
+        yield from ((f"{key}/{file.name}", str(file)) for file in found)
 
 
 @lru_cache(maxsize=2)

@@ -1,54 +1,74 @@
-"""Reading rows from JSON Lines and Parquet files."""
+"""Rows of data files as people have them: which files there are, and one row after the other of each."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from collections.abc import Iterator
+import glob
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from tbrm.tasks.row_formats import FORMATS, Row, need_pyarrow, read_saved_dataset
+
+KINDS = f"files end in {', '.join(FORMATS)}, each also with .gz or .zst"
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .jsonl or .parquet file, each with its number: from 1, lines for JSON Lines, rows for Parquet.
+def find_files(paths: str | Sequence[str]) -> list[Path]:
+    """The files of one or several paths, in their order; a pattern with *, ? or [ stands for all that match, sorted.
 
-    Raises ValueError, naming the file and the line, for a file or line that cannot be read, and for a file of no rows.
+    Raises ValueError for what is not there.
     """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: files of problems end in .jsonl or .parquet")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file (relative paths start at {Path.cwd()})")
-    empty = True
-    for row in readers[path.suffix](path):
-        empty = False
-        yield row
-    if empty:
-        raise ValueError(f"{path}: the file has no rows")
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            what = "no file matches" if glob.has_magic(path) else "no such file"
+            raise ValueError(f"{path}: {what} (relative paths start at {Path.cwd()})")
+        found += map(Path, matches)
+    if not found:
+        raise ValueError("path: no file is given")
+    return found
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # also that of bytes that are no UTF-8
-                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a line is one JSON object, got {row!r:.100}")
-            yield number, row
+def read_rows(paths: str | Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """The rows of all the files, each with its place, "FILE:LINE" (a row's number, from 1, where a format has no lines).
+
+    A file is JSON Lines, a JSON array, CSV with a header, or Parquet, as its name ends, and may be compressed; a folder is what
+    `datasets` saved to disk. Little more than a row at a time is held, but of a JSON array. Raises ValueError, with the place,
+    for what cannot be read, and for a file without rows.
+    """
+    for path in find_files(paths):
+        empty = True
+        for number, row in _rows(path):
+            empty = False
+            yield f"{path}:{number}", row
+        if empty:
+            raise ValueError(f"{path}: the file has no rows")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path}: Parquet files need the package pyarrow: pip install 'tbrm[parquet]'")
-    import pyarrow
-    import pyarrow.parquet
-
+def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+    if path.is_dir():
+        yield from read_saved_dataset(path)
+        return
+    packed = path.suffix in (".gz", ".zst")
+    suffix = Path(path.stem).suffix if packed else path.suffix
+    if suffix not in FORMATS:
+        raise ValueError(f"{path}: {KINDS}")
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
-    yield from enumerate(table.to_pylist(), start=1)
+        with _open(path) as file:
+            for number, row in FORMATS[suffix](path, file):
+                yield number, row
+    except (OSError, EOFError, zlib.error) as error:  # what is packed may be cut off or broken
+        raise ValueError(f"{path}: cannot be read after row {number}: {error}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        stream: Any = need_pyarrow(path).input_stream(str(path), compression="zstd")
+        return io.BufferedReader(stream)
+    return path.open("rb")

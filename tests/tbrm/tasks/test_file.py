@@ -235,7 +235,7 @@ def test_a_boolean_is_no_answer(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"prompt": "a", "answer": "1"}\n{"prompt": ', r"data\.jsonl:2: not JSON: "),
-        ("[1, 2]\n", r"data\.jsonl:1: a line is one JSON object, got \[1, 2\]"),
+        ("[1, 2]\n", r"data\.jsonl:1: a row is one JSON object, got \[1, 2\]"),
         ("", r"data\.jsonl: the file has no rows"),
         ("\n\n", r"data\.jsonl: the file has no rows"),
     ],
@@ -255,8 +255,10 @@ def test_a_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
 
 
 def test_files_of_other_kinds_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.csv: files of problems end in \.jsonl or \.parquet"):
-        make(tmp_path / "data.csv")
+    with pytest.raises(
+        ValueError, match=r"data\.txt: files end in \.jsonl, \.json, \.csv, \.parquet, each also with \.gz or \.zst"
+    ):
+        make(write(tmp_path / "data.txt", ROWS))
     with pytest.raises(ValueError, match=r"data\.jsonl: no such file \(relative paths start at /"):
         make(tmp_path / "data.jsonl")
     (tmp_path / "data.parquet").write_text("{}")
@@ -267,7 +269,7 @@ def test_files_of_other_kinds_are_errors(tmp_path: Path) -> None:
 def test_a_missing_pyarrow_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "data.parquet", ROWS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"Parquet files need the package pyarrow: pip install 'tbrm\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"such files need the package pyarrow: pip install 'tbrm\[parquet\]'"):
         make(path)
 
 
