@@ -36,6 +36,8 @@ from tbrm_kernels.backends import head_memory
 from tests.tbrm.conftest import tiny_config
 
 MODELS = [f"{name}-{head}" for name in ("llama", "qwen3", "gemma3") for head in ("tied", "untied")]
+MODELS_OF = {1: MODELS, 2: MODELS, 4: ["qwen3-tied", "gemma3-untied"]}
+"""By number of processes: two show what sharding does to each kind of model, four what more processes do to any."""
 MICRO_BATCHES = (1, 2, 4)
 """Forward and backward passes in a step, of each process."""
 
@@ -123,7 +125,7 @@ def run(folder: Path, world: World) -> dict[str, Any]:
 def of_models(folder: Path, world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     budgets: dict[int, int] = {}
-    for model in MODELS:
+    for model in MODELS_OF[world.size]:
         for divided in (False, True):
             config = config_of(folder, world, model, parallel={"vocab_parallel": divided})
             step = OneStep(config, world)

@@ -25,9 +25,10 @@ from tbrm.processes.launch import launched
 from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.training.export import export
 from tests.tbrm.conftest import ARCHITECTURES
-from tests.tbrm.parallel_steps import MICRO_BATCHES, MODELS
+from tests.tbrm.parallel_steps import MICRO_BATCHES, MODELS, MODELS_OF
 
 COUNTS = (2, 4)
+MODEL_ON = [(model, count) for count in COUNTS for model in MODELS_OF[count]]
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 
 
@@ -106,8 +107,7 @@ def assert_same_step(ours: dict[str, Any], theirs: dict[str, Any], tolerance: fl
         assert (gradient - expected).norm() <= tolerance * expected.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("processes", COUNTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "processes"), MODEL_ON)
 @pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
 @pytest.mark.parametrize("micro_batches", MICRO_BATCHES)
 def test_loss_and_gradients_do_not_depend_on_processes_or_micro_batches(
@@ -122,8 +122,7 @@ def test_loss_and_gradients_do_not_depend_on_processes_or_micro_batches(
         assert step["passes"] == micro_batches
 
 
-@pytest.mark.parametrize("processes", COUNTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "processes"), MODEL_ON)
 def test_with_its_vocabulary_divided_no_process_holds_a_whole_head(
     steps: dict[int, dict[str, Any]], model: str, processes: int
 ) -> None:
@@ -231,15 +230,13 @@ def test_the_heads_weight_is_gathered_once_a_pass_whatever_the_chunks(
     assert found["blocks"] == 3 * found["n_blocks"]  # forward of both, backward of the policy
 
 
-@pytest.mark.parametrize("processes", COUNTS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "processes"), MODEL_ON)
 def test_a_sharded_policy_answers_as_a_whole_one(steps: dict[int, dict[str, Any]], model: str, processes: int) -> None:
     assert steps[processes][f"{model}, greedy"] == steps[1][f"{model}, greedy"]
 
 
-@pytest.mark.parametrize("processes", (1, *COUNTS))
+@pytest.mark.parametrize(("model", "processes"), [*((model, 1) for model in MODELS), *MODEL_ON])
 @pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
-@pytest.mark.parametrize("model", MODELS)
 def test_what_is_sampled_does_not_depend_on_processes_or_on_how_many_are_written_at_once(
     steps: dict[int, dict[str, Any]], model: str, vocabulary: str, processes: int
 ) -> None:
