@@ -14,6 +14,8 @@ OBJECTIVES = Registry(
         "reval": "tbrm.objectives.reval:Reval",
         "brm": "tbrm.objectives.brm:Brm",
         "tba": "tbrm.objectives.tba:Tba",
+        "optimal": "tbrm.objectives.optimal:Optimal",
+        "rloo": "tbrm.objectives.rloo:Rloo",
         "reinforce": "tbrm.objectives.reinforce:Reinforce",
         GIVEN: "tbrm.objectives.given:GivenObjective",
     },

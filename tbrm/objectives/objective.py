@@ -44,7 +44,8 @@ class Objective(ABC, BaseModel):
 
     name: str = Field(
         GIVEN,
-        description="Which loss: tbrm, reval, brm, tba, reinforce, package.module:Class, or given, an object (docs/python.md).",
+        description="Which loss: tbrm, reval, brm, tba, optimal, rloo, reinforce, package.module:Class, or given, an object "
+        "(docs/python.md).",
     )
     beta: float = Field(
         gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."

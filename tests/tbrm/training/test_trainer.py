@@ -80,7 +80,7 @@ def test_gradients_do_not_depend_on_the_micro_batches(tmp_path: Path, objective:
         assert (small[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm", "tba", "reinforce"])
+@pytest.mark.parametrize("objective", ["tbrm", "reval", "brm", "tba", "optimal", "rloo", "reinforce"])
 def test_gradients_do_not_depend_on_the_chunks_of_the_head(
     tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
