@@ -79,6 +79,8 @@ class Grade:
 
 
 def _number(reward: Any) -> float:
+    if shape := [size for size in getattr(reward, "shape", ()) if size != 1]:
+        raise ValueError(f"a reward must be one number, got an array of shape {shape}")
     value = reward.item() if hasattr(reward, "item") else reward
     if not isinstance(value, Real | Decimal) or not abs(value) <= _LARGEST_REWARD:  # type: ignore[operator]
         raise ValueError(f"a reward must be a finite number of at most {_LARGEST_REWARD:g}, got {reward!r:.200}")

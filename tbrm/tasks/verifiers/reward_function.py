@@ -17,7 +17,7 @@ _NOT_COLUMNS = {"prompt", "completion", *_OURS}  # TRL keeps these back too
 
 class RewardFunction(Verifier):
     """Grades with ``function(prompts=..., completions=..., completion_ids=..., trainer_state=..., **columns)``, which returns
-    a reward for each completion, in a list, array or tensor. It may be async.
+    a reward for each completion, in a list, or an array or tensor [n] or [n, 1]. It may be async.
 
     A problem that is plain text gives a str prompt and a str completion; a conversation gives a list of messages and
     ``[{"role": "assistant", "content": response}]``. Each other column of the problems' rows is passed as a list, None
@@ -57,12 +57,7 @@ class RewardFunction(Verifier):
         except TooLateError:
             late = f"took longer than {self.timeout_seconds:g} seconds (task.reward_timeout_seconds)"
             return [self._failure(late)] * len(responses)
-        values = rewards.tolist() if hasattr(rewards, "tolist") else rewards
-        if not isinstance(values, list | tuple) or len(values) != len(responses):
-            raise ValueError(
-                f"reward function {self.name}: wanted a list of {len(responses)} rewards, got {rewards!r:.200}"
-            )
-        return [self._grade(value) for value in values]
+        return [self._grade(value) for value in self._listed(rewards, len(responses))]
 
     def check_columns(self, names: Iterable[str]) -> None:
         given = sorted(set(names) - _NOT_COLUMNS)
@@ -73,6 +68,20 @@ class RewardFunction(Verifier):
                 f"verifier: {self.name} cannot be called: {error}; it is called with {', '.join(_OURS)} and the columns "
                 f"{', '.join(given)} as keywords, so it should take **kwargs, and no other without a default"
             ) from error
+
+    def _listed(self, rewards: Any, count: int) -> Sequence[Any]:
+        """One of each completion, of a list or of an array or tensor [count] or [count, 1]."""
+        shape = tuple(getattr(rewards, "shape", ()))
+        if len(shape) > 1 and shape != (count, 1):
+            raise ValueError(
+                f"reward function {self.name}: wanted {count} rewards, as an array of shape [{count}], got one of shape "
+                f"{list(shape)}: sum or choose, so that each completion has one"
+            )
+        values = rewards.reshape(-1) if len(shape) > 1 and hasattr(rewards, "reshape") else rewards
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, list | tuple) or len(values) != count:
+            raise ValueError(f"reward function {self.name}: wanted a list of {count} rewards, got {rewards!r:.200}")
+        return values
 
     def _grade(self, value: Any) -> Grade:
         if value is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pickle
+import re
 import sys
 import threading
 import time
@@ -40,7 +41,10 @@ def reward(function: Callable[..., Any], seconds: float = 60.0, problems: list[P
         torch.arange(8),
         torch.arange(8.0, requires_grad=True),
         torch.arange(8, dtype=torch.bfloat16),
+        np.arange(8.0)[:, None],
+        torch.arange(8.0)[:, None],
         [np.float32(i) for i in range(8)],
+        [np.full(1, i) for i in range(8)],
         [torch.tensor(float(i)) for i in range(8)],
         tuple(map(Decimal, range(8))),
         list(map(Fraction, range(8))),
@@ -61,10 +65,22 @@ def test_anything_else_is_refused_by_name(value: Any) -> None:
         Grade(value, correct=False)
 
 
-@pytest.mark.parametrize("value", [1.0, "word", {1.0}, np.ones((8, 2))[:, :1], torch.tensor(1.0), range(8), None])
+@pytest.mark.parametrize("value", [1.0, "word", {1.0}, torch.tensor(1.0), range(8), None])
 def test_what_is_no_list_of_rewards_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="reward function mine:f: "):
         reward(lambda **_: value)
+
+
+@pytest.mark.parametrize("shape", [(8, 2), (1, 8), (8, 1, 1), (2, 4)])
+@pytest.mark.parametrize("array", [np.ones, torch.ones])
+def test_an_array_of_another_shape_is_refused_with_its_shape(shape: tuple[int, ...], array: Any) -> None:
+    said = (
+        rf"wanted 8 rewards, as an array of shape \[8\], got one of shape {re.escape(str(list(shape)))}: sum or choose"
+    )
+    with pytest.raises(ValueError, match=said):
+        reward(lambda **_: array(shape))
+    with pytest.raises(ValueError, match=r"mine:f: a reward must be one number, got an array of shape \[2\]"):
+        reward(lambda **_: [array(2)] * 8)
 
 
 def test_none_is_no_reward() -> None:
