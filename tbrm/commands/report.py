@@ -13,10 +13,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tbrm.reporting.page import summary_lines, write_report
+    from tbrm.reporting.page import write_report
+    from tbrm.reporting.summary import print_summary
 
-    write_report(Path(args.run))
-    print("\n".join(summary_lines(Path(args.run))))
+    run_dir = Path(args.run)
+    print_summary(run_dir, str(write_report(run_dir)))
 
 
 REPORT = Command(

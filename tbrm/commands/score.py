@@ -43,25 +43,24 @@ def score_file(
 ) -> Iterator[dict[str, float | int]]:
     """One row per trajectory of the file, in its order: the sum of its actions' log-probs, V(s_1), and their number."""
     import torch
-    from tqdm import tqdm
 
     from tbrm.experience.offline import RowReader, read_trajectories
+    from tbrm.reporting.progress import alive
     from tbrm_kernels import segment_sums
 
     trajectories = read_trajectories(path, RowReader(chat))
     rows: dict[int, dict[str, float | int]] = {}
-    bar = tqdm(total=len(trajectories), disable=None, desc="scoring", unit="trajectory")
-    for members in policy.layout.split(trajectories, batch_tokens)[0]:
-        batch = policy.layout.pack([trajectories[i] for i in members]).to(policy.device)
-        with torch.no_grad():
-            stats = policy(batch)
-        sums = segment_sums(stats.logprobs, batch.cu_seqlens).tolist()
-        values = batch.values(stats.lse).tolist()
-        for i, logprob_sum, value in zip(members, sums, values, strict=True):
-            reward, actions = trajectories[i].reward, len(trajectories[i].actions)
-            rows[i] = {"index": i, "logprob_sum": logprob_sum, "value": value, "actions": actions, "reward": reward}
-        bar.update(len(members))
-    bar.close()
+    with alive("scoring", len(trajectories)) as watch:
+        for members in policy.layout.split(trajectories, batch_tokens)[0]:
+            batch = policy.layout.pack([trajectories[i] for i in members]).to(policy.device)
+            with torch.no_grad():
+                stats = policy(batch)
+            sums = segment_sums(stats.logprobs, batch.cu_seqlens).tolist()
+            values = batch.values(stats.lse).tolist()
+            for i, logprob_sum, value in zip(members, sums, values, strict=True):
+                reward, actions = trajectories[i].reward, len(trajectories[i].actions)
+                rows[i] = {"index": i, "logprob_sum": logprob_sum, "value": value, "actions": actions, "reward": reward}
+            watch(len(members))
     yield from (rows[i] for i in sorted(rows))
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbrm.processes.place import find_place
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 def load_libraries(model: str) -> None:
     """Says so first, once, for it takes many seconds. Then only errors of transformers: its bars and notices would break the
     progress bar. And that one process saves alone is what is meant."""
-    place = find_place()
-    if place is None or place.rank == 0:
-        print(f"loading torch, transformers and {model}", file=sys.stderr)
+    from tbrm.reporting.progress import alive
 
-    import transformers
+    place = find_place()
+    shown = place is None or place.rank == 0
+    if shown:
+        print(f"loading torch, transformers and {model}", file=sys.stderr, flush=True)
+    with alive("loading", shown=shown):
+        import transformers
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
     transformers.logging.set_verbosity_error()
@@ -38,6 +42,14 @@ def processes(config: Config, **command: object) -> Iterator[World]:
     with launched(config.model, config.parallel) as world:
         require_agreement(world, lambda: facts_of(config, command))
         yield world
+
+
+def run_of(model: str) -> Path | None:
+    """The run whose folder the model is, or whose checkpoint; None if it is neither."""
+    folder = Path(model)
+    if folder.resolve().parent.name == "checkpoints":
+        folder = folder.resolve().parents[1]
+    return folder if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file() else None
 
 
 def of_checkpoint(config: Config) -> Config:

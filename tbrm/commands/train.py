@@ -94,8 +94,8 @@ def train(
                 world=world,
             )
             result = trainer.train()
-        if world.is_main:
-            print(finished or f"{config.run.dir} holds the run; `tbrm report {config.run.dir}` makes a page of it")
+        if finished and world.is_main:
+            print(finished)
     return dict(result)
 
 

@@ -89,4 +89,5 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
+    report: bool = Field(True, description="Write report.html and its plots when the run ends, as `tbrm report` does.")
     wandb: bool = Field(False, description="Also log to Weights & Biases (pip install 'tbrm[wandb]').")

@@ -12,6 +12,7 @@ from tbrm.chat import Chat
 from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
+from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.graded import grade_answers, reward_parts
 from tbrm.rollout.interface import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, ProblemStream, Progress
@@ -79,6 +80,7 @@ class RolloutSource:
         self.config = config
         self.seed = seed
         self.world = world
+        self.watch: Watch = unwatched
         self.steps = steps
         """Optimiser steps of the run, which reward functions may want to know."""
 
@@ -115,7 +117,7 @@ class RolloutSource:
         with phases("rollout"):
             problems, prompts, left_out = self._draw()
             requests = make_requests(prompts, config.samples, "rollout", self.seed, step)
-            answers = self.engine.generate(requests, Sampling(config.max_new_tokens, config.temperature))
+            answers = self.engine.generate(requests, Sampling(config.max_new_tokens, config.temperature), self.watch)
         with phases("reward"):
             progress = Progress(step - 1, self.steps)
             graded = grade_answers(self.stream.task, problems, answers, self.chat, progress, self.world)

@@ -9,8 +9,6 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from tbrm.chat import Chat, make_chat
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
@@ -18,6 +16,7 @@ from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy
 from tbrm.reporting.metrics import Phases
+from tbrm.reporting.progress import alive
 from tbrm.rollout.engines import make_engine
 from tbrm.tasks import ProblemStream
 
@@ -36,8 +35,13 @@ def record(config: Config, out: Path, steps: int, world: World = ALONE) -> int:
     source = RolloutSource(stream, engine, chat, config.rollout, config.seed, world)
     phases = Phases(policy.device)
     written = 0
-    with closing(engine), out.open("w") if world.is_main else nullcontext() as file:
-        for step in tqdm(range(1, steps + 1), disable=None if world.is_main else True, desc="rollout", unit="batch"):
+    responses = steps * config.rollout.prompts * config.rollout.samples
+    with (
+        closing(engine),
+        out.open("w") if world.is_main else nullcontext() as file,
+        alive("rollout", responses, shown=world.is_main) as source.watch,
+    ):
+        for step in range(1, steps + 1):
             collected = source.collect(step, phases)
             written += len(collected.trajectories)
             if file is not None:

@@ -34,6 +34,7 @@ from tbrm.policy.sharded import shard
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.policy.weights import materialise
+from tbrm.reporting.progress import alive
 from tbrm.storage.paths import is_path
 
 
@@ -124,6 +125,13 @@ def load_policy(
 
     No process of several ever holds all of a model that is read from files.
     """
+    with alive(f"loading {config.model.name}", shown=world.is_main):
+        return _load_policy(config, world, model, tokenizer)
+
+
+def _load_policy(
+    config: Config, world: World, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
     device, precision = config.model.resolve_device(), config.model.resolve_precision()
     if model is None or tokenizer is None:
         alone = world.mesh is None
@@ -172,7 +180,8 @@ def find_model(name: str) -> tuple[str, str]:
         folder = Path(name) / "checkpoints" / link
         if folder.exists():
             taken = str(folder.resolve())  # the link may move on while the model is read
-            return taken, f"{taken}, the {link} of {name}"
+            why = "" if link == "best" else "; it has no best, as no evaluation was better than that before training"
+            return taken, f"{taken}, the {link} of {name}{why}"
     if (Path(name) / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run that has no checkpoint yet (checkpoint.every)")
     return name, name

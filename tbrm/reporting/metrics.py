@@ -1,4 +1,4 @@
-"""What a run measures: its log files, the seconds of its phases, its peak memory and its progress bar.
+"""What a run measures: its log files, the seconds of its phases and its peak memory.
 
 Steps are counted so: line `step` n of metrics.jsonl is the n-th update, from 1; a checkpoint or an evaluation at step k
 stands after k updates, so that an evaluation at 0 is of the untrained model.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 
 Metric = float | int | str
 
@@ -193,35 +192,3 @@ def peak_memory_mib(device: torch.device) -> float:
     if _LINUX_STATUS.exists():  # where getrusage starts with the size of the process that launched this one
         return int(_LINUX_STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-_ON_THE_BAR = {
-    "reward_mean": "reward {:.2f}",
-    "residual_mean": "residual {:+.1f}",
-    "tokens_per_second": "{:.0f} tokens/s",
-}
-
-
-class Progress:
-    """A bar over the steps of a run, on a terminal; where stderr is none, no output at all."""
-
-    def __init__(self, steps: int, done: int = 0) -> None:
-        """`steps` in all, of which `done` were run before (when resuming)."""
-        bar_format = "step {n_fmt}/{total_fmt} {bar} {percentage:3.0f}% {desc}ETA {remaining}"
-        self._bar = tqdm(total=steps, initial=done, bar_format=bar_format, disable=None, dynamic_ncols=True)
-
-    def advance(self, metrics: Mapping[str, Any]) -> None:
-        """One more step is done, with these metrics."""
-        shown = [text.format(metrics[key]) for key, text in _ON_THE_BAR.items() if key in metrics]
-        self._bar.set_description_str("  ".join([*shown, ""]), refresh=False)
-        self._bar.update()
-
-    def say(self, line: str) -> None:
-        """Prints `line` to stdout, above the bar if there is one."""
-        self._bar.write(line)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -56,6 +56,9 @@ _STYLE: dict[Any, Any] = {
 _MOST_POINTS = 200
 """Of a curve. In a longer run a point stands for several steps: it is their mean, and a band shows their range."""
 
+_PANEL = (3.6, 2.3)
+"""Inches of a small plot: about the width of a phone, so that its text is as large there as the page's."""
+
 Rows = list[dict[str, Any]]
 
 
@@ -93,7 +96,7 @@ def draw_all(metrics: Rows, evals: Rows) -> dict[str, Figure]:
     figures = {}
     with matplotlib.rc_context(_STYLE):
         if evals:
-            figures["accuracy"] = _accuracy(evals)
+            figures["accuracy"] = _accuracy(evals, width=5.4, height=3.1)
         if np.isfinite(series(evals, HELDOUT_REWARD.key)).any():
             figures["heldout_reward"] = _panel(HELDOUT_REWARD, evals)
         for panel in [*PANELS[:1], *_reward_panels(metrics), *PANELS[1:]]:
@@ -108,6 +111,12 @@ def _reward_panels(metrics: Rows) -> list[Panel]:
     """Of each of several verifiers."""
     keys = sorted({key for row in metrics for key in row if key.startswith("reward/")})
     return [Panel(key, f"Reward of {key.removeprefix('reward/')}", "mean over responses") for key in keys]
+
+
+def draw_narrow_accuracy(evals: Rows) -> Figure:
+    """The page's first plot for a screen as wide as a phone's, where the text of the other one would be too small to read."""
+    with matplotlib.rc_context(_STYLE):
+        return _accuracy(evals, width=_PANEL[0], height=_PANEL[1])
 
 
 def series(rows: Rows, key: str) -> np.ndarray:
@@ -147,10 +156,10 @@ def _axes(title: str, unit: str, width: float, height: float) -> tuple[Figure, A
     return figure, axes
 
 
-def _accuracy(evals: Rows) -> Figure:
+def _accuracy(evals: Rows, width: float, height: float) -> Figure:
     count = evals[-1].get("n")
-    unit = "share right, with 95% confidence interval" + (f" over {count} prompts" if count else "")
-    figure, axes = _axes("Accuracy on held-out prompts", unit, width=5.4, height=3.1)
+    unit = f"share right{f' of {count} prompts' if count else ''}, with 95% interval"
+    figure, axes = _axes("Accuracy on held-out prompts", unit, width, height)
     steps, accuracy = series(evals, "step"), series(evals, "accuracy")
     low, high = series(evals, "ci_low"), series(evals, "ci_high")
     axes.fill_between(steps, low, high, color=LIGHT["blue"], alpha=0.18, linewidth=0)
@@ -161,12 +170,12 @@ def _accuracy(evals: Rows) -> Figure:
         above = rising == (index > 0) or accuracy[index] < 0.15 * top  # off the curve, and off the axis
         axes.annotate(f"{accuracy[index]:.1%}", (steps[index], accuracy[index]),
                       xytext=(0, 9 if above else -9), textcoords="offset points",
-                      ha="center", va="bottom" if above else "top",
+                      ha="left" if index == 0 else "right", va="bottom" if above else "top",
                       fontsize=12, fontweight="bold", color=LIGHT["blue"])  # fmt: skip
     axes.set_ylim(0, min(1.0, 1.15 * top) if top < 0.97 else 1.08)
     axes.margins(x=0.08)
     axes.set_xlabel("training step")
-    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     return figure
 
@@ -175,7 +184,7 @@ def _panel(panel: Panel, metrics: Rows) -> Figure:
     values = _points(series(metrics, panel.key))
     steps, mean = _points(series(metrics, "step")).mean(axis=1), values.mean(axis=1)
     log = panel.log and values.min() > 0
-    figure, axes = _axes(panel.title, f"{panel.unit}, log scale" if log else panel.unit, width=3.6, height=2.3)
+    figure, axes = _axes(panel.title, f"{panel.unit}, log scale" if log else panel.unit, *_PANEL)
     low, high = values.min(axis=1), values.max(axis=1)
     if panel.spread is not None:
         spread = _points(series(metrics, panel.spread)).mean(axis=1)
@@ -195,7 +204,7 @@ def _panel(panel: Panel, metrics: Rows) -> Figure:
 
 
 def _seconds(metrics: Rows, phases: list[str]) -> Figure:
-    figure, axes = _axes("Seconds per step", "by phase", width=3.6, height=2.3)
+    figure, axes = _axes("Seconds per step", "by phase", *_PANEL)
     steps = _points(series(metrics, "step"))
     # A point is a block from half a step before its first step to half a step after its last one.
     edges = np.stack([steps.min(axis=1) - 0.5, steps.max(axis=1) + 0.5], axis=1).ravel()

@@ -20,6 +20,7 @@ from tbrm.chat import Chat
 from tbrm.policy.ends import Ends
 from tbrm.policy.generation import generation_mode, logits_of
 from tbrm.policy.model import PolicyModel
+from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.choose import draw, most_likely
 from tbrm.rollout.interface import Request, Response, Sampling, derive_seed
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
@@ -50,7 +51,9 @@ class EmbeddedEngine:
         pass
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
+    ) -> list[list[Response]]:
         responses: list[dict[int, Response]] = [{} for _ in requests]
         # Prompts of one length enter together, equal ones side by side.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
@@ -68,8 +71,9 @@ class EmbeddedEngine:
                 prompts = [request.prompt for request in requests]
                 batch.read_prefix(prompts[0][: common_prefix(prompts)])
             while waiting or batch.rows:
-                for row, ids, logprobs in batch.advance(waiting):
+                for row, ids, logprobs in (finished := batch.advance(waiting)):
                     responses[row.request][row.sample] = self._response(ids, logprobs)
+                watch(len(finished))
         return [[answers[sample] for sample in sorted(answers)] for answers in responses]
 
     def _response(self, ids: list[int], logprobs: list[float] | None) -> Response:

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from tbrm.chat import Chat
 from tbrm.parallel import ALONE, World
+from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.graded import grade_answers
 from tbrm.rollout.interface import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, Progress, Task
@@ -58,12 +59,13 @@ def evaluate(
     seed: int = 0,
     world: World = ALONE,
     progress: Progress | None = None,
+    watch: Watch = unwatched,
 ) -> Evaluation:
-    """Answers each problem k times and grades the answers, each process of `world` its share."""
+    """Answers each problem k times and grades the answers, each process of `world` its share; `watch` is told as they come."""
     problems, prompts = chat.encode_problems(problems)
     if not problems:
         raise ValueError("evaluation.prompts: got 0 problems; wants at least 1 (of rollout.max_prompt_tokens, if set)")
-    answers = engine.generate(make_requests(prompts, k, "evaluation", seed), sampling)
+    answers = engine.generate(make_requests(prompts, k, "evaluation", seed), sampling, watch)
     graded = grade_answers(task, problems, answers, chat, progress or Progress(), world)
     grades = [each.grade for each in graded]
     right = [sum(grade.correct for grade in grades[i : i + k]) for i in range(0, len(grades), k)]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.sharded import frozen_copy
+from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.interface import Request, Response, RolloutEngine, Sampling
 
 
@@ -31,8 +32,10 @@ class FrozenEngine:
             self._version = version
         return self._engine.update_weights(version)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
-        return self._engine.generate(requests, sampling)
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
+    ) -> list[list[Response]]:
+        return self._engine.generate(requests, sampling, watch)
 
     def close(self) -> None:
         """Ends a generation of another thread too, at its next token."""

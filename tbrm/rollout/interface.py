@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tbrm.reporting.progress import Watch, unwatched
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,9 +47,11 @@ class RolloutEngine(Protocol):
         steps that led to them. Does nothing if the engine has that version. Returns metrics of the transfer, if it has any."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
-        """The responses to each request. The same weights, request and sampling give the same responses, whatever else is
-        asked beside it, in whatever order and number at once."""
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
+    ) -> list[list[Response]]:
+        """The responses to each request; `watch` is told as they come. The same weights, request and sampling give the same
+        responses, whatever else is asked beside it, in whatever order and number at once."""
         ...
 
     def close(self) -> None:

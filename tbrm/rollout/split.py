@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tbrm.parallel import World
+from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.interface import Request, Response, RolloutEngine, Sampling
 
 
@@ -21,8 +22,14 @@ class SplitEngine:
     def close(self) -> None:
         self.engine.close()
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
+    ) -> list[list[Response]]:
         # Also without a request: the embedded engine's weights are gathered by all together.
         mine = self.world.share(requests)
-        parts = self.world.everywhere(lambda: self.engine.generate(mine, sampling))
+
+        def all_alike(count: int) -> None:  # the others are about as far as this process
+            watch(count * self.world.size)
+
+        parts = self.world.everywhere(lambda: self.engine.generate(mine, sampling, all_alike))
         return [responses for part in parts for responses in part]

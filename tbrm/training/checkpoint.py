@@ -72,8 +72,13 @@ def latest_folder(run_dir: Path) -> Path | None:
 def latest_step(run_dir: Path) -> int | None:
     """That of a run's latest checkpoint, which is not checked; None if there is none, or it does not say."""
     folder = latest_folder(run_dir)
+    return None if folder is None else step_of(folder)
+
+
+def step_of(folder: Path) -> int | None:
+    """That of a checkpoint, which is not checked; None if it does not say."""
     try:
-        step = None if folder is None else json.loads((folder / STATE).read_text())["step"]
+        step = json.loads((folder / STATE).read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
 AGAIN_SECONDS = {signal.SIGINT: 1.0, signal.SIGTERM: 10.0}
 """After the first signal, from when on another one is a second. Sooner it is the first once more: a scheduler that signals
 every process of a job reaches each directly and through its launcher. SIGINT is a person's, at a terminal."""
-
-_SAID = b"\ntbrm: the step is finished and saved before the run is left; Ctrl-C once more stops at once\n"
 
 
 class Interrupted(InterruptedError):
@@ -38,8 +37,11 @@ class Interruption:
     asks_itself = False
     """Whether the next signal is this process's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, says: bool = True) -> None:
+        """`says`: to stderr, what is waited for after the first one."""
         self.signal = 0
+        self._says = says
+        self._finishing = "the step"
         self._noted_at: float | None = None
         """When the first one from outside was."""
         self._before: dict[int, Any] = {}
@@ -49,6 +51,15 @@ class Interruption:
         for number in AGAIN_SECONDS if in_main_thread else ():
             self._before[number] = signal.signal(number, self._note)
         return self
+
+    @contextmanager
+    def finishing(self, what: str) -> Iterator[None]:
+        """What is under way in here, and finished before the run is left."""
+        before, self._finishing = self._finishing, what
+        try:
+            yield
+        finally:
+            self._finishing = before
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -60,8 +71,16 @@ class Interruption:
             Interruption.asks_itself = False
         elif self._noted_at is None:
             self._noted_at = time.monotonic()
-            if number == signal.SIGINT and sys.stderr.isatty():  # a person's
-                os.write(sys.stderr.fileno(), _SAID)  # as print may not in the middle of another print
+            if self._says:
+                self._say(signal.Signals(number))
         elif time.monotonic() - self._noted_at >= AGAIN_SECONDS[signal.Signals(number)]:
             self.__exit__()
             signal.raise_signal(number)
+
+    def _say(self, number: signal.Signals) -> None:
+        again = "Ctrl-C once more stops" if number == signal.SIGINT else "another SIGTERM, after ten seconds, stops"
+        text = (
+            f"{self._finishing} under way is finished and a checkpoint written before the run is left; {again} at once"
+        )
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, f"\n{number.name}: {text}\n".encode())  # as print may not in the middle of another print

@@ -14,7 +14,8 @@ from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
-from tbrm.reporting.metrics import Metric, MetricsLog, Progress
+from tbrm.reporting.metrics import Metric, MetricsLog
+from tbrm.reporting.progress import Progress, Watch, alive
 from tbrm.reporting.run_folder import HISTORY
 from tbrm.rollout.evaluate import Evaluation
 from tbrm.training.resume import write_recipe
@@ -72,6 +73,10 @@ class RunWriter(AbstractContextManager["RunWriter"]):
                 f"{lost['dropped']} were left out in all"
             )
 
+    def evaluating(self, step: int, responses: int) -> AbstractContextManager[Watch]:
+        """Shows that the evaluation after `step` updates goes on, and how far it is."""
+        return alive(f"evaluation after step {step}", responses, shown=self._world.is_main)
+
     def evaluation(self, step: int, result: Evaluation) -> None:
         """The figures, and all responses, of the evaluation after `step` updates."""
         self._world.on_main(lambda: self._evaluation(step, result))
@@ -81,6 +86,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         path = self.run_dir / "samples" / f"step-{step:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in result.samples))
+        self._progress.evaluated(result.accuracy, result.reward_mean)
         interval = f"{result.ci_low:.1%} to {result.ci_high:.1%}"
         ungraded = f"; {result.ungraded} responses could not be graded, and count as wrong" if result.ungraded else ""
         self._progress.say(

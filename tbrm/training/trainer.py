@@ -42,6 +42,7 @@ from tbrm.policy.saved_model import SavedModel
 from tbrm.policy.sharding import accumulate
 from tbrm.policy.weights import whole
 from tbrm.reporting.metrics import Phases, peak_memory_mib
+from tbrm.reporting.summary import conclude
 from tbrm.rollout import Sampling, make_engine
 from tbrm.rollout.evaluate import evaluate
 from tbrm.rollout.interface import derive_seed
@@ -123,6 +124,7 @@ class Trainer:
             source.position = self.state.position
             self.recorded.position = self.state.recorded
         self.phases = Phases(self.device)
+        self.interruption = Interruption(says=world.is_main)
 
     def _leave_out_long_problems(self) -> None:
         """Of those held out; and says so, with what else a user should know of the problems."""
@@ -143,7 +145,7 @@ class Trainer:
             self.world.on_main(lambda: refuse_another_run(self.run_dir))
         with (
             RunWriter(config, step=state.step, resumed=self.resumed, world=self.world) as out,
-            Interruption() as interruption,
+            self.interruption,
             self.checkpoints,
             closing(self.engine),
             closing(self.replay),
@@ -168,7 +170,7 @@ class Trainer:
                     if best:
                         state.best_accuracy, state.best_reward = after
                 # Signals do not reach all processes in the same step, but all must leave after the same one.
-                stop = 0 if finished else max(self.world.gather(interruption.signal))
+                stop = 0 if finished else max(self.world.gather(self.interruption.signal))
                 if finished or best or stop or _due(state.step, config.checkpoint.every):
                     self._save(best=best)
                 if stop:
@@ -178,6 +180,7 @@ class Trainer:
                     break
             result = self._result()
             out.result(result)
+        self.world.on_main(lambda: conclude(self.run_dir, page=config.logging.report))
         return result
 
     def train_step(self) -> dict[str, float]:
@@ -229,6 +232,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "skipped": int(skipped),
             **seconds,
+            "trained_tokens": measured.tokens,
             "tokens_per_second": measured.tokens / of_step,
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }
@@ -279,17 +283,20 @@ class Trainer:
         assert self.config.task is not None
         self.supply.settle(self.phases)
         self.engine.update_weights(step)
-        result = evaluate(
-            self.engine,
-            self.chat,
-            self.config.task,
-            self.heldout,
-            k=settings.samples,
-            sampling=Sampling(self.config.rollout.max_new_tokens, settings.temperature),
-            seed=derive_seed(self.config.seed, step),
-            world=self.world,
-            progress=Progress(step, self.config.trainer.steps),
-        )
+        showing = out.evaluating(step, settings.samples * len(self.heldout))
+        with self.interruption.finishing("the evaluation"), showing as watch:
+            result = evaluate(
+                self.engine,
+                self.chat,
+                self.config.task,
+                self.heldout,
+                k=settings.samples,
+                sampling=Sampling(self.config.rollout.max_new_tokens, settings.temperature),
+                seed=derive_seed(self.config.seed, step),
+                world=self.world,
+                progress=Progress(step, self.config.trainer.steps),
+                watch=watch,
+            )
         out.evaluation(step, result)
         self.callbacks.evaluation(step, result)
         return result.accuracy, result.reward_mean

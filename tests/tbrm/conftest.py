@@ -149,6 +149,7 @@ def tiny_tree(run_dir: Path, **overrides: Any) -> dict[str, Any]:
     tree["trainer"]["steps"] = 4
     tree["rollout"].update(prompts=4, samples=2)
     tree["evaluation"] = {"prompts": 5, "every": 2}
+    tree["logging"] = {"report": False}  # drawing takes longer than these steps
     for key, value in overrides.items():
         section, _, leaf = key.partition("__")
         if leaf:

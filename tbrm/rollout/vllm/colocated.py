@@ -3,6 +3,7 @@ call that hangs cannot be ended, so for long runs take `vllm`."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import tempfile
@@ -17,6 +18,7 @@ import torch
 from tbrm.chat import Chat
 from tbrm.config.rollout import RolloutConfig
 from tbrm.policy.model import PolicyModel
+from tbrm.reporting.progress import Watch, alive, unwatched
 from tbrm.rollout.interface import Request, Response, Sampling
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
 from tbrm.rollout.vllm.handover import Handover, engine_dtype
@@ -51,7 +53,7 @@ class ColocatedEngine:
         if self._handover is None:
             self._handover = Handover(self.policy, self._dtype, self.ends)
             self._llm = self._start(self._handover)
-        with self._awake(), _process_left_as_it_was():
+        with self._awake(), _process_left_as_it_was(), _no_false_alarm():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._handover.weights()})
             # Else what it has computed of known prompts would stay that of the old weights.
             self._llm.reset_prefix_cache()
@@ -61,14 +63,18 @@ class ColocatedEngine:
         self._version = version
         return self._sync_metrics
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
+    ) -> list[list[Response]]:
         params = []
         for each in requests:
             length = room(each.prompt, sampling.max_new_tokens, self._llm.model_config.max_model_len)
             params.append(
                 sampling_params(each.samples, length, sampling.temperature, each.seed, self.ends, self._barred)
             )
-        return self._generate([each.prompt for each in requests], params)
+        answers = self._generate([each.prompt for each in requests], params)
+        watch(sum(map(len, answers)))  # vLLM says nothing before all are there
+        return answers
 
     def close(self) -> None:
         if self._guard is not None:
@@ -99,7 +105,7 @@ class ColocatedEngine:
         handover.write()
         os.environ.update(environment(self.config.vllm), VLLM_ENABLE_V1_MULTIPROCESSING="0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        with _process_left_as_it_was(), _temporary_files_in(temporary):
+        with alive("starting vLLM in this process"), _process_left_as_it_was(), _temporary_files_in(temporary):
             from vllm import LLM
 
             llm = LLM(str(handover.folder), enable_sleep_mode=self._sleeps, **self._options)
@@ -117,6 +123,22 @@ class ColocatedEngine:
         finally:
             if self._sleeps:
                 self._llm.sleep()
+
+
+@contextmanager
+def _no_false_alarm() -> Iterator[None]:
+    """vLLM says at each reload that it failed to load the weights of layers that have none in any file, such as rotary
+    embeddings. Whether it has the weights it should, the check that follows says."""
+    said_by = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().endswith("Failed to load weights")
+
+    said_by.addFilter(other)
+    try:
+        yield
+    finally:
+        said_by.removeFilter(other)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from tbrm.config.rollout import RolloutConfig
 from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.policy.model import PolicyModel
+from tbrm.reporting.progress import Watch, alive, unwatched
 from tbrm.rollout.interface import Request, Response, Sampling
 from tbrm.rollout.vllm.broadcast import RECEIVER, Broadcast
 from tbrm.rollout.vllm.check import SyncCheck, refuse_experts_on_cpu
@@ -125,7 +126,9 @@ class VllmEngine:
         restarts, reissued = map(sum, zip(*self.world.gather((self._restarts, self._reissued)), strict=True))
         return {**self._sync_metrics, "engine/restarts": restarts, "engine/reissued": reissued}
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Response]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
+    ) -> list[list[Response]]:
         count = min([self.batch_size, *(each.samples for each in requests)])  # vLLM wants no more of one request
         jobs = [
             _Job(
@@ -148,8 +151,8 @@ class VllmEngine:
         threads = ThreadPoolExecutor(in_flight)
         try:
             answers = [threads.submit(self._answer, job) for job in jobs]
-            for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
-                answer.result()  # a failure is raised at once, however long others still take
+            for answer in as_completed(answers):
+                watch(len(answer.result()))  # a failure is raised at once, however long others still take
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
         responses: list[list[Response]] = [[] for _ in requests]
@@ -213,6 +216,11 @@ class VllmEngine:
         return f"{self._run_id}-{version}"
 
     @property
+    def _awaited(self) -> str:
+        where = ", ".join(self.config.addresses) or f"what it says is in {self.log_dir}"
+        return f"waiting for vLLM ({where})"
+
+    @property
     def _restarts(self) -> int:
         return sum(keeper.restarts for keeper in self._keepers)
 
@@ -259,7 +267,8 @@ class VllmEngine:
         tag, seconds = self._tag(version), self.config.start_timeout
         deadline = time.monotonic() + seconds
         while True:
-            publish(self._keepers, tag, wait_for_all=self._version < 0, seconds=deadline - time.monotonic())
+            with alive(self._awaited, shown=self._version < 0):
+                publish(self._keepers, tag, wait_for_all=self._version < 0, seconds=deadline - time.monotonic())
             length = min(keeper.max_model_len for keeper in self._keepers if keeper.max_model_len)
             prompt, probes = self._check.prompt(length), []
             for keeper in self._keepers:

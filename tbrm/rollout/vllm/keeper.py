@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from tbrm.reporting.progress import tell
 from tbrm.rollout.vllm.connection import LateError, RefusedError, ServerError
 from tbrm.rollout.vllm.process import ServerProcess
 from tbrm.rollout.vllm.server import Server
@@ -122,10 +122,9 @@ class Keeper:
         if not self.has or found == self.has or self._is_shared:
             return
         self._is_shared = True
-        print(
+        tell(
             f"{self.server.address} was given weights {found!r}, which are not ours: another run uses it, too, and each makes "
-            "the other ask again. One server belongs to one run at a time (rollout.vllm.addresses)",
-            file=sys.stderr,
+            "the other ask again. One server belongs to one run at a time (rollout.vllm.addresses)"
         )
 
     def _is_running(self, start: Callable[[], ServerProcess]) -> bool:
@@ -135,6 +134,9 @@ class Keeper:
             if self._process is None:
                 self._process = start()
             elif self._process.ended:
+                tell(
+                    f"a vLLM server has ended and is started again, which takes as long as at first; {self._process.log}"
+                )
                 self._process.stop()
                 self._process = start()
                 self._answers = False

@@ -1,17 +1,12 @@
-"""The run's log files, phase timer, memory reading and progress bar."""
+"""The run's log files, phase timer and memory reading."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -21,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tbrm.reporting.metrics import MetricsLog, Phases, Progress, is_timing, peak_memory_mib, read_jsonl
+from tbrm.reporting.metrics import MetricsLog, Phases, is_timing, peak_memory_mib, read_jsonl
 
 CPU = torch.device("cpu")
 
@@ -177,47 +172,3 @@ def test_peak_memory_lies_between_what_is_held_now_and_what_the_machine_has() ->
     assert resident is not None
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
     assert 0.95 * int(resident[1]) / 2**10 <= peak_memory_mib(CPU) <= machine
-
-
-BAR_SCRIPT = """
-from tbrm.reporting.metrics import Progress
-with Progress(steps=3, done=1) as progress:
-    progress.advance({"step": 2, "reward_mean": 0.5, "residual_mean": -1.25, "tokens_per_second": 812.3})
-    progress.say("half way")
-    progress.advance({"step": 3, "reward_mean": 1.0})
-"""
-
-
-def on_a_terminal(script: str) -> str:
-    """Everything that `script` writes to a terminal of 100 columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    written = b""
-    try:
-        while chunk := os.read(ours, 65536):
-            written += chunk
-    except OSError:  # how Linux says that the other end is closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0
-    return written.decode()
-
-
-def test_the_bar_shows_the_run_and_leaves_lines_above_it_whole() -> None:
-    written = on_a_terminal(BAR_SCRIPT)
-    assert "step 1/3" in written and "step 3/3" in written
-    assert "reward 0.50  residual -1.2  812 tokens/s  ETA" in written
-    assert "\rhalf way\r\n" in written
-
-
-def test_without_a_terminal_there_is_no_bar() -> None:
-    done = subprocess.run([sys.executable, "-c", BAR_SCRIPT], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("half way\n", "")
-
-
-def test_progress_needs_none_of_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(steps=1) as progress:
-        progress.advance({})
-    assert capsys.readouterr().err == ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,79 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
+from tbrm.reporting.facts import choose
 from tbrm.reporting.metrics import MetricsLog
-from tbrm.reporting.page import choose, summary_lines, write_report
+from tbrm.reporting.page import write_report
 from tbrm.reporting.plots import PANELS, draw_all, series, to_svg
-
-ATTACK = "<script>fetch('https://evil.example')</script><img src=https://evil.example onerror=alert(1)>"
-CONFIG = {
-    "run": {"dir": "runs/x"},
-    "seed": 3,
-    "model": {"name": "models/small"},
-    "task": {"name": "reasoning_gym", "family": "chain_sum"},
-    "objective": {"name": "tbrm", "beta": 0.002},
-    "trainer": {"steps": 4},
-}
-
-
-def metrics_of(step: int, **changed: float) -> dict[str, float]:
-    metrics = {
-        "loss": 900.0 / step,
-        "reward_mean": 0.1 * step,
-        "residual_mean": 20.0 - step,
-        "residual_std": 5.0,
-        "value_mean": 34.0 + step,
-        "log_ratio_mean": 0.1 * step,
-        "entropy_mean": 1.0 / step,
-        "response_length_mean": 9.0,
-        "truncated_share": 0.25,
-        "ungraded": 2,
-        "grad_norm": 3.0,
-        "learning_rate": 1e-5,
-        "seconds/rollout": 40.0,
-        "seconds/update": 60.0,
-        "tokens_per_second": 100.0 * step,
-        "peak_memory_mib": 2000.0 + step,
-    }
-    return metrics | changed
-
-
-def sample(index: int, correct: bool, response: str = "So it is 7.", truncated: bool = False) -> dict[str, Any]:
-    return {
-        "prompt": f"Prompt number {index}",
-        "response": response,
-        "answer": f"answer {index}",
-        "reward": float(correct),
-        "correct": correct,
-        "truncated": truncated,
-    }
-
-
-def write_samples(run_dir: Path, step: int, rows: Sequence[dict[str, Any]]) -> None:
-    path = run_dir / "samples" / f"step-{step:06d}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make_run(run_dir: Path, steps: int = 4) -> Path:
-    """A whole run: 4 of 20 held-out prompts right before it, 11 after (8 fixed, 1 broken, 3 stayed right)."""
-    with MetricsLog(run_dir) as log:
-        log.log_eval(0, {"accuracy": 0.2, "ci_low": 0.081, "ci_high": 0.416, "n": 20, "reward_mean": 0.3125})
-        for step in range(1, steps + 1):
-            log.log(step, metrics_of(step))
-        log.log_eval(steps, {"accuracy": 0.55, "ci_low": 0.342, "ci_high": 0.742, "n": 20, "reward_mean": 0.75})
-    write_samples(run_dir, 0, [sample(i, correct=i < 4, truncated=i == 5) for i in range(20)])
-    write_samples(run_dir, steps, [sample(i, correct=0 < i < 12, response=ATTACK) for i in range(20)])
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
-    result = {
-        "accuracy_before": 0.2,
-        "accuracy_after": 0.55,
-        "n_heldout": 20,
-        "seconds_training": 493.2,
-        "steps": steps,
-    }
-    (run_dir / "result.json").write_text(json.dumps(result | {"seed": 3, "objective": "tbrm", "model": "models/small"}))
-    return run_dir
+from tests.tbrm.reporting.made_run import ATTACK, CONFIG, make_run, metrics_of, sample, write_samples
 
 
 class Page(HTMLParser):
@@ -159,9 +90,19 @@ def test_the_page_has_every_curve(page: Page) -> None:
     titles = ["Accuracy on held-out prompts", "Reward on held-out prompts", *panels, "Seconds per step by phase"]
     places = [page.text.find(title) for title in titles]
     assert -1 not in places and places == sorted(places)
-    assert [tag for tag, _ in page.elements].count("svg") == len(titles)
+    assert [tag for tag, _ in page.elements].count("svg") == len(titles) + 1  # the first in two sizes
     for words in ("mean over trajectories, log scale", "rollout", "update"):
         assert words in page.text
+
+
+def test_text_of_plots_is_as_large_on_a_phone_as_that_of_the_page(page: Page) -> None:
+    """A screen of 390 pixels has 340 for a plot, which 9 points stay 12 pixels on up to 3.6 inches."""
+    widths = [float((attributes["viewbox"] or "").split()[2]) / 72 for tag, attributes in page.elements if tag == "svg"]
+    assert widths[0] > 5 and max(widths[1:]) <= 3.61
+    wide, narrow = (page.source.index(f'<figure class="card {name}">') for name in ("wide", "narrow"))
+    assert wide < narrow < page.source.index('<div class="plots">')
+    [phone] = re.findall(r"@media \(max-width: 640px\) \{(.*?)\n\}", page.source, re.DOTALL)
+    assert ".wide { display: none; }" in phone and ".narrow { display: block; }" in phone
 
 
 def test_the_page_shows_a_dozen_prompts_of_every_outcome(page: Page) -> None:
@@ -220,22 +161,13 @@ def test_the_mean_reward_and_what_counts_as_correct_stand_beside_the_accuracy(tm
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "task": {"name": "file", "correct_at": 0.8}}))
     page = Page(write_report(tmp_path))
     assert "Correct a reward of 0.8 or more" in page.text
+    assert "before training and after it mean reward 0.3125 → 0.75 95% intervals" in page.text
     assert "Mean reward 0.3125 -> 0.75" in page.text
     assert "Reward on held-out prompts" in page.text
 
 
 def test_the_same_run_gives_the_same_page(run_dir: Path, page: Page) -> None:
     assert write_report(run_dir).read_text(encoding="utf-8") == page.source
-
-
-def test_summary_is_five_plain_lines(run_dir: Path) -> None:
-    assert summary_lines(run_dir) == [
-        "accuracy  20.0% (8.1–41.6%) -> 55.0% (34.2–74.2%) on 20 held-out prompts, mean reward 0.3125 -> 0.75",
-        "training  objective tbrm, beta 0.002, steps 4, seed 3",
-        "setting   model models/small, task chain_sum",
-        "cost      training time 8 min 13 s, throughput 250 tokens/s, peak memory 2,004 MiB",
-        f"report    {run_dir / 'report.html'}",
-    ]
 
 
 def test_a_killed_run_has_a_report_of_how_far_it_came(tmp_path: Path) -> None:
@@ -249,9 +181,6 @@ def test_a_killed_run_has_a_report_of_how_far_it_came(tmp_path: Path) -> None:
     assert "This report is not complete result.json cannot be read" in page.text
     assert "Steps 3 of 4" in page.text and "Training time 5 min 00 s" in page.text
     assert "1 wrong before" in page.text
-    assert summary_lines(tmp_path)[0] == (
-        "accuracy  20.0% (8.1–41.6%) -> not evaluated on 20 held-out prompts, mean reward 0.3125 -> not evaluated"
-    )
 
 
 def test_a_run_that_has_only_started_says_what_is_missing(tmp_path: Path) -> None:
@@ -271,19 +200,6 @@ def test_a_run_that_has_only_started_says_what_is_missing(tmp_path: Path) -> Non
     assert "20.0% → –" in page.text and "1 right before, 2 wrong before" in page.text
     assert page.text.count("not asked again yet") == 3
     assert "Reward" in page.text and "Loss" not in page.text
-
-
-def test_the_result_alone_gives_the_figures(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    for name in ("config.yaml", "metrics.jsonl", "eval.jsonl"):
-        (tmp_path / name).unlink()
-    assert summary_lines(tmp_path)[:4] == [
-        "accuracy  20.0% -> 55.0% on 20 held-out prompts",
-        "training  objective tbrm, steps 4, seed 3",
-        "setting   model models/small",
-        "cost      training time 8 min 13 s",
-    ]
-    assert "config.yaml is missing" in Page(write_report(tmp_path)).text
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ def test_another_dtype_may_be_asked_for_and_the_checkpoint_is_named(
     run = exports / "runs" / "default"
     assert main(["export", str(run), str(tmp_path / "out"), "--dtype", "float32"]) == 0
     taken = run / "checkpoints" / "step-000001"
-    said = f"{tmp_path / 'out'} is ready: a Hugging Face folder of step 1, as float32 ({taken}, the latest of {run})\n"
+    why = "it has no best, as no evaluation was better than that before training"
+    said = f"{tmp_path / 'out'} is ready: a Hugging Face folder of step 1, as float32 ({taken}, the latest of {run}; {why})\n"
     assert capsys.readouterr().out == said
     weights = load_file(taken / "model.safetensors")
     assert all(

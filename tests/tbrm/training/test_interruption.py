@@ -39,18 +39,27 @@ def test_a_persons_second_ctrl_c_acts_at_once(clock: list[float]) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_person_at_a_terminal_is_told_that_a_second_one_acts_at_once(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "again"),
+    [
+        (signal.SIGINT, "Ctrl-C once more stops at once"),
+        (signal.SIGTERM, "another SIGTERM, after ten seconds, stops at once"),
+    ],
+)
+def test_what_is_finished_first_is_said_and_what_a_second_signal_does(
+    capfd: pytest.CaptureFixture[str], number: signal.Signals, again: str
 ) -> None:
+    until = "under way is finished and a checkpoint written before the run is left"
     with Interruption():
-        os.kill(os.getpid(), signal.SIGINT)
-    assert capfd.readouterr().err == ""  # a job's log needs no such advice
-    terminal, stderr = os.openpty()
-    with os.fdopen(stderr, "w") as shown, Interruption():
-        monkeypatch.setattr("sys.stderr", shown)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert b"Ctrl-C once more stops at once" in os.read(terminal, 200)
-    os.close(terminal)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == f"\n{number.name}: the step {until}; {again}\n"
+    with Interruption() as noted, noted.finishing("the evaluation"):
+        os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == f"\n{number.name}: the evaluation {until}; {again}\n"
+    with Interruption(says=False):  # all processes but one
+        os.kill(os.getpid(), number)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_second_sigterm_acts_after_ten_seconds(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from tbrm.config.section import ConfigError
 from tbrm.config.vllm import VllmConfig
 from tbrm.parallel import World
 from tbrm.policy.tiny import tiny_tokenizer
+from tbrm.reporting import progress
 from tbrm.rollout import Request, Sampling
+from tbrm.rollout.vllm import engine as engine_module
 from tbrm.rollout.vllm.colocated import ColocatedEngine
 from tbrm.rollout.vllm.connection import RefusedError, ServerError, headers_from_environment
 from tbrm.rollout.vllm.engine import VllmEngine
@@ -53,6 +55,24 @@ def test_what_ends_a_run_is_named_whatever_failed_last(trainer: Trainer, tmp_pat
         ServerError, match=r"start_timeout \(2 s\).* is late: .*request_timeout \(1 s\).*500: out of luck"
     ):
         engine.generate([Request([1, 2])], Sampling(4))
+
+
+def test_who_waits_for_servers_is_told_what_is_waited_for_and_how_long_already(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def none_comes(*_: Any, **__: Any) -> None:
+        time.sleep(0.5)
+        raise ServerError("it did not start")
+
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.1)
+    monkeypatch.setattr(engine_module, "publish", none_comes)
+    address = "http://127.0.0.1:9"
+    for addresses, where in (([address], address), ([], f"what it says is in {tmp_path}")):
+        config = tiny_config(tmp_path, rollout__engine="vllm", rollout__vllm={"addresses": addresses}).rollout
+        engine = VllmEngine(config, trainer.policy, trainer.chat, tmp_path)
+        with pytest.raises(ServerError):
+            engine._publish(0)
+        assert f"waiting for vLLM ({where}): 0 s\n" in capfd.readouterr().err
 
 
 def test_a_request_that_fails_is_heard_before_one_that_is_still_under_way(trainer: Trainer, tmp_path: Path) -> None:
