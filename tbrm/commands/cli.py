@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,7 +27,27 @@ from tbrm.processes.place import refuse_several
 COMMANDS = (TRAIN, CONFIG, PLAN, EVAL, SCORE, ROLLOUT, DOCTOR, REPORT, EXPORT, IMPORT_GGUF)
 
 
+INTERRUPTED = 130
+UNREAD = 141
+"""Exit codes of a shell's commands that SIGINT, or SIGPIPE, has ended."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ntbrm: stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _leave_unread():
+            raise
+        return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     # argparse ends a list of positionals at the first option; overrides after one are still overrides.
@@ -41,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refuse_several(f"tbrm {command.name}")
         command.run(args)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _leave_unread():
+            return UNREAD
         if not _explains_itself(error):
             raise
         if getattr(args, "debug", False):
@@ -50,6 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tbrm {command.name}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def _leave_unread() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`; from now on it goes nowhere."""
+    pipes = select.poll()
+    pipes.register(1, 0)
+    pipes.register(2, 0)
+    gone = [number for number, event in pipes.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for number in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(gone)
 
 
 def _explains_itself(error: Exception) -> bool:

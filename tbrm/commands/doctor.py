@@ -9,6 +9,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
+import tbrm
 from tbrm.commands.command import Command
 from tbrm.commands.table import table
 
@@ -45,6 +46,7 @@ def _examine() -> list[tuple[str, str, str]]:
     model = ModelConfig(name="any")
     device = model.resolve_device()
     rows = [
+        ("tbrm", "yes", tbrm.__version__),
         ("python", "yes", platform.python_version()),
         (
             "torch",
