@@ -45,24 +45,46 @@ def load_config(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def load_sections(
-    source: str | None, overrides: Sequence[str] = (), *, seed: int = 0, **sections: dict[str, Any]
+    source: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    run: Path | None = None,
+    seed: int | None = None,
+    **sections: dict[str, Any],
 ) -> Config:
     """A config for the commands that use a model without training it. Raises ConfigError.
 
-    `source` is a recipe, of which the task, chat, rollout and evaluation sections are taken, or a task's name, or None.
-    `sections` replace keys of these and others (None values are left out), and overrides come last.
+    `source` is a recipe, of which the task, chat, rollout and evaluation sections are taken, or a task's name, or None. What it
+    lacks is as in the `run` of that folder, whose seed and precision are taken too. `sections` replace keys of these and
+    others (None values are left out), and overrides come last.
     """
     tree: dict[str, Any] = {}
+    if run is not None:
+        recipe = _read(run / "config.yaml")
+        model = recipe.get("model") or {}
+        tree = _used(recipe) | {
+            "model": {key: model[key] for key in ("precision", "trust_remote_code") if key in model}
+        }
+        seed = recipe.get("seed") if seed is None else seed
     if source is not None:
         is_recipe = source.endswith((".yaml", ".yml"))
-        tree = _read(source) if is_recipe else {"task": {"name": source}}
-        tree = {key: value for key, value in tree.items() if key in ("task", "chat", "rollout", "evaluation")}
+        tree |= _used(_read(source)) if is_recipe else {"task": {"name": source}}
     for name, values in sections.items():
         tree[name] = tree.get(name, {}) | {key: value for key, value in values.items() if value is not None}
-    required = {"run": {"dir": "."}, "objective": {"name": "tbrm", "beta": 1.0}, "trainer": {"steps": 1}, "seed": seed}
-    if source is None:
+    required = {
+        "run": {"dir": "."},
+        "objective": {"name": "tbrm", "beta": 1.0},
+        "trainer": {"steps": 1},
+        "seed": seed or 0,
+    }
+    if tree.get("task") is None:
         required["data"] = {"trajectories": "-"}
     return parse_config(_overridden({**required, **tree}, overrides))
+
+
+def _used(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Its sections that matter to who uses a model without training it."""
+    return {key: value for key, value in recipe.items() if key in ("task", "chat", "rollout", "evaluation")}
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
@@ -111,7 +133,7 @@ def _without_retired(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def with_sections(config: Config, **sections: BaseModel) -> Config:
+def with_sections(config: Config, **sections: BaseModel | dict[str, Any]) -> Config:
     """The config with other sections, checked as a whole once more. Raises ConfigError."""
     tree = {**dict(config), **sections}
     try:

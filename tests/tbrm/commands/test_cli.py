@@ -6,14 +6,20 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from tbrm.policy.load import resolve_model
+from tbrm.reporting.metrics import read_jsonl
+from tbrm.training.checkpoint import step_of
 from tests.tbrm.conftest import tiny_tree
 
 
@@ -28,9 +34,15 @@ def tbrm(*arguments: str | Path, cwd: Path, check: bool = True) -> subprocess.Co
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny_tree(folder / "run")))
+    evaluation = {"prompts": 5, "every": 2, "samples": 2, "temperature": 0.7}
+    tree = tiny_tree(folder / "run", evaluation=evaluation, model__precision="bfloat16", logging={})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     done = tbrm("train", "recipe.yaml", "seed=1", cwd=folder)
     assert "held-out accuracy" in done.stdout
+    said = done.stdout.splitlines()
+    assert f"{folder / 'run'} holds the run" in said
+    assert said[-1] == f"report    {folder / 'run' / 'report.html'}"
+    assert re.search(r"^step 1/4: \d\d:\d\d left, held-out ", done.stderr, re.MULTILINE)
     assert "\r" not in done.stderr  # no progress bar where there is no terminal
     assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["seed"] == 1
     return folder
@@ -88,12 +100,28 @@ def test_help_and_config_show_every_key(trained: Path) -> None:
     assert "task.family" in shown  # the task's own keys are known once it is
 
 
+def test_eval_of_a_run_evaluates_as_the_run_did(trained: Path) -> None:
+    for source in ("run", Path(resolve_model(str(trained / "run")))):
+        tbrm("eval", source, "--json", "same.json", cwd=trained)
+        now = json.loads((trained / "same.json").read_text())
+        step = step_of(Path(resolve_model(str(trained / "run"))))
+        [then] = [row for row in read_jsonl(trained / "run" / "eval.jsonl") if row["step"] == step]
+        assert (then["k"], then["n"]) == (2, 5)  # and not one greedy response to each of 200
+        assert {key: now[key] for key in then if key != "step"} == then
+        assert now["samples"] == read_jsonl(trained / "run" / "samples" / f"step-{step:06d}.jsonl")
+
+
+def test_eval_wants_a_task_of_what_is_no_run(trained: Path) -> None:
+    done = tbrm("eval", "tiny", cwd=trained, check=False)
+    assert done.stderr == "tbrm eval: --task: missing; tiny is not the folder of a run, whose task would be taken\n"
+
+
 def test_eval_takes_a_runs_best_checkpoint(trained: Path) -> None:
     out = tbrm(
         "eval", "run", "--task", "recipe.yaml", "--prompts", "4", "--k", "3", "--json", "eval.json", cwd=trained
     ).stdout
     assert "95% interval" in out
-    assert "sampled at temperature 1" in out
+    assert "sampled at temperature 0.7" in out  # the recipe's
     result = json.loads((trained / "eval.json").read_text())
     assert (result["n"], result["k"], len(result["samples"])) == (4, 3, 12)
     right = [sum(s["correct"] for s in result["samples"][i : i + 3]) for i in range(0, 12, 3)]
@@ -172,8 +200,38 @@ def test_score_reads_text_too_and_names_a_bad_line(trained: Path) -> None:
     assert "bad.jsonl:2: response: got None; wants text" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["config", "recipe.yaml"], ["train", "--help"], ["doctor"]])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(trained: Path, command: list[str]) -> None:
+    """As `| head` does that has seen enough."""
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tbrm", *command], cwd=trained, stdout=theirs, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    os.close(ours)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (141, "")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 1.5])
+def test_ctrl_c_while_libraries_are_loaded_ends_with_a_line(trained: Path, seconds: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tbrm", "score", "tiny", "nowhere.jsonl"],
+        cwd=trained,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs start without it
+    )
+    assert process.stderr is not None and process.stderr.readline().startswith("loading torch, transformers")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "\ntbrm: stopped by Ctrl-C\n")
+
+
 def test_doctor_names_what_is_usable(trained: Path) -> None:
     text = tbrm("doctor", cwd=trained).stdout
+    assert re.search(rf"^tbrm +yes +{re.escape(version('tbrm'))}$", text, re.MULTILINE)
     assert "kernels: torch" in text
     assert "model.device auto takes" in text
     assert re.search(r"attention: varlen +(no +wants|yes)", text)
@@ -182,9 +240,11 @@ def test_doctor_names_what_is_usable(trained: Path) -> None:
 
 
 def test_report_of_a_run(trained: Path) -> None:
+    page = trained / "run" / "report.html"
+    page.unlink()  # the run has left one
     text = tbrm("report", "run", cwd=trained).stdout
-    assert len(text.strip().splitlines()) == 5
-    assert (trained / "run" / "report.html").read_text().lstrip().startswith("<!")
+    assert text.splitlines()[0].startswith("accuracy ") and text.splitlines()[-1] == "report    run/report.html"
+    assert page.read_text().startswith("<!")
 
 
 def test_paths_on_the_command_line_may_begin_with_a_home(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
