@@ -6,7 +6,7 @@ import argparse
 import json
 
 from tbrm.commands.command import Command, at_least_one, recipe_arguments
-from tbrm.commands.start import load_libraries
+from tbrm.commands.start import load_libraries, read_config
 from tbrm.commands.table import table
 
 
@@ -20,9 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tbrm.config.recipe import load_config
-
-    config = load_config(args.recipe, args.overrides)
+    config = read_config(args)
     load_libraries(f"the shapes of {config.model.name}")
     from tbrm.plan import PHASES, make_plan
     from tbrm.plan.report import GIB, as_dict, rows, sentences

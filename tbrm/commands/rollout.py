@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tbrm.commands.command import Command, path, recipe_arguments
-from tbrm.commands.start import load_libraries, processes
+from tbrm.commands.start import load_libraries, processes, read_config
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tbrm.config.recipe import load_config
-
-    config = load_config(args.recipe, args.overrides)
+    config = read_config(args)
     load_libraries(config.model.name)
     from tbrm.experience.record import record
 

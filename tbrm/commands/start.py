@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,16 +17,29 @@ if TYPE_CHECKING:
     from tbrm.parallel import World
 
 
+def _speaks() -> bool:
+    """Whether this process is the one that talks to the user."""
+    place = find_place()
+    return place is None or place.rank == 0
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """That of the recipe and its overrides. Its task takes a second or two: it reads its files, or makes a first problem."""
+    from tbrm.config.recipe import load_config
+    from tbrm.reporting.progress import alive
+
+    with alive(f"reading {args.recipe}", shown=_speaks()):
+        return load_config(args.recipe, args.overrides)
+
+
 def load_libraries(model: str) -> None:
     """Says so first, once, for it takes many seconds. Then only errors of transformers: its bars and notices would break the
     progress bar. And that one process saves alone is what is meant."""
     from tbrm.reporting.progress import alive
 
-    place = find_place()
-    shown = place is None or place.rank == 0
-    if shown:
+    if _speaks():
         print(f"loading torch, transformers and {model}", file=sys.stderr, flush=True)
-    with alive("loading", shown=shown):
+    with alive("loading", shown=_speaks()):
         import transformers
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")

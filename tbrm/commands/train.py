@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbrm.commands.command import Command, recipe_arguments
-from tbrm.commands.start import load_libraries, processes
+from tbrm.commands.start import load_libraries, processes, read_config
 from tbrm.commands.table import table
 
 if TYPE_CHECKING:
@@ -32,9 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tbrm.config.recipe import load_config
-
-    config = load_config(args.recipe, args.overrides)
+    config = read_config(args)
     load_libraries(config.model.name)
     train(config, resume=args.resume, resume_anyway=args.resume_anyway, overwrite=args.overwrite)
 
