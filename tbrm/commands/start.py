@@ -67,8 +67,10 @@ def run_of(model: str) -> Path | None:
 
 
 def of_checkpoint(config: Config) -> Config:
-    """The config with the checkpoint that a run's folder stands for as its model."""
-    from tbrm.policy.load import resolve_model
+    """The config with the checkpoint that a run's folder stands for as its model, which is said."""
+    from tbrm.policy.load import find_model
 
-    model = config.model.model_copy(update={"name": resolve_model(config.model.name)})
-    return config.model_copy(update={"model": model})
+    name, taken = find_model(config.model.name)
+    if name != config.model.name and _speaks():
+        print(f"takes {taken}", file=sys.stderr)
+    return config.model_copy(update={"model": config.model.model_copy(update={"name": name})})

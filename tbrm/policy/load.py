@@ -185,8 +185,3 @@ def find_model(name: str) -> tuple[str, str]:
     if (Path(name) / "metrics.jsonl").is_file():
         raise ValueError(f"{name} is a run that has no checkpoint yet (checkpoint.every)")
     return name, name
-
-
-def resolve_model(name: str) -> str:
-    """What to load for a model's name. Raises ValueError."""
-    return find_model(name)[0]

@@ -47,6 +47,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        self.signal, self._noted_at = 0, None
         in_main_thread = threading.current_thread() is threading.main_thread()
         for number in AGAIN_SECONDS if in_main_thread else ():
             self._before[number] = signal.signal(number, self._note)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from tbrm.policy.load import resolve_model
+from tbrm.policy.load import find_model
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.training.checkpoint import step_of
 from tests.tbrm.conftest import tiny_tree
@@ -29,6 +29,11 @@ def tbrm(*arguments: str | Path, cwd: Path, check: bool = True) -> subprocess.Co
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def taken(trained: Path) -> str:
+    """The checkpoint of the run."""
+    return find_model(str(trained / "run"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +106,11 @@ def test_help_and_config_show_every_key(trained: Path) -> None:
 
 
 def test_eval_of_a_run_evaluates_as_the_run_did(trained: Path) -> None:
-    for source in ("run", Path(resolve_model(str(trained / "run")))):
-        tbrm("eval", source, "--json", "same.json", cwd=trained)
+    for source in ("run", Path(taken(trained))):
+        said = tbrm("eval", source, "--json", "same.json", cwd=trained).stderr
+        assert (f"takes {taken(trained)}, the " in said) == (source == "run")
         now = json.loads((trained / "same.json").read_text())
-        step = step_of(Path(resolve_model(str(trained / "run"))))
+        step = step_of(Path(taken(trained)))
         [then] = [row for row in read_jsonl(trained / "run" / "eval.jsonl") if row["step"] == step]
         assert (then["k"], then["n"]) == (2, 5)  # and not one greedy response to each of 200
         assert {key: now[key] for key in then if key != "step"} == then
@@ -141,10 +147,8 @@ def test_problems_that_a_run_did_not_hold_out_are_told_of(trained: Path) -> None
 def test_a_checkpoint_is_a_hugging_face_folder_and_so_is_what_export_makes_of_it(trained: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from tbrm.policy.load import resolve_model
-
     tbrm("export", "run", "exported", cwd=trained)
-    checkpoint = AutoModelForCausalLM.from_pretrained(resolve_model(str(trained / "run")))
+    checkpoint = AutoModelForCausalLM.from_pretrained(taken(trained))
     exported = AutoModelForCausalLM.from_pretrained(trained / "exported")
     assert exported.config._attn_implementation == "sdpa"
     assert exported.config.architectures == ["Qwen3ForCausalLM"]
@@ -175,9 +179,7 @@ def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
 
     from transformers import AutoModelForCausalLM
 
-    from tbrm.policy.load import resolve_model
-
-    lm = AutoModelForCausalLM.from_pretrained(resolve_model(str(trained / "run")))
+    lm = AutoModelForCausalLM.from_pretrained(taken(trained))
     for line, score in zip(lines, scores, strict=True):
         tokens = torch.tensor([line["prompt_ids"] + line["response_ids"]])
         start = len(line["prompt_ids"])

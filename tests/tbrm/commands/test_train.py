@@ -18,7 +18,7 @@ from tbrm.commands.cli import main
 from tbrm.config.section import ConfigError
 from tbrm.objectives import TrajectoryLoss
 from tbrm.objectives.tbrm import Tbrm
-from tbrm.policy.load import resolve_model
+from tbrm.policy.load import find_model
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.rollout.evaluate import Evaluation
@@ -161,7 +161,7 @@ def test_what_no_file_can_name_is_given_and_a_recipe_read_again_says_which_objec
     with pytest.raises(ConfigError, match=r"began with something else: model.name/weights"):
         tbrm.train(again, resume=True, reward=reward, **objects)
     assert tbrm.train(again, resume=True, reward=reward, **fresh)["steps"] == 3
-    assert resolve_model(str(run)).endswith(("step-000002", "step-000003"))
+    assert find_model(str(run))[0].endswith(("step-000002", "step-000003"))
 
 
 class Rows(Echo):
