@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from tbrm.policy.load import load_policy
 
     policy, tokenizer = load_policy(of_checkpoint(config))
-    with open(args.out, "w") if args.out else sys.stdout as out:
+    with open(args.out, "w") if args.out else nullcontext(sys.stdout) as out:
         for row in score_file(policy, make_chat(config, policy.lm, tokenizer), args.data, config.trainer.batch_tokens):
             out.write(json.dumps(row) + "\n")
 

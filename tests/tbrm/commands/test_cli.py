@@ -113,7 +113,7 @@ def test_eval_of_a_run_evaluates_as_the_run_did(trained: Path) -> None:
         step = step_of(Path(taken(trained)))
         [then] = [row for row in read_jsonl(trained / "run" / "eval.jsonl") if row["step"] == step]
         assert (then["k"], then["n"]) == (2, 5)  # and not one greedy response to each of 200
-        assert {key: now[key] for key in then if key != "step"} == then
+        assert {"step": step, **{key: now[key] for key in then if key != "step"}} == then
         assert now["samples"] == read_jsonl(trained / "run" / "samples" / f"step-{step:06d}.jsonl")
 
 
