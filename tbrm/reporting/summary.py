@@ -98,7 +98,7 @@ def _problems(run: Run, width: int) -> list[str]:
     for outcome, (before, after) in chosen:
         lines += ["", f"{outcome} ({len(groups[outcome])} of {len(run.samples)}): {before['prompt']}"]
         lines += [f"  answer: {before['answer']}", _response("before", before), _response("after", after)]
-    return [_fitting(line, width) for line in lines]
+    return [_fitting(line, width) for line in lines] + [""] * bool(lines)
 
 
 def _response(when: str, sample: Row | None) -> str:

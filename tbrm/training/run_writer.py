@@ -14,7 +14,7 @@ from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
-from tbrm.reporting.metrics import Metric, MetricsLog
+from tbrm.reporting.metrics import Metric, MetricsLog, read_jsonl
 from tbrm.reporting.progress import Progress, Watch, alive
 from tbrm.reporting.run_folder import HISTORY
 from tbrm.rollout.evaluate import Evaluation
@@ -57,6 +57,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         self._progress = self._stack.enter_context(Progress(config.trainer.steps, done=step))
         if resumed:
             self._progress.say(f"goes on after step {step} of {config.trainer.steps}")
+            for row in read_jsonl(self.run_dir / "eval.jsonl")[-1:]:
+                self._progress.evaluated(row["accuracy"], row.get("reward_mean") or 0.0)
         write_recipe(self.run_dir, config, resumed_at=step if resumed else None)
         (self.run_dir / "result.json").unlink(missing_ok=True)  # of a run that goes on from its end
 

@@ -41,6 +41,7 @@ def test_the_summary_says_what_was_learnt_how_and_at_what_cost(run_dir: Path) ->
         "  answer: answer 12",
         "  before (reward 0): So it is 7.",
         f"  after (reward 0): {ATTACK[:59]}…",
+        "",
     ]
 
 
@@ -103,7 +104,7 @@ def test_the_result_alone_gives_the_figures(tmp_path: Path) -> None:
 
 def test_a_problem_not_asked_again_yet_says_so(tmp_path: Path) -> None:
     write_samples(tmp_path, 0, [sample(0, correct=False)])
-    assert summary_lines(tmp_path)[-2:] == ["  before (reward 0): So it is 7.", "  after: not asked again yet"]
+    assert summary_lines(tmp_path)[-3:] == ["  before (reward 0): So it is 7.", "  after: not asked again yet", ""]
 
 
 def test_no_text_of_a_model_reaches_the_terminal_as_anything_but_text(
