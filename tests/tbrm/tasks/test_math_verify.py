@@ -48,6 +48,7 @@ def test_equality_is_mathematical(patient: Verifier, answer: str, response: str,
     assert grade(patient, (answer, response)) == [RIGHT if correct else WRONG]
 
 
+@pytest.mark.slow
 def test_responses_that_hang_the_grader_get_nothing_and_grading_goes_on() -> None:
     verify = make_verifier("math_verify", {"timeout_seconds": 4, "answer": "anywhere"})
     slow = Grade(0.0, False, "math_verify: took longer than 4 seconds")

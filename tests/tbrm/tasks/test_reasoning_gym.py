@@ -73,6 +73,7 @@ def test_a_problem_depends_on_index_and_seed_alone() -> None:
     assert forwards != [task.problem(index, seed=4) for index in range(20)]
 
 
+@pytest.mark.slow
 def test_problems_do_not_depend_on_the_hash_seed_of_the_interpreter() -> None:
     program = """
         from tbrm.tasks.reasoning_gym import ReasoningGym
@@ -154,6 +155,7 @@ def test_what_counts_as_correct_does_not_change_the_reward() -> None:
     assert (0.5 < grade.reward < 1, grade.correct) == (True, True)
 
 
+@pytest.mark.slow
 def test_an_answer_that_hangs_the_scorer_is_a_failure_and_grading_goes_on() -> None:
     task = make(family="countdown", answer="whole", timeout_seconds=2)
     problems = [task.problem(index, seed=0) for index in range(2)]
