@@ -9,6 +9,7 @@ TASKS = Registry(
     {
         "reasoning_gym": "tbrm.tasks.reasoning_gym:ReasoningGym",
         "file": "tbrm.tasks.file:FileTask",
+        "echo": "tbrm.tasks.echo:Echo",
         GIVEN: "tbrm.tasks.given:GivenTask",
     },
 )

@@ -104,7 +104,7 @@ class Task(ABC, BaseModel):
 
     name: str = Field(
         GIVEN,
-        description="Which task: reasoning_gym, file, package.module:Class, or given, an object (docs/python.md).",
+        description="Which task: reasoning_gym, file, echo, package.module:Class, or given, an object (docs/python.md).",
     )
     correct_at: float = Field(
         1.0,
@@ -121,6 +121,10 @@ class Task(ABC, BaseModel):
     @abstractmethod
     def heldout(self, count: int) -> list[Problem]:
         """`count` distinct held-out problems, the same on every call and for every training seed."""
+
+    def heldout_size(self) -> int | None:
+        """How many distinct problems can be held out; None: as many as are wanted."""
+        return None
 
     def files(self) -> dict[str, str]:
         """The files that problems are read from, by the key that names them: a resumed run wants them as they were."""

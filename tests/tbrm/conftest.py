@@ -37,6 +37,8 @@ from tbrm.config.schema import Config
 from tbrm.policy.tiny import tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+TINY = Path(__file__).parent / "recipes" / "tiny.yaml"
+"""A recipe of this suite: the tiny model, and a task of another package."""
 VOCABULARY = 97
 
 _SHAPE = {
@@ -142,8 +144,8 @@ def write_model(folder: Path, architecture: str, *, tied: bool = False) -> None:
 
 
 def tiny_tree(run_dir: Path, **overrides: Any) -> dict[str, Any]:
-    """The tiny recipe, shortened, with `section__key` overrides."""
-    tree: dict[str, Any] = yaml.safe_load((RECIPES / "tiny.yaml").read_text())
+    """That recipe, shortened, with `section__key` overrides."""
+    tree: dict[str, Any] = yaml.safe_load(TINY.read_text())
     tree["run"]["dir"] = str(run_dir)
     tree["optim"]["learning_rate"] = 1e-3  # YAML 1.1 reads 1e-3 as text
     tree["trainer"]["steps"] = 4

@@ -25,11 +25,11 @@ from tbrm.processes.launch import launched
 from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.training.export import export
 from tests.tbrm.conftest import ARCHITECTURES
+from tests.tbrm.conftest import TINY as RECIPE
 from tests.tbrm.parallel_steps import MICRO_BATCHES, MODELS, MODELS_OF
 
 COUNTS = (2, 4)
 MODEL_ON = [(model, count) for count in COUNTS for model in MODELS_OF[count]]
-RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 
 
 def torchrun(

@@ -10,7 +10,7 @@ from tbrm.config.model import ModelConfig
 from tbrm.config.recipe import config_to_dict, describe, load_config, load_sections, parse_config
 from tbrm.config.section import ConfigError
 from tbrm.policy.load import load_policy
-from tests.tbrm.conftest import RECIPES, tiny_tree
+from tests.tbrm.conftest import RECIPES, TINY, tiny_tree
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -29,7 +29,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
         "seed=3",
         "logging.wandb=true",
     ]
-    config = load_config(RECIPES / "tiny.yaml", overrides)
+    config = load_config(TINY, overrides)
     assert (config.optim.learning_rate, config.objective.beta, config.seed) == (1e-5, 0.5, 3)
     assert config.task.params["max_digits"] == 1
     assert config.logging.wandb is True
@@ -117,7 +117,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
 )
 def test_bad_keys_and_values_are_named(override: str, message: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text((RECIPES / "tiny.yaml").read_text() + "\nseed: 0\n")
+    recipe.write_text(TINY.read_text() + "\nseed: 0\n")
     with pytest.raises(ConfigError, match=message):
         load_config(recipe, [override])
 
@@ -127,7 +127,7 @@ def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
         "[http://10.0.0.7:8000, http://h:1/, https://h/v1, http://h:2/v1/, 'http://[::1]:8', https://h/team/v1, "
         "/run/V, HTTP://Up:1/Team, http://v1]"
     )
-    config = load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={written}"])
+    config = load_config(TINY, ["rollout.engine=vllm", f"rollout.vllm.addresses={written}"])
     known = [
         "http://10.0.0.7:8000",
         "http://h:1",
@@ -140,7 +140,7 @@ def test_addresses_of_servers_are_taken_as_people_write_them() -> None:
         "http://v1",
     ]
     assert config.rollout.vllm.addresses == known
-    assert load_config(RECIPES / "tiny.yaml", ["rollout.engine=vllm", f"rollout.vllm.addresses={known}"]) == config
+    assert load_config(TINY, ["rollout.engine=vllm", f"rollout.vllm.addresses={known}"]) == config
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
 
 def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
     """YAML 1.1 reads 2e-5 as text; nobody who writes a recipe expects that."""
-    config = load_config(RECIPES / "tiny.yaml", ["optim.learning_rate=2e-5", "optim.eps=1E-7", "objective.beta=5e-1"])
+    config = load_config(TINY, ["optim.learning_rate=2e-5", "optim.eps=1E-7", "objective.beta=5e-1"])
     assert (config.optim.learning_rate, config.optim.eps, config.objective.beta) == (2e-5, 1e-7, 0.5)
 
 
@@ -195,14 +195,14 @@ def test_commands_take_only_the_task_and_rollouts_of_a_recipe() -> None:
 )
 def test_what_a_file_of_trajectories_rules_out(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(RECIPES / "tiny.yaml", ["data.trajectories=some.jsonl", *overrides])
+        load_config(TINY, ["data.trajectories=some.jsonl", *overrides])
 
 
 @pytest.mark.parametrize("setting", ["addresses=[http://localhost:8000]", "transfer=broadcast"])
 def test_what_only_servers_take_is_refused_without_them(setting: str) -> None:
     key, _, _ = setting.partition("=")
     with pytest.raises(ConfigError, match=rf"rollout.vllm.{key} is .* but rollout.engine is 'embedded'"):
-        load_config(RECIPES / "tiny.yaml", [f"rollout.vllm.{setting}"])
+        load_config(TINY, [f"rollout.vllm.{setting}"])
 
 
 @pytest.mark.parametrize(("device", "seen"), [("cuda", 0), ("cuda:7", 1), ("cuda:2", 2)])
@@ -210,7 +210,8 @@ def test_a_gpu_that_is_not_there_is_named_before_anything_is_loaded_or_written(
     tmp_path: Path, device: str, seen: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
-    recipe = str(RECIPES / "tiny.yaml")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so that no hub is asked whether it is there
+    recipe = str(TINY)
     assert main(["train", recipe, f"run.dir={tmp_path / 'run'}", "model.name=none/such", f"model.device={device}"]) == 1
     said = f"tbrm train: model.device: {device}; torch sees {seen or 'no'} GPU"
     assert said in capsys.readouterr().err

@@ -22,7 +22,7 @@ from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.training.export import export
 from tbrm.training.trainer import Trainer
-from tests.tbrm.conftest import ARCHITECTURES, tiny_config
+from tests.tbrm.conftest import ARCHITECTURES, TINY, tiny_config
 from tests.tbrm.policy.test_lora import TARGETS
 
 
@@ -96,8 +96,7 @@ def test_a_run_saves_resumes_exports_and_is_evaluated(
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(ids).logits, theirs)
     assert (theirs - plain).abs().max() > 1e-3
 
-    recipe = Path(__file__).parents[3] / "recipes" / "tiny.yaml"
-    assert main(["eval", str(tmp_path / "run"), "--task", str(recipe), "--prompts", "2"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--task", str(TINY), "--prompts", "2"]) == 0
     assert "accuracy" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from tbrm.config.recipe import load_config
 from tbrm.config.section import ConfigError
 from tbrm.policy.load import load_model
 from tbrm.storage.paths import expand, is_path
-from tests.tbrm.conftest import RECIPES
+from tests.tbrm.conftest import TINY
 
 OF_CONFIG = ["run.dir", "model.name", "data.trajectories", "rollout.vllm.weights_dir"]
 
@@ -28,20 +28,20 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("key", OF_CONFIG)
 def test_every_key_that_is_a_path_knows_homes_and_variables(key: str, home: Path) -> None:
     for written in ("~/x", "$HOME/x", "${HOME}/x"):
-        config = load_config(RECIPES / "tiny.yaml", [f"{key}={written}"])
+        config = load_config(TINY, [f"{key}={written}"])
         value = config
         for part in key.split("."):
             value = getattr(value, part)
         assert value == f"{home}/x"
     with pytest.raises(ConfigError, match=rf"{key}: '\$NOWHERE/x' names the environment variable 'NOWHERE'"):
-        load_config(RECIPES / "tiny.yaml", [f"{key}=$NOWHERE/x"])
+        load_config(TINY, [f"{key}=$NOWHERE/x"])
 
 
 def test_so_do_a_recipe_itself_its_lists_and_its_task(home: Path) -> None:
     rows = [{"prompt": "1 + 1", "answer": "2"}]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "recipe.yaml").write_text(
-        (RECIPES / "tiny.yaml").read_text().split("task:")[0].replace("runs/tiny", "$SCRATCH/run")
+        TINY.read_text().split("task:")[0].replace("runs/tiny", "$SCRATCH/run")
         + "task: {name: file, path: ~/rows.jsonl, heldout_path: $HOME/rows.jsonl, verifier: exact}\n"
         + "objective: {name: tbrm, beta: 0.1}\ntrainer: {steps: 1}\n"
         + "replay: {capacity: 9, samples_per_step: 1, files: [~/a*.jsonl]}\n"
@@ -64,7 +64,7 @@ def test_what_means_a_folder_asks_no_hub(home: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(home)
     (home / "models").mkdir()
     (home / "model.gguf").write_text("")
-    for name in ("./x", "../x", "/x", "a/b/c", "models/x", "model.gguf", "models"):
+    for name in ("./x", "../x", "/x", "a/b/c", "runs/x", "models/x", "model.gguf", "models"):
         assert is_path(name)
     for name in ("gpt2", "owner/name", "tiny"):
         assert not is_path(name)

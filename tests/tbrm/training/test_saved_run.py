@@ -1,7 +1,8 @@
 """A run that an earlier layout of the sources saved goes on as it did there.
 
-`saved_run/` is `tbrm train recipes/tiny.yaml` of the commit before the rooms (0288421), two steps of four trajectories to each
-of four prompts; `resumed.jsonl` are the metrics of the two steps that followed there, with `trainer.steps=4 --resume`.
+`saved_run/` is `tbrm train recipes/tiny.yaml` (now tests/tbrm/recipes/tiny.yaml) of the commit before the rooms (0288421), two
+steps of four trajectories to each of four prompts; `resumed.jsonl` are the metrics of the two steps that followed there, with
+`trainer.steps=4 --resume`.
 """
 
 from __future__ import annotations

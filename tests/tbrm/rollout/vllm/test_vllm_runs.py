@@ -22,7 +22,7 @@ from tbrm.rollout.vllm.server import Server
 from tbrm.tasks import ProblemStream
 from tbrm.training.checkpoint import Checkpoint
 from tbrm.training.trainer import Trainer
-from tests.tbrm.conftest import RECIPES
+from tests.tbrm.conftest import TINY
 from tests.tbrm.rollout.vllm.served import Left, engine_of, guards_of, kill_core_of_a_call, kill_worker, wait_until
 from tests.tbrm.rollout.vllm.vllm_runs import OPTIONS, assert_answers_are_the_policys, save_model, vllm_config
 from tests.tbrm.test_parallel import torchrun
@@ -113,7 +113,7 @@ def test_rollouts_beside_the_training_of_two_processes(tmp_path: Path) -> None:
     """Their slices become the server's weights between two steps; everything else of a rollout goes on beside a step."""
     settings = ("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=1", "rollout.max_staleness=1")
     every = ("trainer.steps=4", "evaluation.every=2", "checkpoint.every=3")
-    torchrun(2, "tbrm", "train", RECIPES / "tiny.yaml", f"run.dir={tmp_path}", *settings, *every)
+    torchrun(2, "tbrm", "train", TINY, f"run.dir={tmp_path}", *settings, *every)
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(row["staleness_mean"], row["staleness_max"]) for row in rows] == [(0, 0), (1, 1), (1, 1), (1, 1)]
     assert {(row["trajectories"], row["dropped"]) for row in rows} == {(128, 0)}
@@ -153,7 +153,7 @@ def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
         "-m",
         "tbrm",
         "train",
-        str(RECIPES / "tiny.yaml"),
+        str(TINY),
         f"run.dir={run}",
         f"trainer.steps={steps}",
     ]
@@ -183,7 +183,7 @@ def test_soak_a_server_killed_5_times_in_200_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert {(row["trajectories"], row["dropped"], row["staleness_mean"]) for row in rows} == {(128, 0, 0)}
     assert rows[-1]["engine/restarts"] == len(kills)
-    config = load_config(RECIPES / "tiny.yaml")
+    config = load_config(TINY)
     problems = ProblemStream(config.task, config.seed, config.task.heldout(config.evaluation.prompts))
     problems.take(config.rollout.prompts * steps)
     assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.position == problems.position
