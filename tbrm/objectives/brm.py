@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tbrm.objectives.objective import Objective, TrajectoryLoss
 
@@ -17,6 +17,8 @@ class Brm(Objective):
     The reward arrives with the last action. The residuals of a trajectory telescope to that of `tbrm`, which is what the
     metrics show.
     """
+
+    wants_reward_above_value: ClassVar[bool] = True
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         from tbrm_kernels import segment_sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -58,6 +58,9 @@ class Objective(ABC, BaseModel):
     reset_reference_every: int = Field(
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
     )
+
+    wants_reward_above_value: ClassVar[bool] = False
+    """Whether V(s_1) itself is fitted to R/beta: then the mean of R/beta must not begin below it, which is looked at."""
 
     @property
     def wants_several_responses(self) -> str | None:

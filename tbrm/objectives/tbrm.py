@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tbrm.objectives.objective import Objective, TrajectoryLoss
 
@@ -17,6 +17,8 @@ class Tbrm(Objective):
     Nothing is detached: this is the true gradient. The mean of R/beta must not be below V(s_1), which is the level of the
     logits, 35 to 50 for a small chat model, or wrong answers are pushed down before right ones are pushed up.
     """
+
+    wants_reward_above_value: ClassVar[bool] = True
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         from tbrm_kernels import segment_sums, trajectory_residual

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -12,30 +11,12 @@ from typing import Any, Self
 
 from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config
-from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Metric, MetricsLog, read_jsonl
 from tbrm.reporting.progress import Progress, Watch, alive
-from tbrm.reporting.run_folder import HISTORY
 from tbrm.rollout.evaluate import Evaluation
+from tbrm.training.level import level_warning
 from tbrm.training.resume import write_recipe
-
-RUN_FILES = (
-    "config.yaml",
-    HISTORY,
-    "metrics.jsonl",
-    "eval.jsonl",
-    "result.json",
-    "report.html",
-    "wandb_id.txt",
-    "samples",
-    "plots",
-    "tensorboard",
-    "checkpoints",
-    "engine",
-    "replay",
-)
-"""What a run leaves in its folder."""
 
 
 class RunWriter(AbstractContextManager["RunWriter"]):
@@ -50,6 +31,7 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _open(self, config: Config, step: int, resumed: bool) -> None:
         resolved = config_to_dict(config)
+        self._objective = config.objective
         self._correct_at = config.task.correct_at if config.task else 1.0
         self._log = self._stack.enter_context(
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
@@ -68,6 +50,8 @@ class RunWriter(AbstractContextManager["RunWriter"]):
     def _step(self, step: int, metrics: Mapping[str, Metric]) -> None:
         self._log.log(step, metrics)
         self._progress.advance(metrics)
+        if step == 1 and (warning := level_warning(self._objective, metrics)):
+            self._progress.say(warning)
         if metrics.get("trajectories") == 0:
             lost = {name: metrics.get(name, 0) for name in ("ungraded", "dropped")}
             self._progress.say(
@@ -105,23 +89,3 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
-
-
-def prepare_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Sees to it that no earlier run is lost unasked. Raises ConfigError."""
-    if overwrite:
-        # Only what a run writes: run.dir may be a folder that holds other things too.
-        for name in RUN_FILES:
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif not resume:
-        refuse_another_run(run_dir)
-
-
-def refuse_another_run(run_dir: Path) -> None:
-    """Raises ConfigError where the folder holds a run, which another one would overwrite."""
-    if (run_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"run.dir: {str(run_dir)!r} holds a run already; give --resume to go on with it, --overwrite to delete it (of "
-            "tbrm.train, resume=True or overwrite=True), or another run.dir"
-        )
