@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tbrm.commands.command import Command, at_least_one, model_argument, overrides, path
-from tbrm.commands.start import load_libraries, of_checkpoint, processes, run_of
+from tbrm.commands.start import load_libraries, of_checkpoint, processes, require_model, run_of
 from tbrm.commands.table import table
 
 if TYPE_CHECKING:
@@ -38,8 +38,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tbrm.config.section import ConfigError
+
     run_dir = run_of(args.model)
     config = _configured(args, run_dir)
+    task, chosen = config.task, config.evaluation
+    assert task is not None  # or it would have been asked for
+    if not chosen.prompts:
+        raise ConfigError(
+            "evaluation.prompts: 0, or the task holds no problems out: give --prompts N, with task.heldout_path=FILE or "
+            "task.heldout_rows=N for a task of a file"
+        )
+    problems = task.heldout(chosen.prompts)
+    require_model(config.model)
     load_libraries(args.model)
     from tbrm.chat import make_chat
     from tbrm.policy.load import load_policy
@@ -49,9 +60,6 @@ def run(args: argparse.Namespace) -> None:
     from tbrm.rollout.interface import derive_seed
     from tbrm.training.checkpoint import step_of
 
-    task, chosen = config.task, config.evaluation
-    assert task is not None  # or it would have been asked for
-    problems = task.heldout(chosen.prompts)
     if run_dir is not None:
         _warn_of_trained_problems(run_dir, task, problems)
     config = of_checkpoint(config)

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from tbrm.commands.command import Command, at_least_one, recipe_arguments
-from tbrm.commands.start import load_libraries, read_config
+from tbrm.commands.start import load_libraries, read_config, require_model
 from tbrm.commands.table import table
 
 
@@ -21,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = read_config(args)
+    require_model(config.model)
     load_libraries(f"the shapes of {config.model.name}")
     from tbrm.plan import PHASES, make_plan
     from tbrm.plan.report import GIB, as_dict, rows, sentences

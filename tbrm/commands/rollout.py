@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tbrm.commands.command import Command, path, recipe_arguments
-from tbrm.commands.start import load_libraries, processes, read_config
+from tbrm.commands.start import load_libraries, processes, read_config, require_model
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     config = read_config(args)
+    require_model(config.model)
     load_libraries(config.model.name)
     from tbrm.experience.record import record
 

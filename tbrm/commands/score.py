@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tbrm.commands.command import Command, model_argument, overrides, path
-from tbrm.commands.start import load_libraries, of_checkpoint
+from tbrm.commands.start import load_libraries, of_checkpoint, require_model
 
 if TYPE_CHECKING:
     from tbrm.chat import Chat
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from tbrm.config.recipe import load_sections
 
     config = load_sections(None, args.overrides, model={"name": args.model})
+    require_model(config.model)
     load_libraries(args.model)
     from tbrm.chat import make_chat
     from tbrm.policy.load import load_policy

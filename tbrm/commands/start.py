@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tbrm.processes.place import find_place
 
 if TYPE_CHECKING:
+    from tbrm.config.model import ModelConfig
     from tbrm.config.schema import Config
     from tbrm.parallel import World
 
@@ -30,6 +31,15 @@ def read_config(args: argparse.Namespace) -> Config:
 
     with alive(f"reading {args.recipe}", shown=_speaks()):
         return load_config(args.recipe, args.overrides)
+
+
+def require_model(config: ModelConfig) -> None:
+    """Raises ConfigError where the model is not there: before anything heavy is loaded."""
+    from tbrm.policy.hub import require_hub
+
+    config.refuse_given()
+    config.require_folder()
+    require_hub(config)
 
 
 def load_libraries(model: str) -> None:

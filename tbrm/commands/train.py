@@ -32,7 +32,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from tbrm.config.foreseen import refuse_foreseen
+    from tbrm.policy.hub import require_hub
+    from tbrm.training.run_dir import refuse_another_run
+
     config = read_config(args)
+    refuse_foreseen(config)
+    if not (args.resume or args.resume_anyway or args.overwrite):
+        refuse_another_run(Path(config.run.dir))
+    require_hub(config.model)
     load_libraries(config.model.name)
     train(config, resume=args.resume, resume_anyway=args.resume_anyway, overwrite=args.overwrite)
 
@@ -61,8 +69,8 @@ def train(
     from tbrm.policy.given import lent
     from tbrm.training.given import check_objects, with_objects
     from tbrm.training.resume import nothing_left
+    from tbrm.training.run_dir import prepare_run_dir
     from tbrm.training.run_lock import RunLock
-    from tbrm.training.run_writer import prepare_run_dir
     from tbrm.training.trainer import Trainer
 
     going_on = resume or resume_anyway

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from tbrm.config.section import ConfigError, Section
+from tbrm.registry import GIVEN
 from tbrm.storage.path_keys import ExpandedPath
+from tbrm.storage.paths import is_path
 
 if TYPE_CHECKING:
     import torch
+
+_DEMO = "SmolLM2-135M-Instruct"
+_WHENCE = {
+    _DEMO: f"In a clone of tbrm `make demo` makes it; with a hub at hand, model.name=HuggingFaceTB/{_DEMO} is the same model",
+}
+"""Where folders come from that our recipes name."""
 
 
 class ModelConfig(Section):
@@ -52,6 +61,26 @@ class ModelConfig(Section):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError(f"got {device!r}; wants auto, cpu, cuda or cuda:N")
         return device
+
+    def refuse_given(self) -> None:
+        """Raises ConfigError where the model is an object, for those who have none."""
+        if self.name == GIVEN:
+            raise ConfigError(
+                "model.name: given, which stands for an object of Python's: give it, tbrm.train(config, model=MODULE, "
+                "tokenizer=TOKENIZER), or name a model"
+            )
+
+    def require_folder(self) -> None:
+        """Raises ConfigError where the name is that of a folder, and none is there."""
+        if not is_path(self.name) or Path(self.name).is_dir():
+            return
+        path = Path(self.name)
+        what = "a file" if path.exists() else "not there"
+        whence = "`tbrm import-gguf FILE OUT` makes one of a GGUF file" if path.exists() else _WHENCE.get(path.name)
+        raise ConfigError(
+            f"model.name: {self.name!r} is {what}; wants a folder (relative ones start at {Path.cwd()}). "
+            f"{whence or 'A model of a hub is named OWNER/NAME'}"
+        )
 
     def resolve_device(self) -> torch.device:
         """Raises ConfigError for a GPU that is not there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
+from tbrm.config.synonyms import meant_by
 from tbrm.objectives import OBJECTIVES, Objective
 from tbrm.tasks import TASKS, Task
 
@@ -117,7 +117,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     if "task" not in kinds:
         return config
     # Last, since a task takes its time: it reads its files, or makes a first problem.
-    return config.model_copy(update={"task": _build("task", kinds["task"], tree["task"])})
+    return _evaluated(config.model_copy(update={"task": _build("task", kinds["task"], tree["task"])}))
 
 
 def _without_retired(tree: dict[str, Any]) -> dict[str, Any]:
@@ -137,9 +137,15 @@ def with_sections(config: Config, **sections: BaseModel | dict[str, Any]) -> Con
     """The config with other sections, checked as a whole once more. Raises ConfigError."""
     tree = {**dict(config), **sections}
     try:
-        return Config.model_validate(tree)
+        return _evaluated(Config.model_validate(tree))
     except ValidationError as error:
         raise ConfigError(_explain(error, Config, tree)) from None
+
+
+def _evaluated(config: Config) -> Config:
+    """On no more problems than its task has."""
+    held_out = config.task.heldout_size() if config.task else None
+    return config.model_copy(update={"evaluation": config.evaluation.fitted(held_out)})
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -199,11 +205,8 @@ def _explain(error: ValidationError, model: type[BaseModel], tree: dict[str, Any
 def _explain_one(detail: ErrorDetails, known: list[str], prefix: str) -> str:
     key = ".".join(str(part) for part in ((prefix,) if prefix else ()) + detail["loc"])
     if detail["type"] == "extra_forbidden":
-        leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = difflib.get_close_matches(key, known, n=1) or [
-            leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(leaves), n=1)
-        ]
-        hint = f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(known)}"
+        meant = meant_by(key, known)
+        hint = f"; did you mean {meant}?" if meant else f"; valid keys: {', '.join(known)}"
         return f"{key}: unknown key (value {detail['input']!r}){hint}"
     if detail["type"] == "missing":
         return f"{key}: missing; it has no default"

@@ -66,7 +66,11 @@ class ParallelConfig(Section):
 
 
 class EvaluationConfig(Section):
-    prompts: int = Field(200, ge=0, description="Held-out problems; never trained on. 0: no evaluation.")
+    prompts: int = Field(
+        200,
+        ge=0,
+        description="Held-out problems; never trained on. 0: no evaluation. Left out: 200, or all that the task holds out.",
+    )
     every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after training.")
     samples: int = Field(1, ge=1, description="Responses to each problem: k of avg@k and pass@k.")
     temperature: float = Field(0.0, ge=0, description="Temperature of the sampling; 0: greedy.")
@@ -77,6 +81,20 @@ class EvaluationConfig(Section):
             raise ValueError(f"samples is {self.samples} but temperature is 0: greedy responses are all the same; "
                              "set samples to 1 or temperature above 0")  # fmt: skip
         return self
+
+    @property
+    def says_prompts(self) -> bool:
+        """Whether `prompts` is somebody's word, and not what `fitted` found."""
+        return "prompts" in self.model_fields_set
+
+    def fitted(self, held_out: int | None) -> EvaluationConfig:
+        """With as many problems as there are, if that is known and `prompts` was left out."""
+        if self.says_prompts:
+            return self
+        default: int = type(self).model_fields["prompts"].default
+        fitted = self.model_copy(update={"prompts": default if held_out is None else min(default, held_out)})
+        fitted.model_fields_set.discard("prompts")
+        return fitted
 
 
 class CheckpointConfig(Section):

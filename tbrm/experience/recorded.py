@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tbrm.config.section import ConfigError
+from tbrm.config.foreseen import require_recorded
 from tbrm.experience.offline import RowReader
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.reporting.metrics import Phases
@@ -19,16 +19,8 @@ class RecordedFiles:
     """Reads what is new in the files that `patterns` match: whole lines alone, each of them once. `position` is all of its
     state: how many bytes and lines of each file are read, and how many groups were made of them."""
 
-    def __init__(
-        self,
-        patterns: Sequence[str],
-        rows: RowReader,
-    ) -> None:
-        for pattern in patterns:
-            if not (glob.has_magic(pattern) or Path(pattern).is_file()):
-                raise ConfigError(
-                    f"replay.files: {pattern!r} is not there; give files that are, or a pattern with * for those to come"
-                )
+    def __init__(self, patterns: Sequence[str], rows: RowReader) -> None:
+        require_recorded(patterns)
         self.patterns = patterns
         self.rows = rows
         self.position: dict[str, list[int]] = {}

@@ -12,21 +12,12 @@ from tbrm.config.section import ConfigError
 from tbrm.registry import GIVEN
 
 
-def refuse_given(config: ModelConfig) -> None:
-    """Raises ConfigError where the config's model is an object, and none is here."""
-    if config.name == GIVEN:
-        raise ConfigError(
-            "model.name: given, which stands for an object of Python's: give it, tbrm.train(config, model=MODULE, "
-            "tokenizer=TOKENIZER), or name a model"
-        )
-
-
 def check_given(config: ModelConfig, lm: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raises ConfigError unless the config and what was given are one model, and its tokenizer."""
     if lm is None:
         if config.name != GIVEN and tokenizer is not None:
             raise ConfigError("tokenizer: given without a model; that of model.name comes with it: leave it out")
-        refuse_given(config)
+        config.refuse_given()
         return
     if config.name != GIVEN:
         raise ConfigError(

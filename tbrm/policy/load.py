@@ -23,7 +23,7 @@ from tbrm.config.schema import Config
 from tbrm.parallel import ALONE, World
 from tbrm.policy.architecture import check_architecture
 from tbrm.policy.attention_choice import NAMES, choose_attention
-from tbrm.policy.given import refuse_given
+from tbrm.policy.hub import require_hub
 from tbrm.policy.hub_folder import remember_dtype
 from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
 from tbrm.policy.lora import Adapters, has_adapters, load_merged
@@ -35,7 +35,6 @@ from tbrm.policy.sharding import Sharding
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.policy.weights import materialise
 from tbrm.reporting.progress import alive
-from tbrm.storage.paths import is_path
 
 
 def load_model(
@@ -46,13 +45,8 @@ def load_model(
 
     With `meta` a model from a folder or hub has no weights yet: it is on the meta device. Raises ValueError.
     """
-    refuse_given(config)
-    if is_path(config.name) and not Path(config.name).is_dir():
-        what = "a file" if Path(config.name).exists() else "not there"
-        raise ValueError(
-            f"model.name: {config.name!r} is {what}; wants a folder (relative ones start at {Path.cwd()}). "
-            "`tbrm import-gguf FILE OUT` makes one of a GGUF file"
-        )
+    config.refuse_given()
+    config.require_folder()
     if has_adapters(config.name):
         if meta:
             raise ValueError(
@@ -65,6 +59,7 @@ def load_model(
     if config.name == "tiny":
         tokenizer = tiny_tokenizer()
         return tiny_model(len(tokenizer), seed), tokenizer
+    require_hub(config)
     where = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **where)

@@ -11,9 +11,7 @@ from typing import Any
 import yaml
 
 from tbrm.reporting.metrics import read_jsonl
-
-HISTORY = "config-history.jsonl"
-"""Beside config.yaml: a line for every resume with another recipe."""
+from tbrm.storage.run_files import HISTORY
 
 Row = dict[str, Any]
 SamplePair = tuple[Row, Row | None]

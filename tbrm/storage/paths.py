@@ -30,5 +30,5 @@ def expand(path: str) -> str:
 
 def is_path(model: str) -> bool:
     """Whether a model's name means a folder, there or not, and no hub's `owner/name`."""
-    looks_like_one = model.startswith((".", "/", "~")) or model.count("/") > 1
+    looks_like_one = model.startswith((".", "/", "~", "runs/")) or model.count("/") > 1
     return looks_like_one or Path(model).exists() or ("/" in model and Path(model).parent.is_dir())

@@ -137,6 +137,9 @@ class FileTask(Task):
         epoch, place = divmod(index, len(self._training))
         return self._training[_order(len(self._training), seed, epoch)[place]]
 
+    def heldout_size(self) -> int:
+        return len({problem.key for problem in self._heldout})
+
     def heldout(self, count: int) -> list[Problem]:
         distinct = list({problem.key: problem for problem in self._heldout}.values())
         if count > len(distinct):

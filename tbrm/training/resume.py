@@ -22,7 +22,7 @@ from tbrm.config.recipe import config_to_dict
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.reporting.metrics import read_jsonl
-from tbrm.reporting.run_folder import HISTORY
+from tbrm.storage.run_files import HISTORY
 from tbrm.training.checkpoint import latest_step
 
 MAY_CHANGE = {

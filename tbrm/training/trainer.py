@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tbrm.chat import make_chat
+from tbrm.config.foreseen import notes
 from tbrm.config.launched import check_launched
 from tbrm.config.schema import Config
 from tbrm.experience.offline import RowReader, write_trajectories
@@ -57,7 +58,8 @@ from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
 from tbrm.training.optimizer import Optimisers, Part
 from tbrm.training.resolved import is_same_reference, resolve, resolve_given
-from tbrm.training.run_writer import RunWriter, refuse_another_run
+from tbrm.training.run_dir import refuse_another_run
+from tbrm.training.run_writer import RunWriter
 from tbrm.training.schedule import learning_rate_at
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.trajectories.batch import ScoredBatch
@@ -128,14 +130,14 @@ class Trainer:
 
     def _leave_out_long_problems(self) -> None:
         """Of those held out; and says so, with what else a user should know of the problems."""
-        notes = list(self.config.task.notes()) if self.config.task else []
+        told = notes(self.config)
         short, _ = self.chat.encode_problems(self.heldout)
         if left_out := len(self.heldout) - len(short):
-            notes.append(
+            told.append(
                 f"evaluation: {left_out} of {len(self.heldout)} problems left out, by rollout.max_prompt_tokens"
             )
         self.heldout = short
-        for note in notes if self.world.is_main else []:
+        for note in told if self.world.is_main else []:
             print(note, file=sys.stderr)
 
     def train(self) -> dict[str, Any]:

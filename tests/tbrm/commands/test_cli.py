@@ -260,7 +260,8 @@ def test_paths_on_the_command_line_may_begin_with_a_home(trained: Path, monkeypa
     assert "names the environment variable 'NOWHERE', which is not set" in refused.stderr
 
 
-def test_a_missing_model_is_named(trained: Path) -> None:
+def test_a_missing_model_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # else a hub is asked
     done = tbrm("eval", "no/such-model", "--task", "recipe.yaml", cwd=trained, check=False)
     assert done.returncode == 1
     assert "model.name: 'no/such-model' cannot be loaded" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tbrm.config.section import ConfigError
-from tbrm.training.run_writer import prepare_run_dir
+from tbrm.training.run_dir import prepare_run_dir
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
 from tests.tbrm.training.runs import AHEAD, REPLAY, assert_same_run, rows
