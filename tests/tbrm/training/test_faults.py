@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -64,6 +65,8 @@ def test_a_signal_saves_and_leaves_with_a_clear_line(tmp_path: Path, number: int
     last = read_jsonl(run / "metrics.jsonl")[-1]["step"]
     line = f"tbrm train: {signal.Signals(number).name}: stopped after step {last}, which is saved; go on with --resume"
     assert line in errors, errors
+    said = re.findall(r"SIG\w+: the (?:step|evaluation) under way is finished and a checkpoint written", errors)
+    assert len(said) == 1, errors  # at once, and by one of the processes
     assert (run / "checkpoints" / "latest").resolve().name == f"step-{last:06d}"
     assert Checkpoint((run / "checkpoints" / "latest").resolve()).state.step == last
     if processes == 1:
