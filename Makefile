@@ -33,7 +33,6 @@ $(MODEL): | $(VENV)/installed
 
 demo: $(VENV)/installed $(MODEL)
 	$(BIN)/tbrm train recipes/demo.yaml --overwrite seed=$(SEED) run.dir=$(RUN) rollout.engine=$(ENGINE)
-	$(BIN)/tbrm report $(RUN)
 
 # A file of tests is one worker's from its beginning to its end, with torch on one thread.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tbrm.reporting.facts import Accuracy, accuracies, facts, group_by_outcome, mean_rewards, n_heldout
+from tbrm.reporting.progress import alive
 from tbrm.reporting.run_folder import Row, Run, read_run
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -34,11 +35,12 @@ def print_summary(run_dir: Path, report: str) -> None:
 
 def _write_page(run_dir: Path) -> str:
     """Where it is, or why it is not: what draws its plots may not be installed."""
-    try:
-        from tbrm.reporting.page import write_report
-    except ModuleNotFoundError as error:
-        return f"none: {error}; with that installed, `tbrm report {run_dir}` writes it"
-    return str(write_report(run_dir))
+    with alive(f"writing {run_dir / 'report.html'}"):  # matplotlib's first import on a machine looks for fonts
+        try:
+            from tbrm.reporting.page import write_report
+        except ModuleNotFoundError as error:
+            return f"none: {error}; with that installed, `tbrm report {run_dir}` writes it"
+        return str(write_report(run_dir))
 
 
 def summary_lines(run_dir: Path, width: int = 100) -> list[str]:
