@@ -228,7 +228,9 @@ def test_ctrl_c_while_libraries_are_loaded_ends_with_a_line(trained: Path, secon
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "\ntbrm: stopped by Ctrl-C\n")
+    assert said == "\ntbrm: stopped by Ctrl-C\n"
+    # 130 for a shell either way: where the interrupt passed through an exec() of text, Python ends itself by the signal.
+    assert process.returncode in (130, -signal.SIGINT)
 
 
 def test_doctor_names_what_is_usable(trained: Path) -> None:
