@@ -96,7 +96,7 @@ def _problems(run: Run, width: int) -> list[str]:
     groups = group_by_outcome(run.samples)
     ranked = [[(outcome, pair) for pair in groups[outcome]] for outcome in _TELLING if outcome in groups]
     chosen = [each for rank in zip_longest(*ranked) for each in rank if each is not None][:_SHOWN_PROBLEMS]
-    lines = []
+    lines: list[str] = []
     for outcome, (before, after) in chosen:
         lines += ["", f"{outcome} ({len(groups[outcome])} of {len(run.samples)}): {before['prompt']}"]
         lines += [f"  answer: {before['answer']}", _response("before", before), _response("after", after)]
