@@ -34,6 +34,7 @@ class TbrmOutput(NamedTuple):
     loss: Tensor
     """[], the mean of the squared residuals."""
     residuals: Tensor
+    """Those of `trajectory_residual`."""
     values: Tensor
     """V(s_1); 0 for an empty trajectory."""
     logprob_sums: Tensor

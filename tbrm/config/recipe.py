@@ -231,7 +231,7 @@ def describe(model: type[BaseModel] = Config, values: dict[str, Any] | None = No
         values = {"name": PydanticUndefined, **values}  # only an object does without
     for name, info in model.model_fields.items():
         value = values.get(name, info.get_default(call_default_factory=True))
-        section = type(value) if isinstance(value, BaseModel) else _section_type(info.annotation)
+        section = type(value) if isinstance(value, BaseModel) else section_type(info.annotation)
         if section is not None:
             nested = dict(value) if isinstance(value, BaseModel) else value if isinstance(value, dict) else {}
             rows += [(f"{name}.{key}", default, text) for key, default, text in describe(section, nested)]
@@ -242,7 +242,8 @@ def describe(model: type[BaseModel] = Config, values: dict[str, Any] | None = No
     return rows
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
+def section_type(annotation: Any) -> type[BaseModel] | None:
+    """The class of the section that a field holds, if it holds one."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

@@ -19,17 +19,24 @@ if TYPE_CHECKING:
 
 
 class TrajectoryLoss(NamedTuple):
-    loss: Tensor  # [N], differentiable; the trainer takes the mean over all trajectories of a step
-    residual: Tensor  # [N], what should be zero; for the metrics
+    """What an objective makes of N trajectories."""
+
+    loss: Tensor
+    """[N], differentiable; the trainer takes the mean over all trajectories of a step."""
+    residual: Tensor
+    """[N], what should be zero; for the metrics."""
 
 
 @dataclass(frozen=True)
 class Step:
     """All N trajectories of a step, on the CPU: those of every process and every micro-batch."""
 
-    rewards: Tensor  # [N] float32, with the offset
-    groups: Tensor  # [N] int64: which trajectories answer the same problem
-    measured: Mapping[str, Tensor]  # [N] each: what `measure` found
+    rewards: Tensor
+    """[N] float32, with the offset."""
+    groups: Tensor
+    """[N] int64: which trajectories answer the same problem."""
+    measured: Mapping[str, Tensor]
+    """[N] each: what `measure` found."""
 
 
 class Objective(ABC, BaseModel):

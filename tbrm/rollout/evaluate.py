@@ -29,6 +29,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """How the policy did on held-out problems."""
+
     accuracy: float
     """avg@k: the share of right responses, averaged over problems."""
     ci_low: float
@@ -45,6 +47,7 @@ class Evaluation:
     samples: list[Sample]
 
     def summary(self) -> dict[str, float]:
+        """The figures, without the responses."""
         return {key: value for key, value in asdict(self).items() if key != "samples"}
 
 

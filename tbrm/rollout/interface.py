@@ -32,6 +32,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
+    """What an engine answers."""
+
     token_ids: list[int]
     """As sampled, with the one that ends it (`tbrm.policy.ends`), unless truncated."""
     truncated: bool
@@ -42,6 +44,8 @@ class Response:
 
 
 class RolloutEngine(Protocol):
+    """What generates: any object with these three methods."""
+
     def update_weights(self, version: int) -> dict[str, float]:
         """From now on responses come from the policy's weights as they are at this moment, known as `version`: the optimiser
         steps that led to them. Does nothing if the engine has that version. Returns metrics of the transfer, if it has any."""

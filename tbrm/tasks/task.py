@@ -41,6 +41,7 @@ class Problem:
 
     @property
     def messages(self) -> tuple[Message, ...]:
+        """The prompt as a conversation."""
         return ({"role": "user", "content": self.prompt},) if isinstance(self.prompt, str) else self.prompt
 
     @property
@@ -112,6 +113,7 @@ class Task(ABC, BaseModel):
     )
 
     def is_correct(self, reward: float) -> bool:
+        """Whether a response with this reward counts in the accuracy."""
         return reward >= self.correct_at - 1e-6
 
     @abstractmethod

@@ -42,6 +42,7 @@ class TrajectoryBatch:
     """The same as cu_seqlens, which a GPU would have to be waited for to read."""
 
     def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
         return replace(self, inputs=self.inputs.to(device), **moved(self, device))
 
     def values(self, lse: Tensor) -> Tensor:
@@ -58,9 +59,12 @@ def moved(thing: object, device: torch.device | str) -> dict[str, Any]:
 class ScoredBatch(TrajectoryBatch):
     """A batch with what the reference model says of it, and the objective's columns."""
 
-    ref_logprobs: Tensor  # [A] float32
-    ref_values: Tensor  # [N] float32: V_ref(s_1), 0 for a trajectory without actions
-    columns: dict[str, Tensor]  # [N] each
+    ref_logprobs: Tensor
+    """[A] float32: log pi_ref of each action."""
+    ref_values: Tensor
+    """[N] float32: V_ref(s_1), 0 for a trajectory without actions."""
+    columns: dict[str, Tensor]
+    """[N] each: what the objective's `columns` made of the step."""
 
     @property
     def rewards(self) -> Tensor:
@@ -72,6 +76,7 @@ class ScoredBatch(TrajectoryBatch):
         return self.columns["rewards"]
 
     def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
         columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
         return replace(super().to(device), columns=columns)
 
