@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tbrm_kernels import fused_linear_tbrm_loss, linear_token_stats, segment_sums
 
-VOCABULARY, LENGTH, TRAJECTORIES, STEPS = 16, 4, 64, 150
+VOCABULARY, LENGTH, TRAJECTORIES, STEPS = 16, 4, 64, 120
 BETA = 0.05  # a reward of 1 is 20 nats; V(s_1) begins at log 16 = 2.8
 
 
