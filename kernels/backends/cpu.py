@@ -13,8 +13,9 @@ halves of its float32 sum, as much memory as the gradient itself, which holds th
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,12 @@ from torch import Tensor
 from .head_memory import STRIP, cpu_head_memory
 from .interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
 from .kept_rows import KeptRows
+from .library import NOTE, library_name
 
 CHUNK_TOKENS = 512
+
+_FOLDER = Path(__file__).parents[1]
+_AGAIN = "where torch and a C++ compiler are (pip install --force-reinstall --no-deps --no-binary tbrm tbrm)"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -32,24 +37,33 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it runs on the CPU"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels do not take {dtype}"
-    return _load()
+    return not_loaded()
 
 
 @cache
-def _load() -> str | None:
-    """Loads the library for this processor; what is wrong if it cannot."""
+def not_loaded() -> str | None:
+    """Loads the library for this processor and this torch; what is wrong if it cannot."""
+    if sys.platform != "linux":
+        return "its kernels are built on Linux alone"
     capability = torch.backends.cpu.get_cpu_capability()
-    spec = importlib.util.find_spec(f"tbrm_kernels._cpu_{capability.lower()}")
-    if spec is None or spec.origin is None:
-        return (
-            f"its kernels are not built for {capability}: with torch and a C++ compiler there, install tbrm again "
-            "(pip install --force-reinstall --no-deps --no-build-isolation)"
-        )
+    library = _FOLDER / f"{library_name(capability, torch.__version__)}.abi3.so"
+    if not library.exists():
+        return f"{_missing(capability)}: install tbrm again, {_AGAIN}"
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"its kernels do not fit this torch {torch.__version__}, install tbrm again: {error}"
+        return f"its kernels do not fit this torch {torch.__version__} ({error}): install tbrm again, {_AGAIN}"
     return None
+
+
+def _missing(capability: str) -> str:
+    others = [path.name.partition("_torch")[2] for path in _FOLDER.glob(f"_cpu_{capability.lower()}_torch*.so")]
+    if others:  # not loaded: it might crash, since the layout of torch's objects changes
+        built = " and ".join(sorted(name.partition(".")[0].replace("_", ".") for name in others))
+        return f"its kernels are built for torch {built}, and this is {torch.__version__}"
+    if (_FOLDER / NOTE).exists():
+        return f"its kernels could not be built ({(_FOLDER / NOTE).read_text().strip()})"
+    return f"its kernels are not built for {capability}"
 
 
 @cache
@@ -107,7 +121,8 @@ class Head:
         self.options = options
         self.bfloat16 = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
         self.scratch_dtype = torch.bfloat16 if self.bfloat16 else torch.float32
-        self.memory = cpu_head_memory(*weight.shape, held, self.scratch_dtype)
+        vocab, width = weight.shape
+        self.memory = cpu_head_memory(vocab, width, held, self.scratch_dtype)
         self._scratch = torch.empty(0, dtype=self.scratch_dtype)
 
     def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> Chunk:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +47,17 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     Raises ValueError for an unknown name, and RuntimeError with the reason for a backend that cannot run here.
     """
     if name == "auto":
-        return next(backend for backend in _BACKENDS.values() if backend.why_not(device, dtype) is None)
+        chosen = next(backend for backend in _BACKENDS.values() if backend.why_not(device, dtype) is None)
+        if chosen is torch_backend and device.type == "cpu":
+            _warn_if_not_built()
+        return chosen
     if name not in _BACKENDS:
         raise ValueError(f"backend is {name!r}: it must be one of {', '.join(['auto', *_BACKENDS])}")
     if (reason := _BACKENDS[name].why_not(device, dtype)) is not None:
         raise RuntimeError(f"backend {name!r} cannot run on {device} in {dtype}: {reason}")
     return _BACKENDS[name]
+
+
+def _warn_if_not_built() -> None:
+    if sys.platform == "linux" and (reason := cpu.not_loaded()) is not None:
+        warnings.warn(f"tbrm_kernels: plain torch is used, which takes longer: {reason}", stacklevel=3)

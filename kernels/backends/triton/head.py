@@ -85,7 +85,8 @@ class Head:
         # What is written of a capped logit has its slope in it, from which its own logarithm cannot be had back.
         capped_entropy = options.entropy and options.softcap is not None
         self._keeps_exps = options.operand_dtype == torch.bfloat16 and not capped_entropy
-        self.memory = triton_head_memory(*weight.shape, weight.dtype, exps=self._keeps_exps)
+        vocab, width = weight.shape
+        self.memory = triton_head_memory(vocab, width, weight.dtype, exps=self._keeps_exps)
         self._dtype = torch.bfloat16 if self._keeps_exps else torch.float32
         self._pitch = triton.cdiv(len(weight), ALIGNMENT) * ALIGNMENT if self._keeps_exps else len(weight)
         self._scratch = weight.new_empty(0, dtype=self._dtype)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from tbrm_kernels import backends, linear_token_stats
 from tbrm_kernels.backends import cpu, registry
 from tbrm_kernels.backends import torch as torch_backend
 from tbrm_kernels.backends import triton as triton_backend
+from tbrm_kernels.backends.library import NOTE, library_name
 
 CPU = torch.device("cpu")
 
@@ -34,18 +38,55 @@ def test_the_cpu_backend_says_where_it_cannot_run() -> None:
     assert "do not take torch.float64" in backends("cpu", torch.float64)["cpu"].reason
 
 
-def test_without_its_library_the_cpu_backend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    cpu._load.cache_clear()
-    try:
-        assert "--no-build-isolation" in backends("cpu")["cpu"].reason
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where the libraries are looked for: an empty one."""
+    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    cpu.not_loaded.cache_clear()
+    yield tmp_path
+    cpu.not_loaded.cache_clear()
+
+
+AGAIN = r": install tbrm again, where torch and a C\+\+ compiler are \(pip install --force-reinstall .*\)"
+
+
+def test_without_its_library_the_cpu_backend_says_why_and_how_to_get_it(folder: Path) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert re.fullmatch(f"its kernels are not built for {capability}" + AGAIN, backends("cpu")["cpu"].reason)
+    cpu.not_loaded.cache_clear()
+    (folder / NOTE).write_text("command 'g++' failed: No such file or directory")
+    reason = r"its kernels could not be built \(command 'g\+\+' failed: No such file or directory\)"
+    assert re.fullmatch(reason + AGAIN, backends("cpu")["cpu"].reason)
+
+
+def test_a_library_of_another_torch_is_never_loaded(folder: Path) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    (folder / f"{library_name(capability, '1.9.1')}.abi3.so").write_bytes(b"")
+    reason = f"its kernels are built for torch 1.9, and this is {re.escape(torch.__version__)}"
+    assert re.fullmatch(reason + AGAIN, backends("cpu")["cpu"].reason)
+    (folder / f"{library_name(capability, torch.__version__)}.abi3.so").write_bytes(b"")
+    cpu.not_loaded.cache_clear()
+    assert "do not fit this torch" in backends("cpu")["cpu"].reason  # of this one, and broken
+
+
+def test_patches_of_a_torch_share_a_library_and_builds_of_no_release_have_their_own() -> None:
+    versions = ["2.13.0", "2.13.1+cpu", "2.14.0+cu130", "2.14.0a0+git1", "2.14.0.dev20261101"]
+    names = [library_name("AVX2", version) for version in versions]
+    assert names[:3] == ["_cpu_avx2_torch2_13", "_cpu_avx2_torch2_13", "_cpu_avx2_torch2_14"]
+    assert len(set(names)) == 4
+
+
+@pytest.mark.usefixtures("folder")
+def test_plain_torch_in_the_place_of_kernels_that_are_not_built_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    with pytest.warns(UserWarning, match="plain torch is used, which takes longer: its kernels are not built"):
+        linear_token_stats(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]))
+
+
+def test_auto_falls_back_to_torch_for_what_the_kernels_do_not_take_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert registry.select("auto", CPU, torch.float64) is torch_backend
-    finally:
-        cpu._load.cache_clear()
-
-
-def test_auto_falls_back_to_torch_for_what_the_kernels_do_not_take() -> None:
-    assert registry.select("auto", CPU, torch.float64) is torch_backend
 
 
 def test_the_triton_backend_says_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

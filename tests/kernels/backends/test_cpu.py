@@ -211,7 +211,7 @@ def test_the_library_for_avx2() -> None:
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     }
-    code = "from tbrm_kernels.backends import cpu; import torch; print(torch.backends.cpu.get_cpu_capability(), cpu._load())"
+    code = "from tbrm_kernels.backends.cpu import *; print(torch.backends.cpu.get_cpu_capability(), not_loaded())"
     loaded = subprocess.run([sys.executable, "-c", code], env=narrow, capture_output=True, text=True)
     assert loaded.stdout.split() == ["AVX2", "None"], loaded.stderr
     chosen = ["-k", "cpu and (any_packing or extreme or rows_of or shapes_and_dtypes or width_of_several)"]
