@@ -84,8 +84,8 @@ wheel: $(VENV)/torch
 	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 
 # The site, into build/site. Strict: a link that leads nowhere and a public name without a docstring fail.
-docs: $(VENV)/installed
-	$(BIN)/pip install --quiet $(TORCH) --editable '.[docs]'
+docs: $(VENV)/demo
+	$(INSTALL) $(TORCH) --editable '.[docs]'
 	mkdir -p build/types && ln -sfn $(CURDIR)/kernels build/types/tbrm_kernels
 	$(BIN)/python -m mkdocs build --strict
 
