@@ -158,7 +158,7 @@ def test_stale_weights_stop_the_run(
 
 
 def test_a_server_with_a_long_queue_is_left_in_peace(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests wait there, and are answered, for three times the time limit."""
+    """Requests wait there, and are answered, for longer than the time limit, which a server that works never hears of."""
     before, ask, took = engine.update_weights(engine._version), Server.generate, []
 
     def timed(server: Server, *request: Any) -> Any:
@@ -170,7 +170,7 @@ def test_a_server_with_a_long_queue_is_left_in_peace(engine: VllmEngine, monkeyp
     monkeypatch.setattr(Server, "generate", timed)
     arguments = make_requests(PROMPTS * 8, 8, 9), Sampling(300)
     expected = engine.generate(*arguments)
-    limit = max(took) / 3
+    limit = max(took) / 1.5  # the machine has more to do at times: it may be half as fast now
     took.clear()
     monkeypatch.setattr(engine, "_servers", [replace(server, timeout=limit) for server in engine._servers])
     answers = engine.generate(*arguments)
