@@ -44,6 +44,11 @@ class ModelConfig(Section):
         description="Attention in training. On a GPU in bfloat16, flash: flash-attn (pip install 'tbrm[gpu]'), varlen: torch's "
         "own, flex: its FlexAttention, compiled. sdpa: segment by segment, anywhere. auto: the first that is there and fits.",
     )
+    layout: Literal["auto", "packed", "rows"] = Field(
+        "auto",
+        description="How trajectories are read. packed: without padding, shared prompts once; rows: a padded row each, with "
+        "the model's own layers and cache. auto: packed where that is proved exact.",
+    )
     compile: bool = Field(
         False,
         description="Run each block's norms and MLP through torch.compile; the first steps wait for it.",

@@ -13,6 +13,7 @@ from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.experience.offline import RowReader, read_trajectories
 from tbrm.plan.attention import planned_attention
+from tbrm.policy.layout_choice import only_rows
 from tbrm.policy.load import load_model
 from tbrm.policy.lora import Adapters, base_layer
 from tbrm.policy.model import PolicyModel
@@ -156,6 +157,10 @@ def meta_policy(config: Config) -> tuple[PolicyModel, PreTrainedTokenizerBase]:
     lm = lm.to("meta")  # type: ignore[arg-type]
     adapters = Adapters(lm, config.lora, config.model, config.seed) if config.lora.rank else None
     precision = precision_of(config)
+    if config.model.layout == "rows" or only_rows(lm):
+        raise ConfigError(
+            f"model.layout: {type(lm).__name__} is read in rows, and a plan knows packed trajectories alone"
+        )
     policy = PolicyModel(lm, precision=precision, attention=planned_attention(config.model, precision, lm))
     policy.adapters = adapters
     if config.parallel.activation_checkpointing:

@@ -32,7 +32,7 @@ def check_architecture(policy: PolicyModel) -> None:
     low_precision = torch.bfloat16 in (policy.precision, policy.lm.dtype)
     if not gap <= (0.5 if low_precision else 0.01) / min(1.0, policy.temperature):
         raise ValueError(
-            f"model.name: {type(policy.lm).__name__} is not supported: packed token log-probs differ from the model's own by "
-            f"{gap:.3g}. Its head or its attention does something tbrm does not know of (linear attention, a scaled hidden "
-            "state, attention sinks); use another model, or report it"
+            f"model.name: {type(policy.lm).__name__} is not supported: {'padded' if policy.in_rows else 'packed'} token "
+            f"log-probs differ from the model's own by {gap:.3g}. It does something tbrm does not know of (attention that "
+            "looks ahead, a scaled hidden state, a head of another kind); use another model, or report it"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -20,11 +21,12 @@ from transformers import (
 
 from tbrm.config.model import ModelConfig
 from tbrm.config.schema import Config
+from tbrm.config.section import ConfigError
 from tbrm.parallel import ALONE, World
-from tbrm.policy.architecture import check_architecture
 from tbrm.policy.attention_choice import NAMES, choose_attention
 from tbrm.policy.hub import require_hub
 from tbrm.policy.hub_folder import remember_dtype
+from tbrm.policy.layout_choice import length_class, only_rows, settle_layout
 from tbrm.policy.lora import CONFIG as ADAPTER_CONFIG
 from tbrm.policy.lora import Adapters, has_adapters, load_merged
 from tbrm.policy.model import PolicyModel
@@ -35,6 +37,7 @@ from tbrm.policy.sharding import Sharding
 from tbrm.policy.tiny import tiny_model, tiny_tokenizer
 from tbrm.policy.weights import materialise
 from tbrm.reporting.progress import alive
+from tbrm.trajectories.rows import LengthClass
 
 
 def load_model(
@@ -142,6 +145,7 @@ def _load_policy(
         precision=precision,
         attention=NAMES[choose_attention(config.model, lm)],
         compiled=config.model.compile,
+        rows=_rows(config.model, lm),
     )
     policy.adapters = adapters
     if config.parallel.activation_checkpointing:
@@ -156,9 +160,18 @@ def _load_policy(
         files.read(weights_of(policy))
     if adapters is not None:
         adapters.reset()
-    check_architecture(policy)
+    if (told := settle_layout(policy, config.model)) and world.is_main:
+        print(told, file=sys.stderr)
     set_day(tokenizer, date.today())
     return policy, tokenizer
+
+
+def _rows(config: ModelConfig, lm: PreTrainedModel) -> LengthClass | None:
+    """Which rows may stand side by side, if the model is to be read in rows from the start."""
+    reason = only_rows(lm)
+    if config.layout == "packed" and reason:
+        raise ConfigError(f"model.layout: packed, and {type(lm).__name__} cannot be: {reason}; set it to auto")
+    return length_class(lm) if config.layout == "rows" or (config.layout == "auto" and reason) else None
 
 
 def set_day(tokenizer: Any, day: date) -> None:

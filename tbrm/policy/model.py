@@ -17,7 +17,8 @@ from tbrm.policy.packed_attention import PACKED_ATTENTION
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.vocab_parallel import DividedVocabulary, VocabParallelPass
 from tbrm.trajectories.batch import TrajectoryBatch
-from tbrm.trajectories.layout import Layout, Packing
+from tbrm.trajectories.layout import Layout, Packing, Rows
+from tbrm.trajectories.rows import LengthClass
 from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, TrajectoryLossFn, fused_linear_trajectory_loss, linear_token_stats
 
@@ -29,6 +30,7 @@ class PolicyModel(nn.Module):
     `temperature`: Q(s, a) of the paper. Only positions that predict an action reach the head.
 
     attention: the name of one that takes packed batches; see `tbrm.policy.attention_choice`.
+    rows: given, each trajectory has a row of its own, beside others of its class; see `tbrm.policy.layout_choice`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class PolicyModel(nn.Module):
         precision: torch.dtype = torch.float32,
         attention: str = PACKED_ATTENTION,
         compiled: bool = False,
+        rows: LengthClass | None = None,
     ) -> None:
         super().__init__()
         text_config = lm.config.get_text_config()
@@ -60,8 +63,23 @@ class PolicyModel(nn.Module):
         """Embedding and head, where the vocabulary is divided over processes."""
         # What transformers itself would use: SDPA cannot soft-cap attention scores.
         self.plain_attention = "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
-        lm.set_attn_implementation(attention)
+        if not lm._supports_sdpa:
+            self.plain_attention = "eager"
         self.layout: Layout = Packing()
+        if rows is None:
+            lm.set_attn_implementation(attention)
+        else:
+            self.take_rows(rows)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether each trajectory has a row of its own."""
+        return isinstance(self.layout, Rows)
+
+    def take_rows(self, class_of: LengthClass) -> None:
+        """From now on each trajectory has a row of its own, with the model's own attention."""
+        self.layout, self.attention = Rows(class_of), self.plain_attention
+        self.lm.set_attn_implementation(self.attention)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from tbrm.policy.model import PolicyModel
 from tbrm.policy.sharding import Sharding
 from tbrm.policy.vocab_parallel import DividedVocabulary
 from tbrm.policy.weights import materialise
+from tbrm.trajectories.layout import Rows
 
 
 def shard(policy: PolicyModel, sharding: Sharding) -> None:
@@ -51,6 +52,7 @@ def frozen_copy(policy: PolicyModel) -> PolicyModel:
         precision=policy.precision,
         attention=policy.attention,
         compiled=policy.compiled,
+        rows=policy.layout.class_of if isinstance(policy.layout, Rows) else None,
     ).requires_grad_(False)
     shard(twin, policy.sharding.of_reference())
     twin.load_state_dict(policy.state_dict())

@@ -14,6 +14,7 @@ from tbrm.policy.model import PolicyModel
 from tbrm.rollout.embedded import EmbeddedEngine
 from tbrm.rollout.frozen import FrozenEngine
 from tbrm.rollout.interface import RolloutEngine
+from tbrm.rollout.own_cache import OwnCacheEngine
 from tbrm.rollout.split import SplitEngine
 
 
@@ -32,8 +33,8 @@ def make_engine(
     if config.max_staleness:
         chat = copy.deepcopy(chat)  # a tokenizer is not for two threads
 
-    def embedded(model: PolicyModel) -> EmbeddedEngine:
-        return EmbeddedEngine(model, chat, config.batch_size)
+    def embedded(model: PolicyModel) -> RolloutEngine:
+        return (OwnCacheEngine if model.in_rows else EmbeddedEngine)(model, chat, config.batch_size)
 
     engine: RolloutEngine
     if config.engine == "vllm":

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     "model.device": "where it is computed",
     "model.precision": "by word alone: what it comes to is compared where the model is loaded",
     "model.attention": "how it is computed",
+    "model.layout": "how it is computed",
     "model.liger": "a key of earlier versions: how it was computed",
     "model.compile": "how it is computed",
     "parallel.*": "where it is computed, and by how many",

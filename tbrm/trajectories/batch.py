@@ -50,6 +50,11 @@ class TrajectoryBatch:
         return lse[self.cu_seqlens[:-1].long()]
 
 
+def backbone(lm: PreTrainedModel) -> Any:
+    """The model without its head. Llama 4's text model has it under another name than it says."""
+    return lm.model if lm.base_model is lm else lm.base_model
+
+
 def moved(thing: object, device: torch.device | str) -> dict[str, Any]:
     """A dataclass's own tensors, on the device."""
     return {k: v.to(device, non_blocking=True) for k, v in vars(thing).items() if isinstance(v, Tensor)}

@@ -8,6 +8,7 @@ from typing import Protocol
 from tbrm.trajectories.batch import TrajectoryBatch
 from tbrm.trajectories.deal import deal
 from tbrm.trajectories.packing import pack
+from tbrm.trajectories.rows import LengthClass, deal_rows, pack_rows
 from tbrm.trajectories.trajectory import Trajectory
 
 
@@ -30,3 +31,16 @@ class Packing(Layout):
 
     def pack(self, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
         return pack(trajectories)
+
+
+class Rows(Layout):
+    """A row for each, padded at its end; see rows.py."""
+
+    def __init__(self, class_of: LengthClass) -> None:
+        self.class_of = class_of
+
+    def split(self, trajectories: Sequence[Trajectory], max_tokens: int, processes: int = 1) -> list[list[list[int]]]:
+        return deal_rows(trajectories, max_tokens, processes, self.class_of)
+
+    def pack(self, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
+        return pack_rows(trajectories)

@@ -22,7 +22,7 @@ from tbrm.config.schema import Config
 from tbrm.config.training import ParallelConfig
 from tbrm.experience.collect import Collected
 from tbrm.parallel import World
-from tbrm.policy import load
+from tbrm.policy import layout_choice
 from tbrm.policy.named_weights import trained_weights, weights_of
 from tbrm.processes.launch import launched
 from tbrm.rollout import EmbeddedEngine, Sampling, make_requests
@@ -264,11 +264,11 @@ def whole_heads(config: Config, world: World) -> int:
     """How many tensors of the whole head's or embedding's shape come to be on this process from when the weights have been read
     until the gradients of the first step are clipped."""
     counts = []
-    check = load.check_architecture
+    check = layout_choice.check_architecture
     with Shapes() as shapes:
-        load.check_architecture = lambda policy: (shapes.seen.clear(), check(policy))[1]
+        layout_choice.check_architecture = lambda policy: (shapes.seen.clear(), check(policy))[1]
         step = OneStep(config, world)
-        load.check_architecture = check
+        layout_choice.check_architecture = check
         trainer, clip = step.trainer, step.trainer._clip_gradients
         shape = trainer.policy.lm.get_output_embeddings().weight.shape
         trainer._clip_gradients = lambda: (clip(), counts.append(shapes.seen.count(shape)))[0]
