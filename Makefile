@@ -46,9 +46,9 @@ $(MODEL): | $(DEMO)
 demo: $(DEMO) $(MODEL)
 	$(BIN)/tbrm train recipes/demo.yaml --overwrite seed=$(SEED) run.dir=$(RUN) rollout.engine=$(ENGINE)
 
-# A file of tests is one worker's from its beginning to its end, with torch on one thread.
+# A file of tests is one worker's from its beginning to its end, with torch on one thread; tests/conftest.py has the groups.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 test: $(VENV)/installed
 	$(PYTEST)
 

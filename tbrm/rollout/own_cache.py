@@ -68,6 +68,7 @@ class OwnCacheEngine:
                 pad_token_id=0,  # no row is padded: they end together
                 logits_processor=LogitsProcessorList([choose]),
                 stopping_criteria=StoppingCriteriaList([_AllEnded(self.ends, ids.shape[1])]),
+                synced_gpus=False,  # the weights are all here, and other processes have other prompts
             )
         finally:
             lm.generation_config = own

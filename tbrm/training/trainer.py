@@ -234,7 +234,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "skipped": int(skipped),
             **seconds,
-            "trained_tokens": measured.tokens,
+            "trained_tokens": sum(len(t.actions) for t in trajectories),
             "tokens_per_second": measured.tokens / of_step,
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }

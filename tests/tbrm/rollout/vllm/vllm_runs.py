@@ -42,7 +42,7 @@ def vllm_config(
     run_dir: Path, model: Path, engine: str = "vllm", *, adapters: Sequence[str] = (), **vllm: Any
 ) -> Config:
     """`adapters`: the layers that get one, and are trained so fast that a step shows."""
-    settings = {"kv_cache_gib": 1, "start_timeout": 240, "request_timeout": 120, "options": OPTIONS, **vllm}
+    settings = {"kv_cache_gib": 1, "start_timeout": 600, "request_timeout": 120, "options": OPTIONS, **vllm}
     lora = {"lora": {"rank": 4, "targets": list(adapters)}, "optim__learning_rate": 0.03} if adapters else {}
     return tiny_config(
         run_dir,
