@@ -42,6 +42,7 @@ ALONE = (
 """What has several processes at work, some with a time limit: one worker runs all of it, one after the other, first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         path = item.path.relative_to(HERE).as_posix()
