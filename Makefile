@@ -46,13 +46,14 @@ $(MODEL): | $(DEMO)
 demo: $(DEMO) $(MODEL)
 	$(BIN)/tbrm train recipes/demo.yaml --overwrite seed=$(SEED) run.dir=$(RUN) rollout.engine=$(ENGINE)
 
-# A file of tests is one worker's from its beginning to its end, with torch on one thread; tests/conftest.py has the groups.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# `make test WORKERS=2`: a file of tests is one worker's from its beginning to its end, with torch on one thread.
+WORKERS ?= 1
+PYTEST   = $(if $(filter-out 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 test: $(VENV)/installed
 	$(PYTEST)
 
 # While editing: no vLLM, no torchrun, nothing that takes seconds.
+test-fast: WORKERS := 2
 test-fast: $(VENV)/installed
 	$(PYTEST) -m "not slow"
 

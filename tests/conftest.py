@@ -31,27 +31,17 @@ SLOW = (
 )
 """What starts vLLM, torchrun or commands, trains, or is interpreted; `make test-fast` leaves it out, and tests that are marked
 one by one."""
-ALONE = (
-    "bench",
-    "tbrm/rollout/vllm",
-    "tbrm/test_parallel.py",
-    "tbrm/plan",
-    "tbrm/processes",
-    "tbrm/experience/test_ahead.py",
-)
-"""What has several processes at work, some with a time limit: one worker runs all of it, one after the other, first."""
+LONGEST = ("tbrm/rollout/vllm", "tbrm/test_parallel.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         path = item.path.relative_to(HERE).as_posix()
         interpreted = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
         if interpreted or _within(path, SLOW):
             item.add_marker(pytest.mark.slow)
-        # With xdist a group is one worker's from its beginning to its end, as what a file shares wants it.
-        item.add_marker(pytest.mark.xdist_group("alone" if _within(path, ALONE) else path))
-    items.sort(key=lambda item: not _within(item.path.relative_to(HERE).as_posix(), ALONE))
+    # With xdist a file is one worker's from its beginning to its end: the longest first, or the last would be waited for.
+    items.sort(key=lambda item: not _within(item.path.relative_to(HERE).as_posix(), LONGEST))
 
 
 def _within(path: str, places: tuple[str, ...]) -> bool:
