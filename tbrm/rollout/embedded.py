@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tbrm.chat import Chat
 from tbrm.policy.ends import Ends
 from tbrm.policy.generation import generation_mode, logits_of
 from tbrm.policy.model import PolicyModel
 from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.choose import draw, most_likely
+from tbrm.rollout.in_process import InProcessEngine, broken_logits, noise
 from tbrm.rollout.interface import Request, Response, Sampling, derive_seed
 from tbrm.rollout.kv_cache import CACHED_ATTENTION, KeyValueCache, Prompts, Reading
 from tbrm.rollout.packed_weights import packed_weights
@@ -33,23 +33,7 @@ TOKENS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
 """Tokens written before the host learns which responses have ended: on a GPU it must wait for that."""
 
 
-class EmbeddedEngine:
-    """Writes up to `batch_size` responses at once."""
-
-    def __init__(self, policy: PolicyModel, chat: Chat, batch_size: int) -> None:
-        self.policy = policy
-        self.batch_size = batch_size
-        self.ends = chat.ends
-        self._barred = chat.barred
-        self._version = 0
-
-    def update_weights(self, version: int) -> dict[str, float]:
-        self._version = version  # the weights are the policy's own
-        return {}
-
-    def close(self) -> None:
-        pass
-
+class EmbeddedEngine(InProcessEngine):
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, watch: Watch = unwatched
@@ -75,10 +59,6 @@ class EmbeddedEngine:
                     responses[row.request][row.sample] = self._response(ids, logprobs)
                 watch(len(finished))
         return [[answers[sample] for sample in sorted(answers)] for answers in responses]
-
-    def _response(self, ids: list[int], logprobs: list[float] | None) -> Response:
-        end = self.ends.length(ids)
-        return Response(ids[:end], end is None, self._version, logprobs and logprobs[:end])
 
 
 @dataclass
@@ -189,12 +169,9 @@ class _Batch:
         self._written[new] = 0
         self._ended[new] = False
         if self._sampling.temperature > 0:
-            self._uniforms[new] = torch.stack([self._noise(row) for row in rows]).to(self._device)
-
-    def _noise(self, row: _Row) -> Tensor:
-        """The random numbers of a response: its own, whichever others are written beside it."""
-        generator = torch.Generator().manual_seed(row.seed)
-        return torch.rand(self._sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+            self._uniforms[new] = torch.stack([noise(row.seed, self._sampling.max_new_tokens) for row in rows]).to(
+                self._device
+            )
 
     def _read(self, prompt_ids: Sequence[int] = (), prompts: Sequence[Prompts] = ()) -> None:
         """One pass of the model: writes the next token of all rows, and reads prompts for rows after them."""
@@ -223,8 +200,8 @@ class _Batch:
         if self._sampling.temperature == 0:
             token, scores = most_likely(logits)
         else:
-            noise = self._uniforms[:count].gather(1, place)[:, 0]
-            token, scores = draw(logits, self._sampling.temperature, noise)
+            uniforms = self._uniforms[:count].gather(1, place)[:, 0]
+            token, scores = draw(logits, self._sampling.temperature, uniforms)
             self._logprobs[:count].scatter_(1, place, scores[:, None])
         self._broken |= scores.isnan().any()
         self._ids[:count].scatter_(1, place, token[:, None])
@@ -253,10 +230,7 @@ class _Batch:
         if not finished:
             return []
         if self._broken:
-            raise FloatingPointError(
-                "rollout: the model's logits are NaN or infinite, and nothing can be drawn from them: its weights are broken, "
-                f"or its products overflow in {self._policy.precision} (model.precision)"
-            )
+            raise broken_logits(self._policy.precision)
         rows = [self.rows[i] for i in finished]
         ids = [x[: row.written] for x, row in zip(self._ids[finished].tolist(), rows, strict=True)]
         logprobs: list[list[float] | None] = [None] * len(rows)

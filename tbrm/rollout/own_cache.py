@@ -9,31 +9,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from tbrm.chat import Chat
 from tbrm.policy.ends import Ends
 from tbrm.policy.generation import generation_mode
-from tbrm.policy.model import PolicyModel
 from tbrm.reporting.progress import Watch, unwatched
 from tbrm.rollout.choose import draw, most_likely
+from tbrm.rollout.in_process import InProcessEngine, broken_logits, noise
 from tbrm.rollout.interface import Request, Response, Sampling, derive_seed
 
 
-class OwnCacheEngine:
-    """Writes up to `batch_size` responses at once, to prompts of one length: padding before a prompt would be state, too."""
-
-    def __init__(self, policy: PolicyModel, chat: Chat, batch_size: int) -> None:
-        self.policy = policy
-        self.batch_size = batch_size
-        self.ends = chat.ends
-        self._barred = chat.barred
-        self._version = 0
-
-    def update_weights(self, version: int) -> dict[str, float]:
-        self._version = version  # the weights are the policy's own
-        return {}
-
-    def close(self) -> None:
-        pass
+class OwnCacheEngine(InProcessEngine):
+    """To prompts of one length at a time: padding before a prompt would be state, too."""
 
     @torch.no_grad()
     def generate(
@@ -73,18 +58,11 @@ class OwnCacheEngine:
         finally:
             lm.generation_config = own
         if choose.broken:
-            raise FloatingPointError(
-                "rollout: the model's logits are NaN or infinite, and nothing can be drawn from them: its weights are broken, "
-                f"or its products overflow in {self.policy.precision} (model.precision)"
-            )
+            raise broken_logits(self.policy.precision)
         logprobs = torch.stack(choose.logprobs, dim=1).tolist() if choose.logprobs else [None] * len(prompts)
         return [
             self._response(row, scores) for row, scores in zip(whole[:, ids.shape[1] :].tolist(), logprobs, strict=True)
         ]
-
-    def _response(self, ids: list[int], logprobs: list[float] | None) -> Response:
-        end = self.ends.length(ids)
-        return Response(ids[:end], end is None, self._version, logprobs and logprobs[:end])
 
 
 class _Choose(LogitsProcessor):
@@ -95,11 +73,7 @@ class _Choose(LogitsProcessor):
         self.broken = False
         self._temperature = sampling.temperature
         self._barred = torch.tensor(barred, dtype=torch.int64, device=device)
-        noise = [
-            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            for seed in seeds
-        ]
-        self._uniforms = torch.stack(noise, dim=1).to(device)
+        self._uniforms = torch.stack([noise(seed, sampling.max_new_tokens) for seed in seeds], dim=1).to(device)
         self._written = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -124,7 +98,8 @@ class _AllEnded(StoppingCriteria):
         self._open: list[int] | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        rows = input_ids[:, self._prompt :].tolist()
-        waiting = range(len(rows)) if self._open is None else self._open
-        self._open = [row for row in waiting if self._ends.length(rows[row]) is None]
-        return torch.full((len(rows),), not self._open, device=input_ids.device, dtype=torch.bool)
+        # Only what the last token may have ended: the earlier ones were looked at when they were the last.
+        tails = input_ids[:, max(self._prompt, input_ids.shape[1] - self._ends.reach) :].tolist()
+        waiting = range(len(tails)) if self._open is None else self._open
+        self._open = [row for row in waiting if self._ends.length(tails[row]) is None]
+        return torch.full((len(tails),), not self._open, device=input_ids.device, dtype=torch.bool)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
-from ..head_memory import ALIGNMENT, triton_head_memory
+from ..head_memory import triton_head_memory
 from ..interface import HeadGrads, Needs, RowGrads, RowStats, TokenStatsOptions
 from .dlogits import dlogits
 from .exp_rows import exp_rows_
@@ -88,7 +87,7 @@ class Head:
         vocab, width = weight.shape
         self.memory = triton_head_memory(vocab, width, weight.dtype, exps=self._keeps_exps)
         self._dtype = torch.bfloat16 if self._keeps_exps else torch.float32
-        self._pitch = triton.cdiv(len(weight), ALIGNMENT) * ALIGNMENT if self._keeps_exps else len(weight)
+        self._pitch = self.memory.token_bytes // self._dtype.itemsize
         self._scratch = weight.new_empty(0, dtype=self._dtype)
 
     def chunk(self, hidden: Tensor, targets: Tensor, options: TokenStatsOptions) -> ExpsChunk | LogitsChunk:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pydantic import Field, model_validator
 
 from tbrm.tasks.task import Grade, Problem, Progress
-from tbrm.tasks.verifiers.verifier import Verifier
+from tbrm.tasks.verifiers.verifier import CompletionVerifier
 
 
-class Length(Verifier):
+class Length(CompletionVerifier):
     """0 up to `free_tokens`, from there in a straight line to -1 at `most_tokens`, and -1 beyond: the soft overlong punishment
     of DAPO (arXiv 2503.14476, equation 13). To be added to another verifier's reward."""
 
@@ -22,9 +22,6 @@ class Length(Verifier):
         if self.most_tokens <= self.free_tokens:
             raise ValueError(f"most_tokens is {self.most_tokens}; wants more than free_tokens, {self.free_tokens}")
         return self
-
-    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        return self.grade(problems, responses, [None] * len(responses), Progress())
 
     def grade(
         self,

@@ -9,13 +9,13 @@ from typing import Any
 from tbrm.tasks.task import Grade, Problem, Progress
 from tbrm.tasks.time_limit import TooLateError, within
 from tbrm.tasks.user_code import explained
-from tbrm.tasks.verifiers.verifier import Verifier
+from tbrm.tasks.verifiers.verifier import CompletionVerifier
 
 _OURS = ("prompts", "completions", "completion_ids", "trainer_state")
 _NOT_COLUMNS = {"prompt", "completion", *_OURS}  # TRL keeps these back too
 
 
-class RewardFunction(Verifier):
+class RewardFunction(CompletionVerifier):
     """Grades with ``function(prompts=..., completions=..., completion_ids=..., trainer_state=..., **columns)``, which returns
     a reward for each completion, in a list, or an array or tensor [n] or [n, 1]. It may be async.
 
@@ -30,9 +30,6 @@ class RewardFunction(Verifier):
     name: str
     function: Callable[..., Any]
     timeout_seconds: float = 600.0
-
-    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        return self.grade(problems, responses, [None] * len(responses), Progress())
 
     def grade(
         self,

@@ -6,18 +6,27 @@ from collections.abc import Iterable, Sequence
 
 from tbrm.spelling import hint
 from tbrm.tasks.task import Grade, Problem, Progress
-from tbrm.tasks.verifiers.verifier import Verifier
+from tbrm.tasks.verifiers.verifier import CompletionVerifier, Verifier
 
 
-class WeightedSum(Verifier):
+class _Several(CompletionVerifier):
+    members: dict[str, Verifier]
+    """By the names that they are known by."""
+
+    def require_objects(self) -> None:
+        for member in self.members.values():
+            member.require_objects()
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        for member in self.members.values():
+            member.check_columns(names)
+
+
+class WeightedSum(_Several):
     """The sum of the members' rewards, each times its weight. A member that has no reward to give (None of a reward function, a
     failure) is left out of the sum; if none has one, the response is ungraded. Whether a response is correct the first says."""
 
-    members: dict[str, Verifier]
     weights: dict[str, float]
-
-    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        return self.grade(problems, responses, [None] * len(responses), Progress())
 
     def grade(
         self,
@@ -36,27 +45,15 @@ class WeightedSum(Verifier):
         total = sum(self.weights[name] * reward for name, reward in parts.items())
         return Grade(total, correct=grades[0].correct, parts=parts)
 
-    def require_objects(self) -> None:
-        for member in self.members.values():
-            member.require_objects()
-
-    def check_columns(self, names: Iterable[str]) -> None:
-        for member in self.members.values():
-            member.check_columns(names)
-
     def check_problem(self, problem: Problem) -> None:
         for member in self.members.values():
             member.check_problem(problem)
 
 
-class ByRow(Verifier):
+class ByRow(_Several):
     """The member that a column of the problem's row names."""
 
-    members: dict[str, Verifier]
     column: str
-
-    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
-        return self.grade(problems, responses, [None] * len(responses), Progress())
 
     def grade(
         self,
@@ -78,14 +75,6 @@ class ByRow(Verifier):
                 for i, g in zip(own, grades, strict=True)
             }
         return [found[i] for i in range(len(responses))]
-
-    def require_objects(self) -> None:
-        for member in self.members.values():
-            member.require_objects()
-
-    def check_columns(self, names: Iterable[str]) -> None:
-        for member in self.members.values():
-            member.check_columns(names)
 
     def check_problem(self, problem: Problem) -> None:
         self.members[self._name(problem)].check_problem(problem)

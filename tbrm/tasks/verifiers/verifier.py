@@ -46,3 +46,19 @@ class Verifier(ABC, BaseModel):
 
     def check_answer(self, answer: str) -> None:
         """Raise ValueError if `answer` can be no reference answer."""
+
+
+class CompletionVerifier(Verifier):
+    """Base of those that grade by `grade`, which token ids or the progress of training matter to."""
+
+    def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        return self.grade(problems, responses, [None] * len(responses), Progress())
+
+    @abstractmethod
+    def grade(
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[str],
+        completion_ids: Sequence[list[int] | None],
+        progress: Progress,
+    ) -> list[Grade]: ...
