@@ -55,16 +55,15 @@ def load_sections(
     """A config for the commands that use a model without training it. Raises ConfigError.
 
     `source` is a recipe, of which the task, chat, rollout and evaluation sections are taken, or a task's name, or None. What it
-    lacks is as in the `run` of that folder, whose seed and precision are taken too. `sections` replace keys of these and
-    others (None values are left out), and overrides come last.
+    lacks is as in the `run` of that folder, whose seed and precision are taken too; that the run was trusted with code of its
+    model's says nothing of who uses it. `sections` replace keys of these and others (None values are left out), and overrides
+    come last.
     """
     tree: dict[str, Any] = {}
     if run is not None:
         recipe = _read(run / "config.yaml")
-        model = recipe.get("model") or {}
-        tree = _used(recipe) | {
-            "model": {key: model[key] for key in ("precision", "trust_remote_code") if key in model}
-        }
+        precision = (recipe.get("model") or {}).get("precision")
+        tree = _used(recipe) | {"model": {"precision": precision} if precision else {}}
         seed = recipe.get("seed") if seed is None else seed
     if source is not None:
         is_recipe = source.endswith((".yaml", ".yml"))
