@@ -11,10 +11,10 @@ OBJECTIVES = Registry(
     "objective",
     {
         "tbrm": "tbrm.objectives.tbrm:Tbrm",
-        "reval": "tbrm.objectives.reval:Reval",
+        "reval": "tbrm.objectives.presets:Reval",
         "brm": "tbrm.objectives.brm:Brm",
-        "tba": "tbrm.objectives.tba:Tba",
-        "optimal": "tbrm.objectives.optimal:Optimal",
+        "tba": "tbrm.objectives.presets:Tba",
+        "optimal": "tbrm.objectives.presets:Optimal",
         "rloo": "tbrm.objectives.rloo:Rloo",
         "reinforce": "tbrm.objectives.reinforce:Reinforce",
         GIVEN: "tbrm.objectives.given:GivenObjective",

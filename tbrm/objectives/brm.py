@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from tbrm.objectives.objective import Objective, TrajectoryLoss
 
@@ -18,7 +18,9 @@ class Brm(Objective):
     metrics show.
     """
 
-    wants_reward_above_value: ClassVar[bool] = True
+    @property
+    def wants_reward_above_value(self) -> bool:
+        return True
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         from tbrm_kernels import segment_sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -66,8 +66,10 @@ class Objective(ABC, BaseModel):
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."
     )
 
-    wants_reward_above_value: ClassVar[bool] = False
-    """Whether V(s_1) itself is fitted to R/beta: then the mean of R/beta must not begin below it, which is looked at."""
+    @property
+    def wants_reward_above_value(self) -> bool:
+        """Whether V(s_1) itself is fitted to R/beta: then the mean of R/beta must not begin below it, which is looked at."""
+        return False
 
     @property
     def wants_several_responses(self) -> str | None:
@@ -77,9 +79,14 @@ class Objective(ABC, BaseModel):
     def require_objects(self) -> None:
         """As `Task.require_objects`."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` is asked: by default, if it is there. It costs one more forward pass a step."""
+        return type(self).measure is not Objective.measure
+
     def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
         """What `columns` wants to know of each of the batch's n trajectories under the policy as it is, [n] each, without
-        gradient. To override it costs one more forward pass a step."""
+        gradient."""
         return {}
 
     def columns(self, step: Step) -> dict[str, Tensor]:
@@ -89,6 +96,20 @@ class Objective(ABC, BaseModel):
     @abstractmethod
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         """The loss of each trajectory of a packed batch, of its own tokens and columns alone."""
+
+
+def log_ratio(stats: TokenStats, batch: ScoredBatch) -> Tensor:
+    """[N]: sum_h log pi(a_h|s_h) - log pi_ref(a_h|s_h)."""
+    from tbrm_kernels import segment_sums
+
+    return segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
+
+
+def surprise(stats: TokenStats, batch: ScoredBatch) -> Tensor:
+    """[N]: sum_h (1 - pi(a_h|s_h)), which stands for the squared norm of the score."""
+    from tbrm_kernels import segment_sums
+
+    return segment_sums(1 - stats.logprobs.exp(), batch.cu_seqlens)
 
 
 def comparable(groups: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tbrm.objectives.objective import Step, TrajectoryLoss, comparable, group_means
-from tbrm.objectives.tba import Tba
+from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, comparable, group_means, log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,9 +14,12 @@ if TYPE_CHECKING:
     from tbrm_kernels import TokenStats
 
 
-class Rloo(Tba):
+class Rloo(Objective):
     """loss = -A sum_h log pi(a_h|s_h), A detached: the shaped reward R - beta sum_h (log pi - log pi_ref), less the mean of
     those of the other responses to the same problem, or, where every problem has one response, of the step's."""
+
+    def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
+        return {"log_ratio": log_ratio(stats, batch)}
 
     def columns(self, step: Step) -> dict[str, Tensor]:
         shaped = step.rewards - self.beta * step.measured["log_ratio"]

@@ -47,7 +47,7 @@ def facts(run: Run) -> dict[str, str]:
     values = {
         "Model": run.setting("model.name") or run.result.get("model"),
         "Task": run.setting("task.family") or run.setting("task.name") or run.result.get("task"),
-        "Objective": run.setting("objective.name") or run.result.get("objective"),
+        "Objective": _objective(run),
         "Beta": run.setting("objective.beta"),
         "Correct": f"a reward of {run.setting('task.correct_at'):g} or more"
         if run.setting("task.correct_at")
@@ -101,6 +101,12 @@ def mean_rewards(run: Run) -> str | None:
 
 def n_heldout(run: Run) -> int | None:
     return run.evals[-1].get("n") if run.evals else run.result.get("n_heldout")
+
+
+def _objective(run: Run) -> str | None:
+    name, value = run.setting("objective.name"), run.setting("objective.value")
+    said = f"{name} with value {value}" if name == "tbrm" and value not in (None, "network") else name
+    return said or run.result.get("objective")
 
 
 def _steps(run: Run) -> str:

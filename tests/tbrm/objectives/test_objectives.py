@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tbrm.config.recipe import parse_config
 from tbrm.config.section import ConfigError
 from tbrm.objectives import OBJECTIVES, Objective, Step
+from tbrm.training.resume import differences
 from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
@@ -230,6 +232,31 @@ def test_reinforce_compares_with_the_group_or_with_the_step() -> None:
     assert rewards_of(reinforce, rewards, torch.tensor([7, 7, 3, 3])).tolist() == [0.5, -0.5, -0.5, 0.5]
     assert rewards_of(reinforce, rewards, torch.tensor([1, 2, 3, 4])).tolist() == [0.5, -0.5, -0.5, 0.5]
     assert rewards_of(reinforce, torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "value"), [("reval", "reference"), ("tba", "mean"), ("optimal", "optimal"), ("tbrm", "network")]
+)
+def test_a_preset_is_tbrm_with_another_value_and_its_own_recipes_go_on(tmp_path: Path, preset: str, value: str) -> None:
+    """As a config.yaml from before there was `objective.value` has it: nothing was changed."""
+    old = {"name": preset, "beta": 0.1, "reward_offset": 0.0, "reset_reference_every": 0}
+    config = parse_config(tiny_tree(tmp_path, objective=old))
+    assert config.objective.value == value
+    assert not [key for key in differences(tiny_tree(tmp_path, objective=old), config) if key.startswith("objective.")]
+
+    tree = Tree(5)
+    trajectories = tree.sample(12)
+    batch, stats = batch_of(tree, trajectories), tabular_stats(tree.behaviour.log(), trajectories)
+    groups, found = torch.tensor([0, 1, 2] * 4), []
+    for objective in (config.objective, OBJECTIVES("tbrm")(name="tbrm", beta=0.1, value=value)):
+        measured = objective.measure(stats, batch) if objective.measures else {}
+        found.append(objective(stats, with_rewards(batch, rewards_of(objective, batch.rewards, groups, **measured))))
+    assert torch.equal(found[0].residual, found[1].residual) and torch.equal(found[0].loss, found[1].loss)
+
+
+def test_a_preset_takes_no_other_value(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"objective.value: got 'optimal' .* wants: input should be 'mean'"):
+        parse_config(tiny_tree(tmp_path, objective={"name": "tba", "beta": 0.1, "value": "optimal"}))
 
 
 class Halved(OBJECTIVES("tbrm")):  # type: ignore[misc]
