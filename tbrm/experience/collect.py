@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from tbrm.chat import Chat
 from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
@@ -139,6 +141,7 @@ class RolloutSource:
                     truncated=response.truncated,
                     group=drawn_at + i,
                     weight_version=response.weight_version,
+                    behaviour_logprobs=None if response.logprobs is None else torch.tensor(response.logprobs),
                 )
             )
         collected.metrics = {

@@ -2,7 +2,8 @@
 
 Each line holds `prompt` (text, or a chat) or `messages` (a chat), `response` (text) and `reward`; optionally `truncated`
 and `tools`. Lines that also hold `prompt_ids` and `response_ids`, as those of `tbrm rollout` do, are used token for token,
-and may say in `action_mask` which response tokens the policy chose; otherwise the text is encoded with the model's chat
+and may say in `action_mask` which response tokens the policy chose, and in `response_logprobs` how likely each was where it was
+sampled; otherwise the text is encoded with the model's chat
 template and, unless it is truncated or has its end, the token that ends a turn is appended.
 
 A line without `reward` is graded, where there is a task: it then holds the problem's `answer`, and beside it, or
@@ -22,7 +23,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from tbrm.chat import Chat, check_token_ids
 from tbrm.config.rollout import RolloutConfig
@@ -38,6 +41,7 @@ from tbrm.trajectories.stored import score_columns, scores_at
 from tbrm.trajectories.trajectory import Trajectory
 
 _SCORES = "scores.safetensors"
+_ROUNDED = 1e-3  # above 0, where a log-prob was rounded
 
 
 class FileSource:
@@ -122,8 +126,20 @@ def write_trajectories(path: Path, trajectories: Iterable[Trajectory]) -> None:
     """Token ids and rewards, as `read_trajectories` reads them."""
     with path.open("w") as file:
         for trajectory in trajectories:
-            row = {name: value for name, value in vars(trajectory).items() if name != "reference"}
-            file.write(json.dumps(row) + "\n")
+            fields = ("reward", "truncated", "group", "weight_version")
+            row = {name: getattr(trajectory, name) for name in fields}
+            file.write(json.dumps(row | token_columns(trajectory)) + "\n")
+
+
+def token_columns(trajectory: Trajectory) -> dict[str, Any]:
+    """What a line says of its tokens."""
+    columns: dict[str, Any] = {"prompt_ids": trajectory.prompt_ids, "response_ids": trajectory.response_ids}
+    if trajectory.action_mask is not None:
+        columns["action_mask"] = trajectory.action_mask
+    if trajectory.behaviour_logprobs is not None:
+        said = dict(zip(trajectory.actions, trajectory.behaviour_logprobs.tolist(), strict=True))
+        columns["response_logprobs"] = [said.get(i) for i in range(len(trajectory.response_ids))]
+    return columns
 
 
 class RowReader:
@@ -198,7 +214,16 @@ class RowReader:
         if reward is None:
             return None
         mask = _action_mask(row, response_ids, in_ids=in_ids)
-        return Trajectory(prompt_ids, response_ids, reward, truncated, weight_version=None, action_mask=mask)
+        said = _behaviour(row, mask or [True] * len(response_ids), in_ids=in_ids)
+        return Trajectory(
+            prompt_ids,
+            response_ids,
+            reward,
+            truncated,
+            weight_version=None,
+            action_mask=mask,
+            behaviour_logprobs=said,
+        )
 
     def _is_held_out(self, prompt_ids: Sequence[int], problem: Problem | None) -> bool:
         if not self._heldout:
@@ -273,3 +298,19 @@ def _action_mask(row: dict[str, Any], response_ids: Sequence[int], *, in_ids: bo
     if not any(mask):
         raise ValueError("action_mask: all false; there is no action to learn from")
     return [bool(chosen) for chosen in mask]
+
+
+def _behaviour(row: dict[str, Any], chosen: Sequence[bool], *, in_ids: bool) -> Tensor | None:
+    """What the line says of the tokens that the policy chose; of others it may say anything."""
+    logprobs = row.get("response_logprobs")
+    if logprobs is None:
+        return None
+    if not in_ids:
+        raise ValueError("response_logprobs: given without response_ids, whose tokens they are of")
+    if not isinstance(logprobs, list) or len(logprobs) != len(chosen):
+        raise ValueError(f"response_logprobs: got {logprobs!r:.100}; wants one for each of {len(chosen)} response_ids")
+    actions = [logprob for logprob, is_action in zip(logprobs, chosen, strict=True) if is_action]
+    for logprob in actions:
+        if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not -math.inf < logprob <= _ROUNDED:
+            raise ValueError(f"response_logprobs: got {logprob!r}; wants a finite number, 0 or less")
+    return torch.tensor(actions, dtype=torch.float32)

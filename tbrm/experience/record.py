@@ -13,6 +13,7 @@ from tbrm.chat import Chat, make_chat
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.experience.collect import Collected, RolloutSource
+from tbrm.experience.offline import token_columns
 from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy
 from tbrm.reporting.metrics import Phases
@@ -60,7 +61,5 @@ def _rows(collected: Collected, chat: Chat, config: Config) -> Iterator[dict[str
             "answer": problem.answer,
             "entry": problem.entry,
             "temperature": config.rollout.temperature,
-            "prompt_ids": trajectory.prompt_ids,
-            "response_ids": trajectory.response_ids,
-            **({} if trajectory.action_mask is None else {"action_mask": trajectory.action_mask}),
+            **token_columns(trajectory),
         }

@@ -22,6 +22,7 @@ class Contract:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.measures = objective.measures
+        self.wants_behaviour = objective.wants_behaviour
         self._checked = False
 
     def measure(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:

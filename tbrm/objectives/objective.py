@@ -35,6 +35,8 @@ class Step:
     """[N] float32, with the offset."""
     groups: Tensor
     """[N] int64: which trajectories answer the same problem."""
+    lengths: Tensor
+    """[N] int64: how many actions each has."""
     measured: Mapping[str, Tensor]
     """[N] each: what `measure` found."""
 
@@ -70,6 +72,10 @@ class Objective(ABC, BaseModel):
     def wants_reward_above_value(self) -> bool:
         """Whether V(s_1) itself is fitted to R/beta: then the mean of R/beta must not begin below it, which is looked at."""
         return False
+
+    wants_behaviour: ClassVar[bool] = False
+    """Whether `batch.behaviour_logprobs` is read: where nobody said what sampled a trajectory, the policy's own as the step
+    begins stand for it, which takes a forward pass."""
 
     @property
     def wants_several_responses(self) -> str | None:

@@ -65,14 +65,18 @@ class ReferenceModel(Kept):
             value = lse[start] if end > start else torch.zeros(())
             trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone())
 
-    def scored(self, trajectories: Sequence[Trajectory], columns: dict[str, Tensor]) -> ScoredBatch:
-        """The trajectories, laid out, with what `score` has found of them, and the objective's columns [N]."""
+    def scored(
+        self, trajectories: Sequence[Trajectory], behaviour: Sequence[Tensor], columns: dict[str, Tensor]
+    ) -> ScoredBatch:
+        """The trajectories, laid out, with what `score` has found of them, log mu of the actions of each, and the objective's
+        columns [N]."""
         scores = [trajectory.reference for trajectory in trajectories]
         nothing = torch.zeros(0)  # a share of the step may be empty
         return ScoredBatch(
             **vars(self.model.layout.pack(trajectories)),
             ref_logprobs=torch.cat([nothing, *(score.logprobs for score in scores if score)]),
             ref_values=torch.cat([nothing, *(score.value[None] for score in scores if score)]),
+            behaviour_logprobs=torch.cat([nothing, *behaviour]),
             columns=columns,
         )
 

@@ -29,6 +29,9 @@ class MicroBatches:
         self._unscored = self._dealt(max_tokens, scored=False)
         self.members = self._unscored + self._dealt(max_tokens, scored=True)
         """Indices of the trajectories of each."""
+        self.metrics: dict[str, float] = {}
+        self._own: dict[int, Tensor] = {}
+        """The policy's log-probs of trajectories of which nobody said with which they were sampled."""
 
     def _dealt(self, max_tokens: int, *, scored: bool) -> list[list[int]]:
         indices = [i for i, t in enumerate(self.trajectories) if self._reference.has_scored(t) is scored]
@@ -56,7 +59,8 @@ class MicroBatches:
     def batch(self, members: list[int], columns: dict[str, Tensor]) -> ScoredBatch:
         """Some of the step's trajectories, with their part of its columns [N]."""
         part = {name: column[members] for name, column in columns.items()}
-        scored = self._reference.scored([self.trajectories[i] for i in members], part)
+        behaviour = [self._behaviour(i) for i in members]
+        scored = self._reference.scored([self.trajectories[i] for i in members], behaviour, part)
         return scored.to(self._reference.model.device)
 
     def columns(self, objective: Contract, policy: PolicyModel, reward_offset: float) -> dict[str, Tensor]:
@@ -65,8 +69,27 @@ class MicroBatches:
             return {}
         rewards = torch.tensor([t.reward for t in self.trajectories]) + reward_offset
         groups = torch.tensor([t.group for t in self.trajectories], dtype=torch.int64)
+        lengths = torch.tensor([len(t.actions) for t in self.trajectories], dtype=torch.int64)
+        if objective.wants_behaviour:
+            self._take_own_for_unsaid(policy)
         measured = self._measure(objective, policy, rewards) if objective.measures else {}
-        return objective.columns(Step(rewards, groups, measured))
+        return objective.columns(Step(rewards, groups, lengths, measured))
+
+    def _behaviour(self, index: int) -> Tensor:
+        said = self.trajectories[index].behaviour_logprobs
+        if said is not None:
+            return said
+        return self._own.get(index, torch.full((len(self.trajectories[index].actions),), torch.nan))
+
+    @torch.no_grad()
+    def _take_own_for_unsaid(self, policy: PolicyModel) -> None:
+        unsaid = [t.behaviour_logprobs is None for t in self.trajectories]
+        self.metrics["behaviour_unsaid"] = sum(unsaid)
+        for members in self.members if any(unsaid) else []:
+            batch = policy.layout.pack([self.trajectories[i] for i in members]).to(policy.device)
+            logprobs = policy(batch).logprobs.cpu()  # by all processes together
+            for index, start, end in zip(members, batch.bounds, batch.bounds[1:], strict=False):
+                self._own[index] = logprobs[start:end]
 
     @torch.no_grad()
     def _measure(self, objective: Contract, policy: PolicyModel, rewards: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class StepMetrics:
         """Packed tokens: of this process, and of all once `means` has been called."""
         self._trajectories = 0
         self._actions = 0
-        self._sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
         self._residuals = [torch.zeros(0, device=device)]
 
     @torch.no_grad()
@@ -34,6 +34,8 @@ class StepMetrics:
         self._actions += len(batch.targets)
         self._residuals.append(losses.residual.detach())
         log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
+        gaps = (stats.logprobs - batch.behaviour_logprobs).abs()
+        known = gaps.isfinite()
         self._sums += torch.stack(
             [
                 losses.loss.double().sum(),
@@ -42,6 +44,8 @@ class StepMetrics:
                 batch.values(stats.lse).double().sum(),
                 log_ratio.double().sum(),
                 stats.entropy.double().sum(),
+                gaps.where(known, 0.0).double().sum(),
+                known.double().sum(),
             ]
         )
 
@@ -52,11 +56,11 @@ class StepMetrics:
         return [everywhere[i] for i in range(len(everywhere))]
 
     def means(self, grad_norm: Tensor, world: World) -> dict[str, float]:
-        """Means over the trajectories of all processes; entropy, in nats, over actions. `grad_norm` [] rides along."""
+        """Means over the trajectories of all processes; entropy and gap, in nats, over actions. `grad_norm` [] rides along."""
         counts = self._sums.new_tensor([self.tokens, self._trajectories, self._actions])
         rows = world.gather_rows(torch.cat([self._sums, counts, grad_norm.double()[None]])).tolist()
         *sums, tokens, trajectories, actions, _ = map(sum, zip(*rows, strict=True))
-        loss, residual, residual_square, value, log_ratio, entropy = sums
+        loss, residual, residual_square, value, log_ratio, entropy, gap, known = sums
         self.tokens = int(tokens)
         n = max(1, trajectories)
         mean = residual / n
@@ -67,6 +71,7 @@ class StepMetrics:
             "value_mean": value / n,
             "log_ratio_mean": log_ratio / n,
             "entropy_mean": entropy / max(1, actions),
+            **({"behaviour_gap_mean": gap / known} if known else {}),
             "grad_norm": rows[0][-1],
         }
 

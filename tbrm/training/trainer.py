@@ -227,6 +227,7 @@ class Trainer:
         return {
             **means,
             **trajectory_metrics(trajectories, self.state.step),
+            **micro_batches.metrics,
             "fresh_share": 1 - len(replayed) / max(1, len(trajectories)),
             **collected.metrics,
             **recorded,

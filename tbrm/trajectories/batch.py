@@ -62,12 +62,15 @@ def moved(thing: object, device: torch.device | str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ScoredBatch(TrajectoryBatch):
-    """A batch with what the reference model says of it, and the objective's columns."""
+    """A batch with what the reference and whoever made it say of it, and the objective's columns."""
 
     ref_logprobs: Tensor
     """[A] float32: log pi_ref of each action."""
     ref_values: Tensor
     """[N] float32: V_ref(s_1), 0 for a trajectory without actions."""
+    behaviour_logprobs: Tensor
+    """[A] float32: log mu of each action under what sampled it; NaN where nobody said, unless the objective
+    `wants_behaviour`."""
     columns: dict[str, Tensor]
     """[N] each: what the objective's `columns` made of the step."""
 
@@ -98,5 +101,6 @@ class ScoredBatch(TrajectoryBatch):
             bounds=tuple(bound - start for bound in bounds),
             ref_logprobs=self.ref_logprobs[start:stop],
             ref_values=self.ref_values[trajectories],
+            behaviour_logprobs=self.behaviour_logprobs[start:stop],
             columns={name: column[trajectories] for name, column in self.columns.items()},
         )

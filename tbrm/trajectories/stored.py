@@ -1,6 +1,6 @@
 """Trajectories on disk: many in one safetensors file, memory-mapped, so that some are read without the others.
 
-Columns of one value per trajectory stand beside those that hold the tokens (or reference log-probs) of all, end to end.
+Columns of one value per trajectory stand beside those that hold the tokens (or log-probs) of all, end to end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
 
     versions = [_NONE if t.weight_version is None else t.weight_version for t in trajectories]
     chosen = [t.action_mask or [True] * len(t.response_ids) for t in trajectories]
+    said = [t.behaviour_logprobs for t in trajectories]
     tensors = {
         "tokens": column([token for t in trajectories for token in (*t.prompt_ids, *t.response_ids)], torch.int32),
         "chosen": column([is_action for mask in chosen for is_action in mask], torch.bool),
@@ -36,6 +37,8 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
         "truncated": column([t.truncated for t in trajectories], torch.bool),
         "groups": column([t.group for t in trajectories], torch.int64),
         "weight_versions": column(versions, torch.int64),
+        "behaviour_lengths": column([_NONE if each is None else len(each) for each in said], torch.int64),
+        "behaviour_logprobs": torch.cat([torch.zeros(0), *(each for each in said if each is not None)]),
     }
     save_tensors(tensors | score_columns(trajectories), path)
 
@@ -65,6 +68,20 @@ def scores_at(columns: Mapping[str, Tensor]) -> Callable[[int], ReferenceScore |
     return score
 
 
+def _behaviour_at(columns: Mapping[str, Tensor]) -> Callable[[int], Tensor | None]:
+    """log mu of the actions at a row; a file of an earlier version has none."""
+    if "behaviour_lengths" not in columns:
+        return lambda row: None
+    lengths = columns["behaviour_lengths"].tolist()
+    bounds = [0, *accumulate(max(0, length) for length in lengths)]
+
+    def behaviour(row: int) -> Tensor | None:
+        said = columns["behaviour_logprobs"][bounds[row] : bounds[row + 1]]
+        return None if lengths[row] == _NONE else said.clone()
+
+    return behaviour
+
+
 def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Trajectory]:
     """The trajectories at `rows`, in that order; without it all."""
     with safe_open(path, framework="pt") as file:
@@ -72,7 +89,7 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
     names = ("prompt_lengths", "response_lengths", "weight_versions", "rewards", "truncated", "groups")
     prompts, responses, weight_versions, rewards, truncated, groups = (columns[name].tolist() for name in names)
     token_at = [0, *accumulate(p + r for p, r in zip(prompts, responses, strict=True))]
-    chosen_at, score = [0, *accumulate(responses)], scores_at(columns)
+    chosen_at, score, behaviour = [0, *accumulate(responses)], scores_at(columns), _behaviour_at(columns)
 
     def load(row: int) -> Trajectory:
         middle, stop = token_at[row] + prompts[row], token_at[row + 1]
@@ -86,6 +103,7 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
             weight_version=None if weight_versions[row] == _NONE else weight_versions[row],
             action_mask=None if all(chosen) else chosen,
             reference=score(row),
+            behaviour_logprobs=behaviour(row),
         )
 
     return [load(row) for row in (range(len(prompts)) if rows is None else rows)]

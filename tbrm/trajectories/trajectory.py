@@ -35,6 +35,9 @@ class Trajectory:
     action_mask: list[bool] | None = None
     """Which response tokens the policy chose; None for all. Tool and user turns are False: context, never scored."""
     reference: ReferenceScore | None = field(default=None, repr=False)
+    behaviour_logprobs: Tensor | None = field(default=None, repr=False)
+    """log mu of each action, [H] float32 on the CPU, mu the distribution that it was drawn from: temperature included, under
+    the weights of that moment, as the engine computed it. None if nobody said."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -44,6 +47,11 @@ class Trajectory:
         if self.action_mask is not None and len(self.action_mask) != len(self.response_ids):
             raise ValueError(
                 f"Trajectory.action_mask has {len(self.action_mask)} entries for {len(self.response_ids)} response tokens"
+            )
+        if self.behaviour_logprobs is not None and self.behaviour_logprobs.shape != (len(self.actions),):
+            raise ValueError(
+                f"Trajectory.behaviour_logprobs is {list(self.behaviour_logprobs.shape)} for {len(self.actions)} actions: it "
+                "wants one for each"
             )
 
     @property

@@ -186,6 +186,7 @@ def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
         logits = lm(tokens).logits[0, start - 1 : -1].double()
         logp = logits.log_softmax(-1).gather(1, tokens[0, start:, None]).sum().item()
         assert score["logprob_sum"] == pytest.approx(logp, rel=1e-4)
+        assert sum(line["response_logprobs"]) == pytest.approx(logp, rel=1e-4)
         assert score["value"] == pytest.approx(logits[0].logsumexp(-1).item(), rel=1e-4)
 
 

@@ -67,6 +67,24 @@ def test_an_action_mask_is_kept(tmp_path: Path) -> None:
     assert [t.action_mask for t in read_trajectories(written, reader())] == [masked.action_mask]
 
 
+def test_log_probs_of_what_sampled_are_kept_for_actions(tmp_path: Path) -> None:
+    ids = {"prompt_ids": [1, 2], "response_ids": [10, 11, 12], "reward": 1.0}
+    whole, masked, unsaid = found = read(
+        tmp_path,
+        {**ids, "response_logprobs": [-0.5, -1, 0]},
+        {**ids, "response_logprobs": [-0.5, None, -2.25], "action_mask": [True, False, True]},
+        ids,
+    )
+    assert whole.behaviour_logprobs is not None and masked.behaviour_logprobs is not None
+    assert (whole.behaviour_logprobs.tolist(), masked.behaviour_logprobs.tolist()) == ([-0.5, -1, 0], [-0.5, -2.25])
+    assert unsaid.behaviour_logprobs is None
+    written = tmp_path / "written.jsonl"
+    write_trajectories(written, found)
+    for again, before in zip(read_trajectories(written, reader()), found, strict=True):
+        said = before.behaviour_logprobs
+        assert again.behaviour_logprobs is said is None or torch.equal(again.behaviour_logprobs, said)
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
 def test_only_a_newline_ends_a_line(tmp_path: Path, separator: str) -> None:
     row = {"prompt": f"1{separator}1", "response": f"2{separator}", "reward": 1.0}
@@ -197,6 +215,22 @@ def test_what_a_users_own_task_raises_is_said_to_be_its_own(tmp_path: Path) -> N
             r"action_mask: given without response_ids",
         ),
         ({"prompt_ids": [], "response_ids": [1], "reward": 1}, r":2: Trajectory.prompt_ids is empty"),
+        (
+            {"prompt_ids": [1], "response_ids": [5, 6], "reward": 1, "response_logprobs": [-1.0]},
+            r":2: response_logprobs: got \[-1.0\]; wants one for each of 2 response_ids",
+        ),
+        (
+            {"prompt_ids": [1], "response_ids": [5], "reward": 1, "response_logprobs": [0.4]},
+            r":2: response_logprobs: got 0.4; wants a finite number, 0 or less",
+        ),
+        (
+            {"prompt_ids": [1], "response_ids": [5], "reward": 1, "response_logprobs": [None]},
+            r":2: response_logprobs: got None; wants a finite number, 0 or less",
+        ),
+        (
+            {"prompt": "1", "response": "5", "reward": 1, "response_logprobs": [-1.0]},
+            r"response_logprobs: given without response_ids",
+        ),
         ({"prompt": "1", "response": "", "reward": 1, "truncated": True}, r":2: response: empty"),
     ],
 )

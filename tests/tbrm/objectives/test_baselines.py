@@ -36,7 +36,7 @@ class Case:
         """The residuals, and the gradient of the summed loss by the logits."""
         stats = tabular_stats(self.logits, self.trajectories)
         measured = {name: column.detach() for name, column in objective.measure(stats, self.batch).items()}
-        columns = objective.columns(Step(self.batch.rewards, groups, measured))
+        columns = objective.columns(Step(self.batch.rewards, groups, torch.full_like(groups, HORIZON), measured))
         batch = ScoredBatch(**{**vars(self.batch), "columns": columns})
         result = objective(stats, batch)
         [gradient] = torch.autograd.grad(result.loss.sum(), self.logits)
@@ -122,5 +122,5 @@ def test_rloo_takes_off_the_mean_of_the_others(groups: Tensor) -> None:
 
 def test_rloo_knows_nothing_of_a_response_that_is_alone_among_groups() -> None:
     rloo = OBJECTIVES("rloo")(name="rloo", beta=1.0)
-    step = Step(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([1, 1, 2]), {"log_ratio": torch.zeros(3)})
+    step = Step(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([1, 1, 2]), torch.ones(3), {"log_ratio": torch.zeros(3)})
     assert rloo.columns(step)["advantage"].tolist() == [1.0, -1.0, 0.0]

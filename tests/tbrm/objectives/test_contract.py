@@ -63,6 +63,17 @@ class RewardsOfTheBatch(Objective):
         return TrajectoryLoss(-advantage * segment_sums(stats.logprobs, batch.cu_seqlens), advantage)
 
 
+class Weighted(Objective):
+    """The squared residual, over how likely what sampled it was to do so."""
+
+    wants_behaviour = True
+
+    def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
+        error = residual(self, stats, batch)
+        weight = segment_sums(stats.logprobs.detach() - batch.behaviour_logprobs, batch.cu_seqlens).exp()
+        return TrajectoryLoss(weight * error.square(), error)
+
+
 class Broken(Objective):
     """Right but for what `how` says."""
 
@@ -116,6 +127,33 @@ def test_a_baseline_over_the_step_is_the_same_whatever_the_micro_batches(tmp_pat
             assert other[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-5), key
 
 
+def test_where_nobody_said_what_sampled_a_response_the_policys_own_log_probs_stand_for_it(tmp_path: Path) -> None:
+    whole, parts = (first_step(tmp_path, {"name": f"{__name__}:Weighted"}, tokens) for tokens in (4096, 40))
+    assert whole["behaviour_unsaid"] == parts["behaviour_unsaid"] == 8
+    assert whole["behaviour_gap_mean"] < 1e-6
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-4)
+    plain = first_step(tmp_path, {"name": "tba"}, 4096)
+    assert not plain.keys() & {"behaviour_unsaid", "behaviour_gap_mean"}  # nobody asked
+
+
+def test_what_a_file_says_of_what_sampled_a_response_is_what_an_objective_reads(tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [5, 6], "response_ids": [7, n], "reward": 0.0} for n in range(8, 12)]
+    lines = [json.dumps({**row, "response_logprobs": [-9.0, -9.0 - n]}) for n, row in enumerate(rows)]
+    (tmp_path / "said.jsonl").write_text("\n".join([*lines[:3], json.dumps(rows[3])]) + "\n")
+    metrics = Trainer(
+        tiny_config(
+            tmp_path,
+            objective={"name": f"{__name__}:Weighted", "beta": 0.1},
+            data__trajectories=str(tmp_path / "said.jsonl"),
+            rollout={"prompts": 4, "samples": 1},
+            evaluation={"prompts": 0},
+        )
+    ).train_step()
+    assert metrics["behaviour_unsaid"] == 1
+    # A random model is nearly as likely to say any token: log pi is -4.6, not -9 or less, of six actions of eight.
+    assert metrics["behaviour_gap_mean"] == pytest.approx((6 * 9 + 0 + 1 + 2 - 6 * 4.65) / 8, abs=0.3)
+
+
 @pytest.mark.parametrize("tokens", [4096, 40])
 def test_a_loss_that_depends_on_the_micro_batch_is_refused_at_the_first_step(tmp_path: Path, tokens: int) -> None:
     rule = r"test_contract:OfTheBatch cannot be used: its loss of a trajectory changes by .* trainer.batch_tokens.*`columns`"
@@ -166,7 +204,13 @@ def check(contract: Contract, rewards: list[float]) -> None:
     batch = pack([Trajectory([1, 2], [3, 4, 5], reward) for reward in rewards])
     columns = {"rewards": torch.tensor(rewards), "baseline": torch.zeros(len(rewards))}
     ref = torch.randn(len(batch.targets))
-    scored = ScoredBatch(**vars(batch), ref_logprobs=ref, ref_values=torch.zeros(len(rewards)), columns=columns)
+    scored = ScoredBatch(
+        **vars(batch),
+        ref_logprobs=ref,
+        ref_values=torch.zeros(len(rewards)),
+        behaviour_logprobs=ref,
+        columns=columns,
+    )
     contract.check(TokenStats(-torch.rand(len(ref)), torch.randn(len(ref)), None), scored)
 
 

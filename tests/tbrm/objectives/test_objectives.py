@@ -77,6 +77,7 @@ def batch_of(tree: Tree, trajectories: list[Trajectory]) -> ScoredBatch:
         **vars(pack(trajectories)),
         ref_logprobs=reference.logprobs,
         ref_values=reference.lse[::HORIZON],
+        behaviour_logprobs=tabular_stats(tree.behaviour.log(), trajectories).logprobs,
         columns={"rewards": rewards},
     )
 
@@ -86,7 +87,8 @@ def with_rewards(batch: ScoredBatch, rewards: Tensor) -> ScoredBatch:
 
 
 def rewards_of(objective: Objective, rewards: Tensor, groups: Tensor, **measured: Tensor) -> Tensor:
-    return objective.columns(Step(rewards, groups, measured))["rewards"]
+    lengths = torch.full_like(groups, HORIZON)
+    return objective.columns(Step(rewards, groups, lengths, measured))["rewards"]
 
 
 @pytest.mark.slow
@@ -162,7 +164,10 @@ def test_brm_with_uneven_and_empty_trajectories() -> None:
     items = [Trajectory([1], [2, 3], 1.0), Trajectory([1], [], 5.0), Trajectory([1], [2], 0.5)]
     logprobs, lse = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([4.0, 5.0, 6.0])
     columns = {"rewards": torch.tensor([item.reward for item in items])}
-    batch = ScoredBatch(**vars(pack(items)), ref_logprobs=torch.zeros(3), ref_values=torch.zeros(3), columns=columns)
+    zeros = torch.zeros(3)
+    batch = ScoredBatch(
+        **vars(pack(items)), ref_logprobs=zeros, ref_values=zeros, behaviour_logprobs=zeros, columns=columns
+    )
     result = OBJECTIVES("brm")(name="brm", beta=0.5)(TokenStats(logprobs, lse, None), batch)
     first = [(4 - 1) - 5, (5 - 2) - 1.0 / 0.5]
     assert result.loss.tolist() == [first[0] ** 2 + first[1] ** 2, 0.0, (6 - 3 - 0.5 / 0.5) ** 2]

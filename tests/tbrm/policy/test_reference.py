@@ -16,7 +16,8 @@ from tests.tbrm.policy.test_model import trajectories
 def scored(reference: ReferenceModel, items: list[Trajectory]) -> ScoredBatch:
     if not all(map(reference.has_scored, items)):
         reference.score(pack(items), items)
-    return reference.scored(items, columns={})
+    unsaid = [torch.full((len(item.actions),), torch.nan) for item in items]
+    return reference.scored(items, unsaid, columns={})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -161,13 +161,18 @@ def test_some_trajectories_of_a_batch_keep_their_own_columns_and_scores() -> Non
     items = [Trajectory([5], [10, 11], 1.0), Trajectory([5], [], 0.0), Trajectory([6], [12, 13, 14], 0.0)]
     columns = {"rewards": torch.tensor([1.0, 2.0, 3.0]), "baseline": torch.tensor([4.0, 5.0, 6.0])}
     batch = ScoredBatch(
-        **vars(pack(items)), ref_logprobs=torch.arange(5.0), ref_values=torch.arange(3.0), columns=columns
+        **vars(pack(items)),
+        ref_logprobs=torch.arange(5.0),
+        ref_values=torch.arange(3.0),
+        behaviour_logprobs=torch.arange(5.0, 10.0),
+        columns=columns,
     )
     part = batch.scores_of(1, torch.tensor([0, 0, 3], dtype=torch.int32))
     assert {name: column.tolist() for name, column in part.columns.items()} == {"rewards": [2, 3], "baseline": [5, 6]}
     assert part.rewards.tolist() == [2, 3]
     assert (part.bounds, part.targets.tolist()) == ((0, 0, 3), [12, 13, 14])
     assert (part.ref_logprobs.tolist(), part.ref_values.tolist()) == ([2, 3, 4], [1, 2])
+    assert part.behaviour_logprobs.tolist() == [7, 8, 9]
 
 
 def test_rewards_that_an_objective_does_not_keep_are_asked_for() -> None:
@@ -176,6 +181,7 @@ def test_rewards_that_an_objective_does_not_keep_are_asked_for() -> None:
         **vars(pack([Trajectory([5], [10], 1.0)])),
         ref_logprobs=torch.zeros(1),
         ref_values=torch.zeros(1),
+        behaviour_logprobs=torch.zeros(1),
         columns=columns,
     )
     with pytest.raises(ValueError, match=r"`columns` gave \['baseline'\]: have it give 'rewards', too"):
@@ -187,3 +193,5 @@ def test_impossible_trajectories_are_refused() -> None:
         Trajectory([], [1], 0.0)
     with pytest.raises(ValueError, match="action_mask has 1 entries for 2"):
         Trajectory([1], [1, 2], 0.0, action_mask=[True])
+    with pytest.raises(ValueError, match=r"behaviour_logprobs is \[2\] for 1 actions"):
+        Trajectory([1], [1, 2], 0.0, action_mask=[True, False], behaviour_logprobs=torch.zeros(2))

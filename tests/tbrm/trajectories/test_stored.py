@@ -13,12 +13,21 @@ def test_trajectories_come_back_bit_for_bit_and_in_any_order(tmp_path: Path) -> 
     trajectories = [
         Trajectory([1, 2, 3], [4, 5, 2**31 - 1], 0.1, group=-7, weight_version=3),
         Trajectory([9], [], -1e300, truncated=True, weight_version=None),  # nothing was said
-        Trajectory([1], [2, 3], 1.0, action_mask=[False, True], reference=ReferenceScore(2, logprobs[:1], logprobs[1])),
+        Trajectory(
+            [1],
+            [2, 3],
+            1.0,
+            action_mask=[False, True],
+            reference=ReferenceScore(2, logprobs[:1], logprobs[1]),
+            behaviour_logprobs=logprobs[2:],
+        ),
         Trajectory([5, 6], [7, 8, 9], 0.5, reference=ReferenceScore(0, logprobs, torch.tensor(34.5))),
+        Trajectory([5], [], 0.5, behaviour_logprobs=logprobs[:0]),
+        Trajectory([5], [7, 8, 9], 0.5, behaviour_logprobs=logprobs),
     ]
     path = tmp_path / "some.safetensors"
     save_trajectories(path, trajectories)
-    for order in ([0, 1, 2, 3], [3, 1], [2], []):
+    for order in ([0, 1, 2, 3, 4, 5], [3, 5, 1], [2], []):
         loaded = load_trajectories(path, order)
         assert [_plain(t) for t in loaded] == [_plain(trajectories[i]) for i in order]
     assert [_plain(t) for t in load_trajectories(path)] == [_plain(t) for t in trajectories]
@@ -31,4 +40,7 @@ def _plain(trajectory: Trajectory) -> dict:
     if score := values.pop("reference"):
         values |= {"version": score.version, "logprobs": score.logprobs.tolist(), "value": score.value.item()}
         assert score.logprobs.dtype == score.value.dtype == torch.float32
+    if (behaviour := values["behaviour_logprobs"]) is not None:
+        assert behaviour.dtype == torch.float32
+        values["behaviour_logprobs"] = behaviour.tolist()
     return values
