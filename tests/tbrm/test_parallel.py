@@ -1,14 +1,11 @@
-"""Real processes (torchrun, gloo) against one: the same losses, the same gradients, the same runs."""
+"""Real processes (gloo) against one: the same losses, the same gradients, the same runs."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +23,21 @@ from tbrm.reporting.metrics import is_timing, read_jsonl
 from tbrm.training.export import export
 from tests.tbrm.conftest import ARCHITECTURES
 from tests.tbrm.conftest import TINY as RECIPE
-from tests.tbrm.parallel_steps import MICRO_BATCHES, MODELS, MODELS_OF
+from tests.tbrm.parallel_steps import COMPILED_ON, MICRO_BATCHES, MODELS, MODELS_OF
+from tests.tbrm.started import forked
 
 COUNTS = (2, 4)
 MODEL_ON = [(model, count) for count in COUNTS for model in MODELS_OF[count]]
+DIVIDED_ON = [("", 1), *((vocabulary, count) for count in COUNTS for vocabulary in ("", ", vocabulary divided"))]
 
 
-def torchrun(
-    processes: int,
-    *command: str | Path,
-    check: bool = True,
-    options: tuple[str, ...] = (),
-    timeout: int = 600,
-    env: dict[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """`python -m COMMAND` in so many processes."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        *options,
+def on_processes(*settings: str) -> list[tuple[str, int]]:
+    return [
+        (setting, count)
+        for setting in settings
+        for count in (1, *COUNTS)
+        if "compiled" not in setting or count in COMPILED_ON
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(
-        [*launcher, "-m", *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def write_models(folder: Path) -> None:
@@ -92,9 +75,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]
     folder = tmp_path_factory.mktemp("steps")
     write_models(folder)
     write_trajectories(folder)
-    subprocess.run([sys.executable, "-m", "tests.tbrm.parallel_steps", str(folder)], check=True, timeout=600)
-    for count in COUNTS:
-        torchrun(count, "tests.tbrm.parallel_steps", folder)
+    for count in (1, *COUNTS):
+        forked(count, "tests.tbrm.parallel_steps", folder)
     return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)}
 
 
@@ -115,8 +97,8 @@ def test_loss_and_gradients_do_not_depend_on_processes_or_micro_batches(
 ) -> None:
     whole = steps[1][f"{model}, 1 micro-batches"]
     assert whole["metrics"]["loss"] > 0
-    for count in (1, processes):
-        step = steps[count][f"{model}{vocabulary}, {micro_batches} micro-batches"]
+    for count, divided in ((1, ""), (processes, vocabulary)):
+        step = steps[count][f"{model}{divided}, {micro_batches} micro-batches"]
         assert_same_step(step, whole)
         assert step["largest_log_ratio"] == 0.0  # of every trajectory, exactly
         assert step["passes"] == micro_batches
@@ -130,10 +112,9 @@ def test_with_its_vocabulary_divided_no_process_holds_a_whole_head(
     assert steps[processes][f"{model}, vocabulary divided, whole heads"] == 0
 
 
-@pytest.mark.parametrize("processes", (1, *COUNTS))
 @pytest.mark.parametrize(
-    "setting",
-    [
+    ("setting", "processes"),
+    on_processes(
         "shard in pairs",
         "reduce every micro-batch",
         "keep gathered",
@@ -141,7 +122,7 @@ def test_with_its_vocabulary_divided_no_process_holds_a_whole_head(
         "vocabulary divided in pairs",
         "vocabulary divided, all else too",
         "compiled",
-    ],
+    ),
 )
 def test_no_setting_changes_the_step(steps: dict[int, dict[str, Any]], setting: str, processes: int) -> None:
     whole = steps[1]["qwen3-tied, 1 micro-batches"]
@@ -149,8 +130,7 @@ def test_no_setting_changes_the_step(steps: dict[int, dict[str, Any]], setting: 
     assert_same_step(steps[processes][f"{setting}, once more"], whole)
 
 
-@pytest.mark.parametrize("processes", (1, *COUNTS))
-@pytest.mark.parametrize("setting", ["", ", vocabulary divided", ", compiled"])
+@pytest.mark.parametrize(("setting", "processes"), on_processes("", ", vocabulary divided", ", compiled"))
 def test_adapters_the_heads_too_learn_the_same_on_any_number_of_processes(
     steps: dict[int, dict[str, Any]], setting: str, processes: int
 ) -> None:
@@ -178,8 +158,7 @@ def test_a_process_with_nothing_to_do_adds_nothing_and_hangs_nobody(
         assert ours["metrics"]["loss"] == 0.0
 
 
-@pytest.mark.parametrize("processes", (1, *COUNTS))
-@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+@pytest.mark.parametrize(("vocabulary", "processes"), DIVIDED_ON)
 def test_a_loss_that_is_not_finite_anywhere_is_skipped_everywhere(
     steps: dict[int, dict[str, Any]], vocabulary: str, processes: int
 ) -> None:
@@ -235,8 +214,10 @@ def test_a_sharded_policy_answers_as_a_whole_one(steps: dict[int, dict[str, Any]
     assert steps[processes][f"{model}, greedy"] == steps[1][f"{model}, greedy"]
 
 
-@pytest.mark.parametrize(("model", "processes"), [*((model, 1) for model in MODELS), *MODEL_ON])
-@pytest.mark.parametrize("vocabulary", ["", ", vocabulary divided"])
+@pytest.mark.parametrize(
+    ("model", "vocabulary", "processes"),
+    [(model, vocabulary, count) for vocabulary, count in DIVIDED_ON for model in MODELS_OF[count]],
+)
 def test_what_is_sampled_does_not_depend_on_processes_or_on_how_many_are_written_at_once(
     steps: dict[int, dict[str, Any]], model: str, vocabulary: str, processes: int
 ) -> None:
@@ -287,15 +268,15 @@ def test_a_run_repeats_itself_and_resumes_bit_for_bit(divided: str, tmp_path: Pa
     """With replay, a reference that moves on, and sharded checkpoints of both; the vocabulary divided or not."""
     run = tmp_path / "run"
     train = ("tbrm", "train", RECIPE, *SHORT, *REPLAYED, f"parallel.vocab_parallel={divided}")
-    done = torchrun(2, *train, f"run.dir={run}")
-    assert done.stdout.count("held-out accuracy") == 2  # the main process alone speaks
+    said = forked(2, *train, f"run.dir={run}")
+    assert said.count("held-out accuracy") == 2  # the main process alone speaks
     whole = rows(run)
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
     assert whole[0]["log_ratio_mean"] == 0.0
     assert len(list((run / "checkpoints" / "latest").glob("shard-*.safetensors"))) == 2
 
     again = go_back(run, tmp_path / "again", step=2)
-    torchrun(2, *train, f"run.dir={again}", "--resume")
+    forked(2, *train, f"run.dir={again}", "--resume")
     assert rows(again) == whole
     assert read_jsonl(again / "eval.jsonl") == read_jsonl(run / "eval.jsonl")
     assert_same_weights(again, run)
@@ -306,10 +287,10 @@ def test_a_run_of_three_processes_resumes_on_two_and_is_that_of_one(divided: str
     settings = (*SHORT, *REPLAYED[:4], "trainer.batch_tokens=200", f"parallel.vocab_parallel={divided}")
     train = ("tbrm", "train", RECIPE, *settings)
     run, alone = tmp_path / "run", tmp_path / "alone"
-    torchrun(3, *train, f"run.dir={run}", "rollout.batch_size=4")
+    forked(3, *train, f"run.dir={run}", "rollout.batch_size=4")
     main([*map(str, train[1:-1]), f"run.dir={alone}"])
     resumed = go_back(run, tmp_path / "resumed", step=2)
-    torchrun(2, *train, f"run.dir={resumed}", "--resume")
+    forked(2, *train, f"run.dir={resumed}", "--resume")
     assert rows(resumed)[:2] == rows(run)[:2]
     for other in (resumed, alone):
         assert read_jsonl(other / "eval.jsonl") == read_jsonl(run / "eval.jsonl")
@@ -329,12 +310,12 @@ def test_a_run_with_adapters_resumes_bit_for_bit_and_is_one_file(tmp_path: Path)
     run = tmp_path / "run"
     lora = (f"model.name={tmp_path / 'qwen3-untied'}", "lora.rank=4", "lora.targets=[v_proj, lm_head]")
     train = ("tbrm", "train", RECIPE, *SHORT, *lora, "trainer.batch_tokens=60", "parallel.vocab_parallel=true")
-    torchrun(2, *train, f"run.dir={run}")
+    forked(2, *train, f"run.dir={run}")
     assert rows(run)[0]["log_ratio_mean"] == 0.0
     assert [path.name for path in (run / "checkpoints" / "latest").glob("*.safetensors")] == [
         "adapter_model.safetensors"
     ]
     again = go_back(run, tmp_path / "again", step=2)
-    torchrun(2, *train, f"run.dir={again}", "--resume")
+    forked(2, *train, f"run.dir={again}", "--resume")
     assert rows(again) == rows(run)
     assert_same_weights(again, run)

@@ -4,8 +4,6 @@ two; and folders that do not hold the whole model."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from tbrm.policy.weights import stored_tensors
 from tbrm.training.export import export
 from tests.tbrm.policy.architectures import MODELS, SEEING, STEPS, write_models
 from tests.tbrm.policy.test_model_files import BROKEN
-from tests.tbrm.test_parallel import rows, torchrun, write_trajectories
+from tests.tbrm.started import forked
+from tests.tbrm.test_parallel import rows, write_trajectories
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_trajectories(folder)
     for name, (write, _) in BROKEN.items():
         write(folder / "broken" / name)
-    subprocess.run([sys.executable, "-m", "tests.tbrm.policy.architectures", str(folder)], check=True, timeout=600)
-    torchrun(2, "tests.tbrm.policy.architectures", folder)
+    for count in (1, 2):
+        forked(count, "tests.tbrm.policy.architectures", folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from tbrm.experience.record import record
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.training.run_lock import RunLock
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.test_parallel import torchrun
+from tests.tbrm.started import torchrun
 from tests.tbrm.training.test_faults import ENVIRONMENT, children, wait_for_step, write_recipe
 
 FAILS = textwrap.dedent(

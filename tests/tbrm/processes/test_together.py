@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.tbrm.processes.together import PROMPTS
-from tests.tbrm.test_parallel import torchrun
+from tests.tbrm.started import forked
 
 RANKS = range(3)
 
@@ -18,7 +18,7 @@ RANKS = range(3)
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
     folder = tmp_path_factory.mktemp("together")
-    torchrun(3, "tests.tbrm.processes.together", folder)
+    forked(3, "tests.tbrm.processes.together", folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
 
 

@@ -22,7 +22,8 @@ from tbrm.training.checkpoint import Checkpoint, CheckpointError
 from tbrm.training.checkpoints import Checkpoints
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config, tiny_tree
-from tests.tbrm.test_parallel import assert_same_weights, rows, torchrun
+from tests.tbrm.started import torchrun
+from tests.tbrm.test_parallel import assert_same_weights, rows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TRAIN = [sys.executable, "-m", "tbrm", "train"]

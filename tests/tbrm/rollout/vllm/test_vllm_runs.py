@@ -25,7 +25,7 @@ from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import TINY
 from tests.tbrm.rollout.vllm.served import Left, engine_of, guards_of, kill_core_of_a_call, kill_worker, wait_until
 from tests.tbrm.rollout.vllm.vllm_runs import OPTIONS, assert_answers_are_the_policys, save_model, vllm_config
-from tests.tbrm.test_parallel import torchrun
+from tests.tbrm.started import torchrun
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
