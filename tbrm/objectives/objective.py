@@ -73,9 +73,11 @@ class Objective(ABC, BaseModel):
         """Whether V(s_1) itself is fitted to R/beta: then the mean of R/beta must not begin below it, which is looked at."""
         return False
 
-    wants_behaviour: ClassVar[bool] = False
-    """Whether `batch.behaviour_logprobs` is read: where nobody said what sampled a trajectory, the policy's own as the step
-    begins stand for it, which takes a forward pass."""
+    @property
+    def wants_behaviour(self) -> bool:
+        """Whether `batch.behaviour_logprobs` is read: where nobody said what sampled a trajectory, the policy's own as the step
+        begins stand for it, which takes a forward pass."""
+        return False
 
     @property
     def wants_several_responses(self) -> str | None:

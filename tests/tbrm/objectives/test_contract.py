@@ -66,7 +66,9 @@ class RewardsOfTheBatch(Objective):
 class Weighted(Objective):
     """The squared residual, over how likely what sampled it was to do so."""
 
-    wants_behaviour = True
+    @property
+    def wants_behaviour(self) -> bool:
+        return True
 
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         error = residual(self, stats, batch)
