@@ -25,6 +25,12 @@ class RolloutConfig(Section):
     )
     prompts: int = Field(16, ge=1, description="Problems per rollout.")
     samples: int = Field(4, ge=1, description="Responses to each problem. One is enough for tbrm.")
+    refill: int = Field(
+        0,
+        ge=0,
+        description="Further draws of problems, at most, in place of those whose responses all have one reward, which are left "
+        "out (DAPO's dynamic sampling). 0: all are trained on.",
+    )
     max_new_tokens: int = Field(
         256, ge=1, description="Longest response, in tokens; one that is cut off is 'truncated'."
     )

@@ -70,6 +70,16 @@ class Config(Section):
                 f"objective.{key} is true but rollout.samples is 1: less its own mean, every reward would be 0; set samples to "
                 "2 or more, or the other to false"
             )
+        if self.rollout.refill and self.data.trajectories:
+            raise ValueError(
+                f"rollout.refill ({self.rollout.refill}) is set together with data.trajectories, with which there are no "
+                "rollouts: set it to 0"
+            )
+        if self.rollout.refill and self.rollout.samples == 1:
+            raise ValueError(
+                f"rollout.refill is {self.rollout.refill} but rollout.samples is 1: a problem whose responses all have one "
+                "reward is left out, and so would be all; set samples to 2 or more, or refill to 0"
+            )
         if self.rollout.prompts % self.rollout.updates:
             raise ValueError(
                 f"rollout.prompts ({self.rollout.prompts}) is not a multiple of rollout.updates ({self.rollout.updates}): "

@@ -15,7 +15,7 @@ from tbrm.config.rollout import RolloutConfig
 from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Phases
 from tbrm.reporting.progress import Watch, unwatched
-from tbrm.rollout.graded import grade_answers, reward_parts
+from tbrm.rollout.graded import Graded, grade_answers, reward_parts
 from tbrm.rollout.interface import RolloutEngine, Sampling, make_requests
 from tbrm.tasks import Problem, ProblemStream, Progress
 from tbrm.trajectories.stored import load_trajectories, save_trajectories
@@ -33,6 +33,16 @@ class Collected:
     problems: list[Problem] = field(default_factory=list)
     """The problem of each trajectory, if it has one."""
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def leave_out_alike(self) -> int:
+        """Leaves out the groups whose rewards are all alike, which say nothing where responses are compared; how many."""
+        rewards: dict[int, set[float]] = {}
+        for trajectory in self.trajectories:
+            rewards.setdefault(trajectory.group, set()).add(trajectory.reward)
+        kept = [i for i, trajectory in enumerate(self.trajectories) if len(rewards[trajectory.group]) > 1]
+        self.trajectories = [self.trajectories[i] for i in kept]
+        self.problems = [self.problems[i] for i in kept]
+        return sum(len(found) == 1 for found in rewards.values())
 
     def split(self, parts: int) -> list[Collected]:
         """Parts with an equal share of the groups each, for as many steps; the metrics go to the first."""
@@ -61,6 +71,17 @@ def load_collected(folder: Path) -> list[Collected]:
         Collected(load_trajectories(path), metrics=json.loads(path.with_suffix(".json").read_text()))
         for path in sorted(folder.glob("*.safetensors"))
     ]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """To problems drawn at once, of which `left_out` had prompts that were too long."""
+
+    drawn_at: int
+    problems: list[Problem]
+    prompts: list[list[int]]
+    graded: list[Graded]
+    left_out: int
 
 
 class RolloutSource:
@@ -114,54 +135,80 @@ class RolloutSource:
 
     def roll_out(self, step: int, phases: Phases) -> Collected:
         """A rollout with the weights that the engine has, for update `step` to be the first to train on."""
+        config, collected = self.config, Collected([])
+        graded: list[Graded] = []
+        dropped = left_out = alike = 0
+        for draw in range(1 + config.refill):
+            missing = config.prompts - len({t.group for t in collected.trajectories})
+            if not missing:
+                break
+            answers = self._answers(missing, step, draw, phases)
+            made = self._made(answers)
+            graded += answers.graded
+            dropped += len(answers.graded) - len(made.trajectories)
+            left_out += answers.left_out
+            if config.refill:
+                alike += made.leave_out_alike()
+            collected.problems += made.problems
+            collected.trajectories += made.trajectories
+        collected.metrics = {
+            "correct_share": sum(each.grade.correct for each in graded) / len(graded),
+            "ungraded": sum(each.grade.failure is not None for each in graded),
+            "dropped": dropped,
+            "generated_tokens": sum(len(each.response.token_ids) for each in graded),
+            **reward_parts(graded),
+        }
+        if config.max_prompt_tokens:
+            collected.metrics["prompts_dropped"] = left_out
+        if config.refill:
+            collected.metrics["groups_alike"] = alike
+        return collected
+
+    def _answers(self, count: int, step: int, draw: int, phases: Phases) -> _Answers:
+        """The responses to the next `count` problems; `draw` numbers those of one rollout."""
         config = self.config
         drawn_at = self.position
         with phases("rollout"):
-            problems, prompts, left_out = self._draw()
-            requests = make_requests(prompts, config.samples, "rollout", self.seed, step)
+            problems, prompts, left_out = self._draw(count)
+            again = (draw,) if draw else ()
+            requests = make_requests(prompts, config.samples, "rollout", self.seed, step, *again)
             answers = self.engine.generate(requests, Sampling(config.max_new_tokens, config.temperature), self.watch)
         with phases("reward"):
             progress = Progress(step - 1, self.steps)
             graded = grade_answers(self.stream.task, problems, answers, self.chat, progress, self.world)
+        return _Answers(drawn_at, problems, prompts, graded, left_out)
 
-        collected = Collected([])
-        for each in graded:
+    def _made(self, answers: _Answers) -> Collected:
+        """The trajectories of responses, but for those that the config drops."""
+        config, collected = self.config, Collected([])
+        for each in answers.graded:
             i, response, grade = each.number, each.response, each.grade
             fixed = response.truncated and config.truncated == "fixed"
             if response.truncated and config.truncated == "drop":
                 continue
             if grade.failure is not None and config.ungraded == "drop" and not fixed:
                 continue
-            collected.problems.append(problems[i])
+            collected.problems.append(answers.problems[i])
             collected.trajectories.append(
                 Trajectory(
-                    prompt_ids=prompts[i],
+                    prompt_ids=answers.prompts[i],
                     response_ids=response.token_ids,
                     reward=config.truncated_reward if fixed else grade.reward,
                     truncated=response.truncated,
-                    group=drawn_at + i,
+                    group=answers.drawn_at + i,
                     weight_version=response.weight_version,
                     behaviour_logprobs=None if response.logprobs is None else torch.tensor(response.logprobs),
                 )
             )
-        collected.metrics = {
-            "correct_share": sum(each.grade.correct for each in graded) / len(graded),
-            "ungraded": sum(each.grade.failure is not None for each in graded),
-            "dropped": len(graded) - len(collected.trajectories),
-            "generated_tokens": sum(len(each.response.token_ids) for each in graded),
-            **reward_parts(graded),
-        }
-        if config.max_prompt_tokens:
-            collected.metrics["prompts_dropped"] = left_out
         return collected
 
-    def _draw(self) -> tuple[list[Problem], list[list[int]], int]:
-        """The next problems whose prompts are not too long, these prompts, and how many were."""
+    def _draw(self, count: int) -> tuple[list[Problem], list[list[int]], int]:
+        """The next `count` problems whose prompts are not too long, these prompts, and how many were."""
         problems: list[Problem] = []
         prompts: list[list[int]] = []
         left_out = 0
-        while len(problems) < self.config.prompts:
-            taken = self.stream.take(self.config.prompts - len(problems))
+        while len(problems) < count:
+            taken = self.stream.take(count - len(problems))
             kept, encoded = self.chat.encode_problems(taken)
             left_out += len(taken) - len(kept)
             problems += kept

@@ -17,6 +17,7 @@ OBJECTIVES = Registry(
         "optimal": "tbrm.objectives.presets:Optimal",
         "rloo": "tbrm.objectives.rloo:Rloo",
         "reinforce": "tbrm.objectives.reinforce:Reinforce",
+        "grpo": "tbrm.objectives.grpo:Grpo",
         GIVEN: "tbrm.objectives.given:GivenObjective",
     },
 )

@@ -52,6 +52,12 @@ class Contract:
         return losses
 
     @torch.no_grad()
+    def figures(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
+        found = self.objective.figures(stats, batch)
+        self._check_columns("figures", found, len(batch.bounds) - 1)
+        return found
+
+    @torch.no_grad()
     def check(self, stats: TokenStats, batch: ScoredBatch) -> None:
         """Looks, in a batch of two trajectories or more, at whether a loss depends on which others it is called with: once
         where their columns differ, as columns that are all equal (no answer is right yet) have means that are too."""

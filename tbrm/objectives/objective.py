@@ -53,8 +53,8 @@ class Objective(ABC, BaseModel):
 
     name: str = Field(
         GIVEN,
-        description="Which loss: tbrm, reval, brm, tba, optimal, rloo, reinforce, package.module:Class, or given, an object "
-        "(docs/python.md).",
+        description="Which loss: tbrm, reval, brm, tba, optimal, rloo, reinforce, grpo, package.module:Class, or given, an "
+        "object (docs/python.md).",
     )
     beta: float = Field(
         gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."
@@ -104,6 +104,11 @@ class Objective(ABC, BaseModel):
     @abstractmethod
     def __call__(self, stats: TokenStats, batch: ScoredBatch) -> TrajectoryLoss:
         """The loss of each trajectory of a packed batch, of its own tokens and columns alone."""
+
+    def figures(self, stats: TokenStats, batch: ScoredBatch) -> dict[str, Tensor]:
+        """Metrics of its own, without gradient: sums over the actions of each trajectory, [N] each, of which the step's mean
+        over all actions is shown."""
+        return {}
 
 
 def log_ratio(stats: TokenStats, batch: ScoredBatch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -25,6 +25,7 @@ class StepMetrics:
         self._actions = 0
         self._sums = torch.zeros(8, dtype=torch.float64, device=device)
         self._residuals = [torch.zeros(0, device=device)]
+        self._figures: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, stats: TokenStats, losses: TrajectoryLoss, batch: ScoredBatch) -> None:
@@ -49,6 +50,11 @@ class StepMetrics:
             ]
         )
 
+    def add_figures(self, found: Mapping[str, Tensor]) -> None:
+        """What the objective says of a micro-batch, of none too: all processes must know what there is."""
+        for name, sums in found.items():
+            self._figures[name] = self._figures.get(name, 0) + sums.double().sum()
+
     def residuals(self, order: Sequence[int], world: World) -> list[float]:
         """The residuals of the step's trajectories; `order` has the indices of those of this process as they were added."""
         found = dict(zip(order, torch.cat(self._residuals).tolist(), strict=True))
@@ -56,11 +62,12 @@ class StepMetrics:
         return [everywhere[i] for i in range(len(everywhere))]
 
     def means(self, grad_norm: Tensor, world: World) -> dict[str, float]:
-        """Means over the trajectories of all processes; entropy and gap, in nats, over actions. `grad_norm` [] rides along."""
+        """Means over the trajectories of all processes; entropy, gap and figures over actions. `grad_norm` [] rides along."""
         counts = self._sums.new_tensor([self.tokens, self._trajectories, self._actions])
-        rows = world.gather_rows(torch.cat([self._sums, counts, grad_norm.double()[None]])).tolist()
+        figures = [found[None] for found in self._figures.values()]
+        rows = world.gather_rows(torch.cat([self._sums, *figures, counts, grad_norm.double()[None]])).tolist()
         *sums, tokens, trajectories, actions, _ = map(sum, zip(*rows, strict=True))
-        loss, residual, residual_square, value, log_ratio, entropy, gap, known = sums
+        loss, residual, residual_square, value, log_ratio, entropy, gap, known, *own = sums
         self.tokens = int(tokens)
         n = max(1, trajectories)
         mean = residual / n
@@ -72,6 +79,7 @@ class StepMetrics:
             "log_ratio_mean": log_ratio / n,
             "entropy_mean": entropy / max(1, actions),
             **({"behaviour_gap_mean": gap / known} if known else {}),
+            **{name: found / max(1, actions) for name, found in zip(self._figures, own, strict=True)},
             "grad_norm": rows[0][-1],
         }
 

@@ -251,6 +251,8 @@ class Trainer:
         loss, stats = self.policy.trajectory_loss(batch, mean_loss)
         loss.backward()
         self.objective.check(stats, batch)
+        if batch.columns:  # there is none in a step without trajectories
+            measured.add_figures(self.objective.figures(stats, batch))
         if chunks:  # none: this process had nothing to add, and only kept the others company
             measured.add(stats, TrajectoryLoss(*map(torch.cat, zip(*chunks, strict=True))), batch)
 

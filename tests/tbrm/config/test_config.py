@@ -13,7 +13,7 @@ from tbrm.policy.load import load_policy
 from tests.tbrm.conftest import RECIPES, TINY, tiny_tree
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_survives_being_saved(recipe: Path, tmp_path: Path) -> None:
     config = load_config(recipe)
     saved = tmp_path / "config.yaml"
@@ -47,7 +47,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("task.famly=chain_sum", r"task.famly: unknown key .* did you mean task.family\?"),
         (
             "objective.name=tbrn",
-            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, given, optimal, reinforce, ",
+            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, given, grpo, optimal, ",
         ),
         ("objective.name=os:getcwd", r"objective.name: 'os:getcwd' is not a subclass of tbrm.objectives.Objective"),
         ("objective.name=nowhere:Thing", r"'nowhere:Thing' cannot be imported: No module named 'nowhere'"),
