@@ -47,14 +47,13 @@ $(MODEL): | $(DEMO)
 demo: $(DEMO) $(MODEL)
 	$(BIN)/tbrm train recipes/demo.yaml --overwrite seed=$(SEED) run.dir=$(RUN) rollout.engine=$(ENGINE)
 
-# `make test WORKERS=2`: a file of tests is one worker's from its beginning to its end, with torch on one thread.
-WORKERS ?= 1
-PYTEST   = $(if $(filter-out 1,$(WORKERS)),OMP_NUM_THREADS=1) $(BIN)/pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+# On two cores, torch on one thread each; `make test WORKERS=0` is pytest alone. tests/conftest.py says what goes where.
+WORKERS ?= 2
+PYTEST   = OMP_NUM_THREADS=1 $(BIN)/pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadgroup --no-loadscope-reorder)
 test: $(VENV)/installed
 	$(PYTEST)
 
 # While editing: no vLLM, no torchrun, nothing that takes seconds.
-test-fast: WORKERS := 2
 test-fast: $(VENV)/installed
 	$(PYTEST) -m "not slow"
 

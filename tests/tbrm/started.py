@@ -65,7 +65,8 @@ def forked(processes: int, *command: str | Path, timeout: int = 600) -> str:
             for process in started:
                 process.kill()
                 process.join()
-        assert not any(failed), [output.with_suffix(".err").read_text() for output in outputs]
+        said = [output.with_suffix(".err").read_text() for output in outputs]
+        assert not any(failed), "\n".join(f"rank {rank}: ...{text[-3000:]}" for rank, text in enumerate(said))
         return "".join(output.with_suffix(".out").read_text() for output in outputs)
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun, or alone: every architecture is loaded from the files that transformers writes of it, trained, saved, and
+"""Run in several processes, or alone: every architecture is loaded from files that transformers writes, trained, saved, and
 resumed after its first step.
 
     torchrun --nproc-per-node N -m tests.tbrm.policy.architectures FOLDER
@@ -24,9 +24,12 @@ from tbrm.policy.tiny import tiny_tokenizer
 from tbrm.processes.launch import launched
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import ARCHITECTURES, tiny_config, write_model
+from tests.tbrm.policy.every_model import tiny
 
 SEEING = "gemma3, with a vision tower that no text trains"
-MODELS = [*ARCHITECTURES, SEEING]
+IN_ROWS = "qwen3_5_text"
+"""With layers whose state would run on over packed trajectories."""
+MODELS = [*ARCHITECTURES, SEEING, IN_ROWS]
 STEPS = 2
 
 
@@ -39,14 +42,19 @@ def write_models(folder: Path) -> None:
     vision |= {"image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    in_rows = tiny(IN_ROWS, len(tokenizer))
+    in_rows.config.max_position_embeddings = 256  # one trajectory is long
+    in_rows.save_pretrained(folder / IN_ROWS)
     lm.save_pretrained(folder / SEEING)
-    tokenizer.save_pretrained(folder / SEEING)
+    for name in (SEEING, IN_ROWS):
+        tokenizer.save_pretrained(folder / name)
 
 
 def config_of(folder: Path, world: World, model: Path, run: str) -> Any:
     return tiny_config(
         folder / str(world.size) / run,
         model__name=str(model),
+        model__layout="rows" if model.name == IN_ROWS else "auto",
         data__trajectories=str(folder / "trajectories.jsonl"),
         rollout__prompts=8,
         rollout__samples=1,
