@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -39,6 +39,8 @@ class Step:
     """[N] int64: how many actions each has."""
     measured: Mapping[str, Tensor]
     """[N] each: what `measure` found."""
+    learned: Tensor | None = None
+    """[N], in rewards: what each prompt is worth, of an objective that `learns_value`."""
 
 
 class Objective(ABC, BaseModel):
@@ -77,6 +79,12 @@ class Objective(ABC, BaseModel):
     def wants_behaviour(self) -> bool:
         """Whether `batch.behaviour_logprobs` is read: where nobody said what sampled a trajectory, the policy's own as the step
         begins stand for it, which takes a forward pass."""
+        return False
+
+    @property
+    def learns_value(self) -> bool:
+        """Whether the value of the prompt is learnt beside the policy, for `columns` to take off the rewards: it is fitted to
+        what would have made each residual zero."""
         return False
 
     @property
@@ -136,3 +144,11 @@ def group_means(values: Tensor, groups: Tensor) -> Tensor:
     counts = member.bincount()
     means = values.new_zeros(len(counts)).index_add_(0, member, values) / counts
     return means[member]
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """[] of [N] each; the plain mean where nothing weighs anything."""
+    weights = weights.clamp(min=0)
+    if not weights.sum() > 0:  # all are sure of every token, or there are none
+        weights = weights + 1
+    return (weights * values).sum() / weights.sum()

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, comparable, group_means, log_ratio, surprise
+from tbrm.objectives.objective import (
+    Objective,
+    Step,
+    TrajectoryLoss,
+    comparable,
+    group_means,
+    log_ratio,
+    surprise,
+    weighted_mean,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,12 +43,17 @@ class Tbrm(Objective):
     baseline: Greensmith, Bartlett and Baxter, 2004; OPO, arXiv 2505.23585, for policy gradients). sum_h (1 - pi(a_h|s_h))
     stands for that norm, as the score of a token is small where it was nearly sure. Replayed responses count too. On fresh
     responses any detached value leaves the expected gradient as it is.
+
+    `learned`: v(s_1) / beta, where v is a linear function of the reference's last hidden state of the prompt, fitted to the
+    trajectories before with such weights, those of what sampled them: sum_h (1 - mu(a_h|s_h)). No forward pass is wanted before
+    the step's own, and a hopeless prompt has its own value, and so no gradient.
     """
 
-    value: Literal["network", "reference", "mean", "optimal"] = Field(
+    value: Literal["network", "reference", "mean", "optimal", "learned"] = Field(
         "network",
         description="What stands for the value of the prompt: network (V(s_1), the paper's), reference (V less the "
-        "reference's: ReVal), mean (of the group: TBA), optimal (the step's mean of least variance).",
+        "reference's: ReVal), mean (of the group: TBA), optimal (the step's mean of least variance), learned (of each prompt, "
+        "beside the policy, with the same weights).",
     )
     centre_rewards: bool = Field(False, description="Subtract from each reward the mean over its problem's responses.")
 
@@ -50,6 +64,10 @@ class Tbrm(Objective):
     @property
     def wants_several_responses(self) -> str | None:
         return "centre_rewards" if self.centre_rewards else None
+
+    @property
+    def learns_value(self) -> bool:
+        return self.value == "learned"
 
     @property
     def measures(self) -> bool:
@@ -66,6 +84,9 @@ class Tbrm(Objective):
         rewards = step.rewards
         if self.centre_rewards:
             rewards = rewards - group_means(rewards, step.groups)
+        if self.value == "learned":
+            assert step.learned is not None
+            return {"rewards": rewards - step.learned}
         if self.value not in ("mean", "optimal"):
             return {"rewards": rewards}
         found = rewards - self.beta * step.measured["log_ratio"]
@@ -89,11 +110,3 @@ class Tbrm(Objective):
         else:
             residual = log_ratio(stats, batch) - batch.rewards / self.beta
         return TrajectoryLoss(residual.square(), residual)
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """[] of [N] each; the plain mean where nothing weighs anything."""
-    weights = weights.clamp(min=0)
-    if not weights.sum() > 0:  # all are sure of every token, or there are none
-        weights = weights + 1
-    return (weights * values).sum() / weights.sum()

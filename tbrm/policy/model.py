@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,16 +86,25 @@ class PolicyModel(nn.Module):
         return self.lm.device if self.sharding is None else self.sharding.device
 
     def forward(
-        self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn | None = None, *, entropy: bool = False
+        self,
+        batch: TrajectoryBatch,
+        loss_fn: TrajectoryLossFn | None = None,
+        *,
+        entropy: bool = False,
+        see: Callable[[Tensor], None] | None = None,
     ) -> TokenStats | tuple[Tensor, TokenStats]:
         """Statistics of the batch's A actions, [A] float32 each, in the order of `batch.targets`; given `loss_fn`, what
-        `trajectory_loss` returns. The head's weight is a whole tensor in here alone, where the processes have gathered it."""
+        `trajectory_loss` returns. `see` is shown the hidden states [A, D] that predict them. The head's weight is a whole
+        tensor in here alone, where the processes have gathered it."""
         with self.autocast():
-            if self.vocabulary is None:
-                return self._head(batch.inputs.run(self.lm), batch.targets, batch.cu_seqlens, loss_fn, entropy)
-            together = VocabParallelPass(self.vocabulary, batch)
-            hidden = together.gather(batch.inputs.run(self.lm, together.embed()))
+            together = None if self.vocabulary is None else VocabParallelPass(self.vocabulary, batch)
+            hidden = batch.inputs.run(self.lm, None if together is None else together.embed())
+            if see is not None:
+                see(hidden)
+            if together is None:
+                return self._head(hidden, batch.targets, batch.cu_seqlens, loss_fn, entropy)
             loss_of_mine = together.loss_of_mine(loss_fn) if loss_fn else None
+            hidden = together.gather(hidden)
             found = self._head(hidden, together.targets, together.cu_seqlens, loss_of_mine, entropy, together)
             return together.mine(found) if isinstance(found, TokenStats) else (found[0], together.mine(found[1]))
 

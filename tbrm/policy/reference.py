@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ class ReferenceModel(Kept):
         """Of its scores."""
         self.moved = False
         """Whether its weights are others than those that the policy was loaded with."""
+        self.keeps_states = False
+        """Whether its scores have the hidden state of the prompt."""
 
     def reset(self, policy: PolicyModel) -> None:
         """Makes the policy of this moment the reference; earlier scores become stale."""
@@ -51,19 +54,24 @@ class ReferenceModel(Kept):
             self.moved = True
 
     def has_scored(self, trajectory: Trajectory) -> bool:
-        return trajectory.reference is not None and trajectory.reference.version == self.version
+        score = trajectory.reference
+        return score is not None and score.version == self.version and not (self.keeps_states and score.state is None)
 
     @torch.no_grad()
     def score(self, batch: TrajectoryBatch, trajectories: Sequence[Trajectory]) -> None:
         """Scores the trajectories of the batch. Where the model is sharded, all processes must call this together."""
+        seen: list[Tensor] = []
         with self._adapters.off() if self._adapters else nullcontext():
-            stats = self.model(batch)
+            stats = self.model(batch, see=seen.append if self.keeps_states else None)
         if self._adapters is None and self.model.sharding is not None:
             self.model.sharding.reshard(self.model)  # no backward pass does
         logprobs, lse = stats.logprobs.cpu(), stats.lse.cpu()
+        starts = [start for start, end in pairwise(batch.bounds) if end > start]
+        states = iter(seen[0][starts].float().cpu() if seen else ())
         for trajectory, start, end in zip(trajectories, batch.bounds, batch.bounds[1:], strict=False):
             value = lse[start] if end > start else torch.zeros(())
-            trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone())
+            state = next(states).clone() if seen and end > start else None
+            trajectory.reference = ReferenceScore(self.version, logprobs[start:end].clone(), value.clone(), state)
 
     def scored(
         self, trajectories: Sequence[Trajectory], behaviour: Sequence[Tensor], columns: dict[str, Tensor]

@@ -63,17 +63,18 @@ class MicroBatches:
         scored = self._reference.scored([self.trajectories[i] for i in members], behaviour, part)
         return scored.to(self._reference.model.device)
 
-    def columns(self, objective: Contract, policy: PolicyModel, reward_offset: float) -> dict[str, Tensor]:
-        """The objective's columns [N] of all trajectories of the step, of which this process has some in its micro-batches."""
+    def columns(self, objective: Contract, policy: PolicyModel, learned: Tensor | None) -> dict[str, Tensor]:
+        """The objective's columns [N] of all trajectories of the step, of which this process has some in its micro-batches;
+        `learned` [N]: what their prompts are worth, if that is learnt."""
         if not self.trajectories:
             return {}
-        rewards = torch.tensor([t.reward for t in self.trajectories]) + reward_offset
+        rewards = torch.tensor([t.reward for t in self.trajectories]) + objective.objective.reward_offset
         groups = torch.tensor([t.group for t in self.trajectories], dtype=torch.int64)
         lengths = torch.tensor([len(t.actions) for t in self.trajectories], dtype=torch.int64)
         if objective.wants_behaviour:
             self._take_own_for_unsaid(policy)
         measured = self._measure(objective, policy, rewards) if objective.measures else {}
-        return objective.columns(Step(rewards, groups, lengths, measured))
+        return objective.columns(Step(rewards, groups, lengths, measured, learned))
 
     def _behaviour(self, index: int) -> Tensor:
         said = self.trajectories[index].behaviour_logprobs

@@ -24,7 +24,7 @@ class StepMetrics:
         self._trajectories = 0
         self._actions = 0
         self._sums = torch.zeros(8, dtype=torch.float64, device=device)
-        self._residuals = [torch.zeros(0, device=device)]
+        self._of_each = [torch.zeros(0, 2, device=device)]
         self._figures: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -33,10 +33,12 @@ class StepMetrics:
         self.tokens += len(batch.inputs.input_ids)
         self._trajectories += len(batch.bounds) - 1
         self._actions += len(batch.targets)
-        self._residuals.append(losses.residual.detach())
         log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
         gaps = (stats.logprobs - batch.behaviour_logprobs).abs()
         known = gaps.isfinite()
+        sampled = batch.behaviour_logprobs.where(known, stats.logprobs)  # where nobody said, the policy's own
+        surprise = segment_sums(1 - sampled.exp(), batch.cu_seqlens)
+        self._of_each.append(torch.stack([losses.residual, surprise], dim=1))
         self._sums += torch.stack(
             [
                 losses.loss.double().sum(),
@@ -55,11 +57,13 @@ class StepMetrics:
         for name, sums in found.items():
             self._figures[name] = self._figures.get(name, 0) + sums.double().sum()
 
-    def residuals(self, order: Sequence[int], world: World) -> list[float]:
-        """The residuals of the step's trajectories; `order` has the indices of those of this process as they were added."""
-        found = dict(zip(order, torch.cat(self._residuals).tolist(), strict=True))
-        everywhere = {i: residual for part in world.gather(found) for i, residual in part.items()}
-        return [everywhere[i] for i in range(len(everywhere))]
+    def of_each(self, order: Sequence[int], world: World) -> tuple[Tensor, Tensor]:
+        """[N] each, on the CPU: the residual of each of the step's trajectories, and sum_h (1 - mu(a_h)), mu what sampled it.
+        `order` has the indices of those of this process as they were added."""
+        found = dict(zip(order, torch.cat(self._of_each).tolist(), strict=True))
+        everywhere = {i: row for part in world.gather(found) for i, row in part.items()}
+        rows = torch.tensor([everywhere[i] for i in range(len(everywhere))], dtype=torch.float64).reshape(-1, 2)
+        return rows[:, 0], rows[:, 1]
 
     def means(self, grad_norm: Tensor, world: World) -> dict[str, float]:
         """Means over the trajectories of all processes; entropy, gap and figures over actions. `grad_norm` [] rides along."""

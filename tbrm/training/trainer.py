@@ -49,6 +49,7 @@ from tbrm.rollout.evaluate import evaluate
 from tbrm.rollout.interface import derive_seed
 from tbrm.storage.kept import Kept
 from tbrm.tasks import Progress
+from tbrm.training.adaptation import Adaptation
 from tbrm.training.agreement import require_agreement
 from tbrm.training.callbacks import Callback, Callbacks
 from tbrm.training.checkpoint import TRAINER, TrainerState
@@ -58,6 +59,7 @@ from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
 from tbrm.training.optimizer import Optimisers, Part
 from tbrm.training.resolved import is_same_reference, resolve, resolve_given
+from tbrm.training.result import result_of
 from tbrm.training.run_dir import refuse_another_run
 from tbrm.training.run_writer import RunWriter
 from tbrm.training.schedule import learning_rate_at
@@ -108,6 +110,7 @@ class Trainer:
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         self.objective = Contract(config.objective)
+        self.adaptation = Adaptation(self.objective, self.reference)
         beside = world.apart()  # rollouts may be made while training uses the other
         self.chat = make_chat(config, self.policy.lm, self.tokenizer)
         self._leave_out_long_problems()
@@ -180,7 +183,7 @@ class Trainer:
                     raise Interrupted(stop, f"stopped after step {state.step}, which is saved; go on with --resume")
                 if finished:
                     break
-            result = self._result()
+            result = result_of(config, state, len(self.heldout))
             out.result(result)
         self.world.on_main(lambda: conclude(self.run_dir, page=config.logging.report))
         return result
@@ -200,23 +203,24 @@ class Trainer:
         micro_batches = MicroBatches(trajectories, self.reference, config.trainer.batch_tokens, self.world)
         with self.phases("reference"):
             micro_batches.score()
+            if config.replay.enabled or config.data.trajectories or self.adaptation.reads_scores:
+                micro_batches.share_scores()  # they may come again, to another process
         with self.phases("update"):
-            columns = micro_batches.columns(self.objective, self.policy, config.objective.reward_offset)
+            columns = micro_batches.columns(self.objective, self.policy, self.adaptation.before(trajectories))
             for number, members in enumerate(micro_batches.members, start=1):
                 last = number == len(micro_batches.members)
                 accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(micro_batches.batch(members, columns), len(trajectories), measured)
-            if config.replay.enabled or config.data.trajectories:  # from where they come again
-                micro_batches.share_scores()
         with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)
             skipped = not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
             self._update(learning_rate, skipped=skipped)
+            residuals, weights = measured.of_each(micro_batches.order, self.world)
+            adapted = self.adaptation.after(self.state.step, trajectories, residuals, weights)
         if config.replay.enabled:
             with self.phases("replay"):
-                residuals = measured.residuals(micro_batches.order, self.world)
-                self.replay.update(self.state.step, trajectories, residuals)
+                self.replay.update(self.state.step, trajectories, residuals.tolist())
         if skipped:
             self._give_up_if_repeated(trajectories, means)
         if _due(self.state.step, config.objective.reset_reference_every):
@@ -228,6 +232,7 @@ class Trainer:
             **means,
             **trajectory_metrics(trajectories, self.state.step),
             **micro_batches.metrics,
+            **adapted,
             "fresh_share": 1 - len(replayed) / max(1, len(trajectories)),
             **collected.metrics,
             **recorded,
@@ -324,22 +329,7 @@ class Trainer:
             f"{TRAINER}/optimizer": self.optimisers,
             f"{TRAINER}/reference": self.reference,
             f"{TRAINER}/replay": self.replay,
-        }
-
-    def _result(self) -> dict[str, Any]:
-        config, state = self.config, self.state
-        return {
-            "accuracy_before": state.accuracy_before,
-            "accuracy_after": state.accuracy_after,
-            "reward_before": state.reward_before,
-            "reward_after": state.reward_after,
-            "n_heldout": len(self.heldout),
-            "seconds_training": round(state.seconds_training, 1),
-            "steps": state.step,
-            "seed": config.seed,
-            "objective": config.objective.name,
-            "model": config.model.name,
-            "task": config.task.name if config.task else None,
+            f"{TRAINER}/value": self.adaptation,
         }
 
 

@@ -6,7 +6,7 @@ Columns of one value per trajectory stand beside those that hold the tokens (or 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 
 import torch
@@ -51,19 +51,34 @@ def score_columns(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
         "reference_lengths": torch.tensor([len(score.logprobs) if score else 0 for score in scores], dtype=torch.int64),
         "reference_logprobs": torch.cat([torch.zeros(0), *(score.logprobs for score in scores if score)]),
         "reference_values": torch.stack([torch.zeros(()), *(s.value if s else torch.zeros(()) for s in scores)])[1:],
+        **_states(scores),
     }
+
+
+def _states(scores: Sequence[ReferenceScore | None]) -> dict[str, Tensor]:
+    """The states that scores have, where any has one, and for each score the row of its own."""
+    found = [score.state for score in scores if score is not None and score.state is not None]
+    if not found:
+        return {}
+    rows, numbers = [], count()
+    for score in scores:
+        rows.append(_NONE if score is None or score.state is None else next(numbers))
+    return {"reference_states": torch.stack(found), "reference_state_rows": torch.tensor(rows)}
 
 
 def scores_at(columns: Mapping[str, Tensor]) -> Callable[[int], ReferenceScore | None]:
     """What `score_columns` has of the trajectory at a row."""
     versions, values = columns["reference_versions"].tolist(), columns["reference_values"]
     bounds = [0, *accumulate(columns["reference_lengths"].tolist())]
+    states = columns.get("reference_states")
+    state_rows = [_NONE] * len(versions) if states is None else columns["reference_state_rows"].tolist()
 
     def score(row: int) -> ReferenceScore | None:
         if versions[row] == _NONE:
             return None
         logprobs = columns["reference_logprobs"][bounds[row] : bounds[row + 1]]
-        return ReferenceScore(versions[row], logprobs.clone(), values[row].clone())
+        state = None if states is None or state_rows[row] == _NONE else states[state_rows[row]].clone()
+        return ReferenceScore(versions[row], logprobs.clone(), values[row].clone(), state)
 
     return score
 

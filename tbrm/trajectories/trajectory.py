@@ -17,6 +17,8 @@ class ReferenceScore:
     """log pi_ref of each action, [H] float32."""
     value: Tensor
     """V_ref(s_1), [] float32."""
+    state: Tensor | None = None
+    """Its hidden state of the prompt's last token, which V_ref(s_1) is made of, [D] float32; None where nobody wants it."""
 
 
 @dataclass

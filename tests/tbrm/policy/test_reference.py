@@ -57,6 +57,22 @@ def test_each_trajectory_is_scored_once_per_version() -> None:
     assert torch.equal(renewed.ref_logprobs, policy(renewed).logprobs)
 
 
+def test_a_score_holds_the_state_of_the_prompt_where_it_is_wanted() -> None:
+    lm, items = make_lm("llama", tied=True), trajectories()
+    reference = ReferenceModel(PolicyModel(make_lm("llama", tied=True)))
+    scored(reference, items)
+    assert all(item.reference.state is None for item in items)
+    reference.keeps_states = True
+    assert not any(map(reference.has_scored, items))
+    scored(reference, items)
+    acting = [item for item in items if item.acts]
+    for item in acting:
+        seen = item.prompt_ids + item.response_ids[: item.actions[0]]  # what comes before its first action
+        own = lm.base_model(torch.tensor([seen])).last_hidden_state[0, -1]
+        assert torch.allclose(item.reference.state, own, atol=1e-5)
+    assert all(map(reference.has_scored, acting)) and len(acting) > 2
+
+
 def test_the_reference_takes_no_gradient() -> None:
     policy = PolicyModel(make_lm("llama", tied=True))
     reference = ReferenceModel(policy)

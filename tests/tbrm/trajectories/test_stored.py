@@ -22,6 +22,7 @@ def test_trajectories_come_back_bit_for_bit_and_in_any_order(tmp_path: Path) -> 
             behaviour_logprobs=logprobs[2:],
         ),
         Trajectory([5, 6], [7, 8, 9], 0.5, reference=ReferenceScore(0, logprobs, torch.tensor(34.5))),
+        Trajectory([5], [7], 0.5, reference=ReferenceScore(0, logprobs[:1], logprobs[0], torch.tensor([0.1, 2e-38]))),
         Trajectory([5], [], 0.5, behaviour_logprobs=logprobs[:0]),
         Trajectory([5], [7, 8, 9], 0.5, behaviour_logprobs=logprobs),
     ]
@@ -39,6 +40,7 @@ def _plain(trajectory: Trajectory) -> dict:
     values = dict(vars(trajectory))
     if score := values.pop("reference"):
         values |= {"version": score.version, "logprobs": score.logprobs.tolist(), "value": score.value.item()}
+        values["state"] = None if score.state is None else score.state.tolist()
         assert score.logprobs.dtype == score.value.dtype == torch.float32
     if (behaviour := values["behaviour_logprobs"]) is not None:
         assert behaviour.dtype == torch.float32
