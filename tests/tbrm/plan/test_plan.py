@@ -72,11 +72,11 @@ def config_of(folder: Path, model: Path, **settings: Any) -> Config:
 
 @pytest.mark.parametrize(("processes", "parallel"), [(1, {}), (2, {}), (2, {"vocab_parallel": True})])
 def test_a_real_run_takes_what_was_planned(
-    model: Path, tmp_path: Path, processes: int, parallel: dict[str, Any]
+    model: Path, idle_mib: float, tmp_path: Path, processes: int, parallel: dict[str, Any]
 ) -> None:
     config = config_of(tmp_path / "run", model, parallel=parallel)
     plan = make_plan(config, processes)
-    assert plan.peak() / MIB == pytest.approx(measured_mib(config, tmp_path, processes), rel=0.15)
+    assert plan.peak() / MIB == pytest.approx(measured_mib(config, tmp_path, processes, idle_mib), rel=0.15)
 
     # The parts that are exact, by the checkpoint: each process wrote its slices.
     latest = tmp_path / "run/checkpoints/latest"
@@ -91,11 +91,11 @@ def test_a_real_run_takes_what_was_planned(
 
 @pytest.mark.parametrize(("processes", "targets"), [(1, ["q_proj", "down_proj"]), (2, ["q_proj", "lm_head"])])
 def test_a_run_with_adapters_takes_what_was_planned(
-    model: Path, tmp_path: Path, processes: int, targets: list[str]
+    model: Path, idle_mib: float, tmp_path: Path, processes: int, targets: list[str]
 ) -> None:
     config = config_of(tmp_path / "run", model, lora={"rank": 8, "targets": targets})
     plan = make_plan(config, processes)
-    assert plan.peak() / MIB == pytest.approx(measured_mib(config, tmp_path, processes), rel=0.15)
+    assert plan.peak() / MIB == pytest.approx(measured_mib(config, tmp_path, processes, idle_mib), rel=0.15)
 
     adapters = elements(tmp_path / "run/checkpoints/latest/adapter_model.safetensors")
     sizes = {term.name: term.size for term in plan.terms()}
@@ -103,28 +103,31 @@ def test_a_run_with_adapters_takes_what_was_planned(
     assert sizes["gradients, float32"] == pytest.approx(4 * adapters / processes, rel=0.01)
 
 
-def measured_mib(config: Config, folder: Path, processes: int) -> float:
+@pytest.fixture(scope="module")
+def idle_mib() -> float:
+    """What a process holds that has imported all that a run imports."""
+    said = python("-c", "import tbrm.training.trainer; print(open('/proc/self/status').read())")
+    return int(next(line.split()[1] for line in said.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+def measured_mib(config: Config, folder: Path, processes: int, idle_mib: float) -> float:
     """The peak of the run's largest process, beyond that of an idle one."""
     (folder / "recipe.yaml").write_text(config.model_dump_json())
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
-    # glibc gives back all that is freed: the plan counts what is alive.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-
-    def python(*arguments: str | Path) -> str:
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    python(*launcher, "-m", "tbrm", "train", folder / "recipe.yaml")
-    idle = python("-c", "import tbrm.training.trainer; print(open('/proc/self/status').read())")
-    idle_mib = int(next(line.split()[1] for line in idle.splitlines() if line.startswith("VmHWM"))) / 1024
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    python(*(launcher if processes > 1 else []), "-m", "tbrm", "train", folder / "recipe.yaml")
     measured: float = read_jsonl(folder / "run/metrics.jsonl")[-1]["peak_memory_mib"] - idle_mib
     assert measured > 150  # or the check would be of what every process holds
     return measured
+
+
+def python(*arguments: str | Path) -> str:
+    # glibc gives back all that is freed: the plan counts what is alive.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def elements(file: Path) -> int:
