@@ -126,4 +126,7 @@ def test_rollouts_are_divided_and_one_process_writes_them(tmp_path: Path) -> Non
     done = torchrun(2, "tbrm", "rollout", recipe, "--out", tmp_path / "two.jsonl")
     assert done.stdout.count("trajectories written") == 1
     record(tiny_config(tmp_path / "run", evaluation={"prompts": 0}), tmp_path / "one.jsonl", 1)
-    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    two, one = (read_jsonl(tmp_path / name) for name in ("two.jsonl", "one.jsonl"))
+    for ours, theirs in zip(two, one, strict=True):
+        theirs["response_logprobs"] = pytest.approx(theirs["response_logprobs"], abs=1e-5)  # other rows beside them
+    assert two == one

@@ -1,6 +1,6 @@
 """Run in a process of its own, for vLLM leaves its mark on the one it runs in: training with it.
 
-python -m tests.tbrm.rollout.vllm.colocated FOLDER tied
+python -m tests.tbrm.rollout.vllm.colocated FOLDER tied|adapted
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def state_of_process() -> dict[str, object]:
 
 
 def main(folder: Path, head: str) -> None:
-    """head: tied, untied, or adapted: by LoRA adapters, as other layers are."""
+    """head: tied, or one of its own, which LoRA adapters adapt, as they do other layers."""
     torch.set_num_threads(1)
     model = save_model(folder / "model", tied=head == "tied")
     adapters = ("q_proj", "down_proj", "lm_head") if head == "adapted" else ()
