@@ -63,6 +63,12 @@ class RolloutConfig(Section):
     temperature: float = Field(
         1.0, gt=0, description="Temperature of sampling, and of Q = logits / temperature in training."
     )
+    importance: Literal["none", "truncated"] = Field(
+        "none",
+        description="What becomes of the gap between engine and trainer where objectives have ratios: none (it is in them), "
+        "truncated (ratios are to the trainer's own, and tokens weigh trainer / engine, up to the cap).",
+    )
+    importance_cap: float = Field(2.0, gt=0, description="The most that a token weighs with importance: truncated.")
     batch_size: int = Field(64, ge=1, description="Responses generated at once.")
     truncated: Literal["reward", "fixed", "drop"] = Field(
         "reward",
@@ -75,6 +81,11 @@ class RolloutConfig(Section):
         "or reward 0.",
     )
     vllm: VllmConfig = VllmConfig()
+
+    @property
+    def weight_cap(self) -> float | None:
+        """Of importance weights; None: there are none."""
+        return None if self.importance == "none" else self.importance_cap
 
 
 class ReplayConfig(Section):

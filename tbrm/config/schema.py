@@ -80,6 +80,16 @@ class Config(Section):
                 f"rollout.refill is {self.rollout.refill} but rollout.samples is 1: a problem whose responses all have one "
                 "reward is left out, and so would be all; set samples to 2 or more, or refill to 0"
             )
+        if self.rollout.importance != "none" and not self.objective.takes_ratios:
+            raise ValueError(
+                f"rollout.importance is {self.rollout.importance} but objective.name is {self.objective.name!r}, which has no "
+                "ratio to correct: set it to none"
+            )
+        if self.rollout.importance != "none" and self.data.trajectories:
+            raise ValueError(
+                f"rollout.importance is {self.rollout.importance}, together with data.trajectories, with which no engine of "
+                "ours samples: set it to none, and ratios are to the file's own log-probs"
+            )
         if self.rollout.prompts % self.rollout.updates:
             raise ValueError(
                 f"rollout.prompts ({self.rollout.prompts}) is not a multiple of rollout.updates ({self.rollout.updates}): "

@@ -45,7 +45,7 @@ class Collected:
         return sum(len(found) == 1 for found in rewards.values())
 
     def split(self, parts: int) -> list[Collected]:
-        """Parts with an equal share of the groups each, for as many steps; the metrics go to the first."""
+        """Parts with an equal share of the groups each, for as many steps; the metrics go to the first, which they tell."""
         if parts == 1:
             return [self]
         groups: dict[int, list[Trajectory]] = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 from pathlib import Path
 
 from tbrm.experience.collect import Collected, RolloutSource
 from tbrm.experience.offline import FileSource
 from tbrm.reporting.metrics import Phases
 from tbrm.storage.kept import Kept
+from tbrm.trajectories.trajectory import Trajectory
 
 
 class Supply(Kept):
@@ -26,6 +28,10 @@ class Supply(Kept):
         if not self.waiting:
             self.waiting.extend(self.source.collect(step, phases).split(self.updates))
         return self.waiting.popleft()
+
+    def rest_of_rollout(self) -> list[Trajectory]:
+        """What waits of the rollout that the last step was given a part of."""
+        return [t for part in takewhile(lambda part: not part.metrics, self.waiting) for t in part.trajectories]
 
     def settle(self, phases: Phases) -> None:
         """Returns when nothing is being collected."""

@@ -23,7 +23,8 @@ class Grpo(Objective):
     A = (R - mean R) / (std R + 1e-6) over the group (std with n - 1) or, where every problem has one response, over the step;
     without the division it is Dr. GRPO's (arXiv 2503.20783). The last term is the KL estimator k3, per token as published.
 
-    The ratio r, mu what sampled the token:
+    The ratio r, mu what sampled the token (with `rollout.importance: truncated` the policy as the rollout came in, and the
+    first term weighs min(that / mu, cap): truncated importance sampling, Yao et al., 2025):
     `token`: pi(a_h|s_h) / mu(a_h|s_h), where clip_high above clip_low is DAPO's clip-higher (arXiv 2503.14476).
     `sequence`: the geometric mean of these over the response, for all of its tokens (GSPO, arXiv 2507.18071).
     `cispo`: as `token`, but the first term is -clip(r) A log pi(a_h|s_h), the clipped ratio detached: every token keeps a
@@ -55,6 +56,10 @@ class Grpo(Objective):
     def wants_behaviour(self) -> bool:
         return True
 
+    @property
+    def takes_ratios(self) -> bool:
+        return True
+
     def columns(self, step: Step) -> dict[str, Tensor]:
         lengths = step.lengths.to(step.rewards)
         weight = {
@@ -73,6 +78,8 @@ class Grpo(Objective):
             loss = -clipped.detach() * advantage * stats.logprobs
         else:
             loss = -(ratio * advantage).minimum(clipped * advantage)
+        if batch.importance is not None:
+            loss = loss * batch.importance
         if self.beta:
             to_reference = batch.ref_logprobs - stats.logprobs
             loss = loss + self.beta * (to_reference.exp() - to_reference - 1)
@@ -92,7 +99,7 @@ class Grpo(Objective):
         """[A] each: the ratio, and the same clipped."""
         from tbrm_kernels import segment_sums
 
-        log_ratio = stats.logprobs - batch.behaviour_logprobs
+        log_ratio = stats.logprobs - batch.old_logprobs
         if self.ratio == "sequence":
             mean = segment_sums(log_ratio, batch.cu_seqlens) / batch.cu_seqlens.diff().clamp(min=1)
             log_ratio = of_actions(mean, batch)

@@ -88,6 +88,11 @@ class Objective(ABC, BaseModel):
         return False
 
     @property
+    def takes_ratios(self) -> bool:
+        """Whether it compares the policy with `batch.old_logprobs`, and lets tokens weigh `batch.importance`."""
+        return False
+
+    @property
     def wants_several_responses(self) -> str | None:
         """The key, if any, with which all rewards are 0 where every problem has a single response."""
         return None

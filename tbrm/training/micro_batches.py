@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from tbrm.objectives.contract import Contract
 from tbrm.parallel import World
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.reference import ReferenceModel
+from tbrm.training.own_logprobs import own_logprobs
 from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory
 
@@ -21,9 +23,16 @@ class MicroBatches:
     that nothing is scored twice."""
 
     def __init__(
-        self, trajectories: Sequence[Trajectory], reference: ReferenceModel, max_tokens: int, world: World
+        self,
+        trajectories: Sequence[Trajectory],
+        reference: ReferenceModel,
+        max_tokens: int,
+        world: World,
+        weight_cap: float | None = None,
     ) -> None:
+        """`weight_cap`: of importance weights, if there are to be any."""
         self.trajectories = trajectories
+        self.weight_cap = weight_cap
         self._reference = reference
         self._world = world
         self._unscored = self._dealt(max_tokens, scored=False)
@@ -61,7 +70,19 @@ class MicroBatches:
         part = {name: column[members] for name, column in columns.items()}
         behaviour = [self._behaviour(i) for i in members]
         scored = self._reference.scored([self.trajectories[i] for i in members], behaviour, part)
-        return scored.to(self._reference.model.device)
+        return self._weighted(scored, members).to(self._reference.model.device)
+
+    def _weighted(self, batch: ScoredBatch, members: list[int]) -> ScoredBatch:
+        """With its importance weights: 1 where we were not there, or the engine said nothing."""
+        if self.weight_cap is None:
+            return batch
+        old, gaps = [torch.zeros(0)], [torch.zeros(0)]
+        for i in members:
+            ours, said = self.trajectories[i].old_logprobs, self.trajectories[i].behaviour_logprobs
+            old.append(self._behaviour(i) if ours is None else ours)
+            gaps.append(torch.zeros_like(old[-1]) if ours is None or said is None else ours - said)
+        importance = torch.cat(gaps).exp().clamp(max=self.weight_cap)
+        return replace(batch, own_old_logprobs=torch.cat(old), importance=importance)
 
     def columns(self, objective: Contract, policy: PolicyModel, learned: Tensor | None) -> dict[str, Tensor]:
         """The objective's columns [N] of all trajectories of the step, of which this process has some in its micro-batches;
@@ -82,15 +103,11 @@ class MicroBatches:
             return said
         return self._own.get(index, torch.full((len(self.trajectories[index].actions),), torch.nan))
 
-    @torch.no_grad()
     def _take_own_for_unsaid(self, policy: PolicyModel) -> None:
-        unsaid = [t.behaviour_logprobs is None for t in self.trajectories]
-        self.metrics["behaviour_unsaid"] = sum(unsaid)
-        for members in self.members if any(unsaid) else []:
-            batch = policy.layout.pack([self.trajectories[i] for i in members]).to(policy.device)
-            logprobs = policy(batch).logprobs.cpu()  # by all processes together
-            for index, start, end in zip(members, batch.bounds, batch.bounds[1:], strict=False):
-                self._own[index] = logprobs[start:end]
+        unsaid = sum(t.behaviour_logprobs is None for t in self.trajectories)
+        self.metrics["behaviour_unsaid"] = unsaid
+        if unsaid:
+            self._own = own_logprobs(policy, self.trajectories, self.members)
 
     @torch.no_grad()
     def _measure(self, objective: Contract, policy: PolicyModel, rewards: Tensor) -> dict[str, Tensor]:

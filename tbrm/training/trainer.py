@@ -29,7 +29,7 @@ from tbrm.chat import make_chat
 from tbrm.config.foreseen import notes
 from tbrm.config.launched import check_launched
 from tbrm.config.schema import Config
-from tbrm.experience.offline import RowReader, write_trajectories
+from tbrm.experience.offline import RowReader
 from tbrm.experience.recorded import RecordedFiles
 from tbrm.experience.replay import ReplayBuffer
 from tbrm.experience.sources import make_supply, trajectory_source
@@ -58,14 +58,15 @@ from tbrm.training.given import check_objects
 from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
 from tbrm.training.optimizer import Optimisers, Part
+from tbrm.training.own_logprobs import score_rollout
 from tbrm.training.resolved import is_same_reference, resolve, resolve_given
 from tbrm.training.result import result_of
 from tbrm.training.run_dir import refuse_another_run
 from tbrm.training.run_writer import RunWriter
 from tbrm.training.schedule import learning_rate_at
+from tbrm.training.skipped import give_up
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.trajectories.batch import ScoredBatch
-from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats
 
 
@@ -200,7 +201,12 @@ class Trainer:
         trajectories = [t for t in collected.trajectories + replayed if t.acts]
 
         measured = StepMetrics(self.device)
-        micro_batches = MicroBatches(trajectories, self.reference, config.trainer.batch_tokens, self.world)
+        max_tokens = config.trainer.batch_tokens
+        micro_batches = MicroBatches(trajectories, self.reference, max_tokens, self.world, config.rollout.weight_cap)
+        if micro_batches.weight_cap is not None:
+            with self.phases("update"):
+                arrived = collected.trajectories + self.supply.rest_of_rollout()
+                micro_batches.metrics["old_scored"] = score_rollout(self.policy, arrived, max_tokens, self.world)
         with self.phases("reference"):
             micro_batches.score()
             if config.replay.enabled or config.data.trajectories or self.adaptation.reads_scores:
@@ -221,8 +227,8 @@ class Trainer:
         if config.replay.enabled:
             with self.phases("replay"):
                 self.replay.update(self.state.step, trajectories, residuals.tolist())
-        if skipped:
-            self._give_up_if_repeated(trajectories, means)
+        if skipped and (in_a_row := self.state.skipped_in_a_row) >= config.trainer.max_skipped:
+            give_up(self.run_dir, self.state.step, in_a_row, trajectories, means, self.world)
         if _due(self.state.step, config.objective.reset_reference_every):
             self.reference.reset(self.policy)
 
@@ -274,18 +280,6 @@ class Trainer:
             self.optimisers.step(learning_rate)
         self.optimisers.zero_grad()
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
-
-    def _give_up_if_repeated(self, trajectories: Sequence[Trajectory], means: dict[str, float]) -> None:
-        if self.state.skipped_in_a_row < self.config.trainer.max_skipped:
-            return
-        path = self.run_dir / f"skipped-step-{self.state.step:06d}.jsonl"
-        if self.world.is_main:
-            write_trajectories(path, trajectories)
-        raise FloatingPointError(
-            f"step {self.state.step}: the loss is {means['loss']} and the gradient norm {means['grad_norm']}, step number "
-            f"{self.state.skipped_in_a_row} in a row that had to be skipped (trainer.max_skipped); its trajectories are in "
-            f"{path}. Lower optim.learning_rate or raise objective.beta, and continue from the last checkpoint with --resume"
-        )
 
     def _evaluate(self, out: RunWriter) -> tuple[float, float]:
         """Held-out accuracy and mean reward now; logs them and keeps the responses."""

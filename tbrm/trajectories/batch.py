@@ -73,6 +73,15 @@ class ScoredBatch(TrajectoryBatch):
     `wants_behaviour`."""
     columns: dict[str, Tensor]
     """[N] each: what the objective's `columns` made of the step."""
+    own_old_logprobs: Tensor | None = None
+    """[A] float32: with `rollout.importance`, log pi of each action as its rollout came in."""
+    importance: Tensor | None = None
+    """[A] float32: with `rollout.importance`, what each action weighs: pi of that moment / mu, up to the cap."""
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """[A]: what ratios are taken to."""
+        return self.behaviour_logprobs if self.own_old_logprobs is None else self.own_old_logprobs
 
     @property
     def rewards(self) -> Tensor:
@@ -103,4 +112,6 @@ class ScoredBatch(TrajectoryBatch):
             ref_values=self.ref_values[trajectories],
             behaviour_logprobs=self.behaviour_logprobs[start:stop],
             columns={name: column[trajectories] for name, column in self.columns.items()},
+            own_old_logprobs=None if self.own_old_logprobs is None else self.own_old_logprobs[start:stop],
+            importance=None if self.importance is None else self.importance[start:stop],
         )

@@ -27,7 +27,6 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
 
     versions = [_NONE if t.weight_version is None else t.weight_version for t in trajectories]
     chosen = [t.action_mask or [True] * len(t.response_ids) for t in trajectories]
-    said = [t.behaviour_logprobs for t in trajectories]
     tensors = {
         "tokens": column([token for t in trajectories for token in (*t.prompt_ids, *t.response_ids)], torch.int32),
         "chosen": column([is_action for mask in chosen for is_action in mask], torch.bool),
@@ -37,8 +36,8 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
         "truncated": column([t.truncated for t in trajectories], torch.bool),
         "groups": column([t.group for t in trajectories], torch.int64),
         "weight_versions": column(versions, torch.int64),
-        "behaviour_lengths": column([_NONE if each is None else len(each) for each in said], torch.int64),
-        "behaviour_logprobs": torch.cat([torch.zeros(0), *(each for each in said if each is not None)]),
+        **_action_columns("behaviour", [t.behaviour_logprobs for t in trajectories]),
+        **_action_columns("old", [t.old_logprobs for t in trajectories]),
     }
     save_tensors(tensors | score_columns(trajectories), path)
 
@@ -83,18 +82,27 @@ def scores_at(columns: Mapping[str, Tensor]) -> Callable[[int], ReferenceScore |
     return score
 
 
-def _behaviour_at(columns: Mapping[str, Tensor]) -> Callable[[int], Tensor | None]:
-    """log mu of the actions at a row; a file of an earlier version has none."""
-    if "behaviour_lengths" not in columns:
+def _action_columns(name: str, logprobs: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Log-probs of the actions of those trajectories that have them, as tensors to save."""
+    lengths = [_NONE if each is None else len(each) for each in logprobs]
+    return {
+        f"{name}_lengths": torch.tensor(lengths, dtype=torch.int64),
+        f"{name}_logprobs": torch.cat([torch.zeros(0), *(each for each in logprobs if each is not None)]),
+    }
+
+
+def _actions_at(columns: Mapping[str, Tensor], name: str) -> Callable[[int], Tensor | None]:
+    """What `_action_columns` has at a row; a file of an earlier version has none."""
+    if f"{name}_lengths" not in columns:
         return lambda row: None
-    lengths = columns["behaviour_lengths"].tolist()
+    lengths = columns[f"{name}_lengths"].tolist()
     bounds = [0, *accumulate(max(0, length) for length in lengths)]
 
-    def behaviour(row: int) -> Tensor | None:
-        said = columns["behaviour_logprobs"][bounds[row] : bounds[row + 1]]
-        return None if lengths[row] == _NONE else said.clone()
+    def logprobs(row: int) -> Tensor | None:
+        found = columns[f"{name}_logprobs"][bounds[row] : bounds[row + 1]]
+        return None if lengths[row] == _NONE else found.clone()
 
-    return behaviour
+    return logprobs
 
 
 def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Trajectory]:
@@ -104,7 +112,8 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
     names = ("prompt_lengths", "response_lengths", "weight_versions", "rewards", "truncated", "groups")
     prompts, responses, weight_versions, rewards, truncated, groups = (columns[name].tolist() for name in names)
     token_at = [0, *accumulate(p + r for p, r in zip(prompts, responses, strict=True))]
-    chosen_at, score, behaviour = [0, *accumulate(responses)], scores_at(columns), _behaviour_at(columns)
+    chosen_at, score = [0, *accumulate(responses)], scores_at(columns)
+    behaviour, old = _actions_at(columns, "behaviour"), _actions_at(columns, "old")
 
     def load(row: int) -> Trajectory:
         middle, stop = token_at[row] + prompts[row], token_at[row + 1]
@@ -119,6 +128,7 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
             action_mask=None if all(chosen) else chosen,
             reference=score(row),
             behaviour_logprobs=behaviour(row),
+            old_logprobs=old(row),
         )
 
     return [load(row) for row in (range(len(prompts)) if rows is None else rows)]

@@ -41,6 +41,9 @@ class Trajectory:
     """log mu of each action, [H] float32 on the CPU, mu the distribution that it was drawn from: temperature included, under
     the weights of that moment, as the engine computed it. None if nobody said."""
 
+    old_logprobs: Tensor | None = field(default=None, repr=False)
+    """With `rollout.importance`, log pi of each action as the trainer computed it when the rollout came in, likewise."""
+
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError(

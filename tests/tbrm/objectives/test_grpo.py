@@ -39,7 +39,7 @@ class Case:
         )
         self.bounds = [sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1)]
 
-    def ours(self, objective: Grpo) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def ours(self, objective: Grpo, **extra: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The mean loss, its gradient by the logits, and the figures."""
         split = [self.tokens[a:b].tolist() for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
         items = [Trajectory([0], ids, reward) for ids, reward in zip(split, self.rewards, strict=True)]
@@ -52,6 +52,7 @@ class Case:
             ref_values=rewards,
             behaviour_logprobs=self.behaviour,
             columns=contract.columns(step),
+            **extra,
         )
         lse = self.logits.logsumexp(-1)
         stats = TokenStats(self.logits.gather(1, self.tokens[:, None])[:, 0] - lse, lse, None)
@@ -163,6 +164,28 @@ def test_the_family_is_as_published(equation: Any) -> None:
     assert torch.allclose(gradient, by_logits, atol=1e-12)
     assert by_logits.abs().max() > 1e-3
     assert 0 < figures["clip_fraction"] < 1  # on both sides of the clip
+
+
+def test_importance_weighs_what_is_learnt_and_not_the_penalty() -> None:
+    """Truncated importance sampling: the surrogate of each token, clipped to the policy of the rollout, times its weight."""
+    case = Case()
+    objective = OBJECTIVES("grpo")(name="grpo", beta=0.04)
+    old = case.behaviour + torch.linspace(-1, 1, len(case.behaviour), dtype=torch.float64)
+    weights = (old - case.behaviour).exp().clamp(max=1.5)
+    loss, gradient, _ = case.ours(objective, own_old_logprobs=old, importance=weights)
+    wanted = torch.zeros((), dtype=torch.float64)
+    for i, length in enumerate(LENGTHS):
+        advantage = case.advantage(i, std=True)
+        for t in range(length):
+            chosen, mu, ref = case.token(i, t)
+            pi_old = old[case.bounds[i] + t].item()
+            r = (chosen - pi_old).exp()
+            surrogate = torch.min(r * advantage, clipped(r, 0.2, 0.2) * advantage)
+            kl = (ref - chosen).exp() - (ref - chosen) - 1
+            wanted = wanted - (min(math.exp(pi_old - mu), 1.5) * surrogate - 0.04 * kl) / length / len(LENGTHS)
+    [by_logits] = torch.autograd.grad(wanted, case.logits)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-9)
+    assert torch.allclose(gradient, by_logits, atol=1e-12)
 
 
 def test_figures_are_means_over_tokens() -> None:
