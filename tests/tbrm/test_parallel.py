@@ -226,7 +226,14 @@ def test_what_is_sampled_does_not_depend_on_processes_or_on_how_many_are_written
     assert list(steps[processes][f"{model}{vocabulary}, sampled"].values()) == [expected, expected]
 
 
-SHORT = ("trainer.steps=4", "rollout.prompts=6", "rollout.samples=2", "checkpoint.every=2", "evaluation.prompts=5")
+SHORT = (
+    "task={name: echo}",
+    "trainer.steps=4",
+    "rollout.prompts=6",
+    "rollout.samples=2",
+    "checkpoint.every=2",
+    "evaluation.prompts=5",
+)
 REPLAYED = (
     "objective.name=reval",
     "objective.beta=0.05",

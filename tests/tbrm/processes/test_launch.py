@@ -125,7 +125,8 @@ def test_rollouts_are_divided_and_one_process_writes_them(tmp_path: Path) -> Non
     recipe = write_recipe(tmp_path)
     done = torchrun(2, "tbrm", "rollout", recipe, "--out", tmp_path / "two.jsonl")
     assert done.stdout.count("trajectories written") == 1
-    record(tiny_config(tmp_path / "run", evaluation={"prompts": 0}), tmp_path / "one.jsonl", 1)
+    config = tiny_config(tmp_path / "run", evaluation={"prompts": 0}, task={"name": "echo"})
+    record(config, tmp_path / "one.jsonl", 1)
     two, one = (read_jsonl(tmp_path / name) for name in ("two.jsonl", "one.jsonl"))
     for row in one:
         row["response_logprobs"] = pytest.approx(row["response_logprobs"], abs=1e-5)  # other rows beside them

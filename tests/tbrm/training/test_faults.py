@@ -31,7 +31,9 @@ TRAIN = [sys.executable, "-m", "tbrm", "train"]
 
 def write_recipe(folder: Path, run: str = "run", **settings: object) -> Path:
     recipe = folder / f"{run}.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_tree(folder / run, evaluation={"prompts": 0}, **settings)))
+    recipe.write_text(
+        yaml.safe_dump(tiny_tree(folder / run, evaluation={"prompts": 0}, task={"name": "echo"}, **settings))
+    )
     return recipe
 
 
