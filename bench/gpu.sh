@@ -63,6 +63,7 @@ stage card "$python" -m bench.gpu.card "$out/card.jsonl"
 if (($? == 3)); then tail -n 2 "$log"; exit 1; fi
 CUBLAS_WORKSPACE_CONFIG=:4096:8 stage tests "${pytest[@]}" $tests
 stage head bash -c 'for _ in {1..8}; do "$0" -m bench.gpu.head "$1" && exit; done; exit 1' "$python" "$out/head.jsonl"
+unset TRITON_INTERPRET  # a whole step in it takes minutes
 stage trainer "$python" -m bench.gpu.trainer "$out/trainer.jsonl"
 stage profile "$python" -m bench.gpu.profile "$out/profile.txt" "$out/trace.json.gz"
 CUBLAS_WORKSPACE_CONFIG=:4096:8 stage attention "${pytest[@]}" --noconftest $(find tests/tbrm -name 'test_gpu_*.py')

@@ -13,8 +13,7 @@ from . import torch as torch_backend
 from . import triton as triton_backend
 from .interface import Backend
 
-# In the order in which "auto" tries them, on a CPU without triton, whose interpreter is for tests. "torch" is last: it runs
-# everywhere.
+# In the order in which "auto" tries them. "torch" is last: it runs everywhere.
 _BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton_backend, "torch": torch_backend}
 
 
@@ -35,7 +34,7 @@ def backends(device: torch.device | str | None = None, dtype: torch.dtype = torc
 
     Returns:
         A `BackendStatus(usable, reason)` to each name, in the order of preference: `backend="auto"` takes the first usable
-        one, and never Triton's interpreter.
+        one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reasons = {name: backend.why_not(device, dtype) for name, backend in _BACKENDS.items()}
@@ -48,11 +47,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     Raises ValueError for an unknown name, and RuntimeError with the reason for a backend that cannot run here.
     """
     if name == "auto":
-        chosen = next(
-            backend
-            for backend in _BACKENDS.values()
-            if backend.why_not(device, dtype) is None and not (backend is triton_backend and device.type == "cpu")
-        )
+        chosen = next(backend for backend in _BACKENDS.values() if backend.why_not(device, dtype) is None)
         if chosen is torch_backend and device.type == "cpu":
             _warn_if_not_built()
         return chosen
