@@ -122,9 +122,10 @@ bench-replay: $(VENV)/installed $(MODEL)
 	$(BIN)/python -m bench.replay runs/bench-replay bench/results/replay $(BENCH_REPLAY)
 
 # What every objective reaches with the same responses: `make science SCIENCE=microcosm`, in worlds whose best policy is known
-# exactly, for half an hour on two cores. It may be stopped and gone on with; ARGS="--help" says what else it takes.
+# exactly, for half an hour on two cores; `SCIENCE=real`, on a real model, for days. Both may be stopped and gone on with;
+# ARGS="--help" says what else they take.
 SCIENCE ?= microcosm
-science: $(VENV)/installed
+science: $(VENV)/installed $(if $(filter real,$(SCIENCE)),$(MODEL))
 	$(BIN)/python -m bench.$(SCIENCE) $(ARGS)
 
 # One training step beside those of TRL and of plain PyTorch; some ten minutes.

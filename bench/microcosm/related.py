@@ -6,8 +6,6 @@ product's objectives. What is a policy gradient has the penalty for leaving the 
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -107,7 +105,9 @@ class PmdMean(Objective):
     """PMD-mean (arXiv 2602.05933): beta/2 (A/beta - sum_h (log pi - log mu))^2 / length, A the reward less its group's mean and
     mu what sampled: nothing holds the policy to where training began."""
 
-    wants_behaviour: ClassVar[bool] = True
+    @property
+    def wants_behaviour(self) -> bool:
+        return True
 
     def columns(self, step: Step) -> dict[str, Tensor]:
         return {"rewards": step.rewards - group_means(step.rewards, comparable(step.groups))}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from bench.machine import commit, processor
@@ -42,8 +43,9 @@ MEANING = {
     "x4": "four to each of 8 prompts",
 }
 
+RECIPES = Path(__file__).parents[2] / "recipes/objectives"
 VARIANTS: dict[str, dict[str, Any]] = {"tbrm+0.2": {"name": "tbrm", "reward_offset": 0.2}}
-"""More rows of the product's: an objective's name and keys of a recipe."""
+"""More rows of the product's, as those of recipes/objectives/: an objective's name, and its keys but for beta."""
 
 TUNING_SEED, REPORTED_SEED, DRAWS = 1, 2, 1009
 MEASURES = ("success", "regret", "variation", "kl")
@@ -65,14 +67,17 @@ class Plan:
 def entries() -> dict[str, Callable[[float], Objective]]:
     """The rows of the tables: every objective of the product's registry, variants of them, and estimators of others."""
 
-    def built(name: str, keys: dict[str, Any]) -> Callable[[float], Objective]:
-        return lambda beta: OBJECTIVES(name)(**{"name": name, "beta": beta, **keys})
+    def built(keys: dict[str, Any]) -> Callable[[float], Objective]:
+        return lambda beta: OBJECTIVES(keys["name"])(**{"beta": beta, **keys})
 
     def related(kind: type[Objective]) -> Callable[[float], Objective]:
         return lambda beta: kind(beta=beta)
 
-    ours = {name: built(name, {}) for name in OBJECTIVES.builtin if name != GIVEN}
-    variants = {row: built(keys["name"], keys) for row, keys in VARIANTS.items()}
+    ours = {name: built({"name": name}) for name in OBJECTIVES.builtin if name != GIVEN}
+    recipes = {path.stem: yaml.safe_load(path.read_text())["objective"] for path in sorted(RECIPES.glob("*.yaml"))}
+    # What goes by a name of its own has no penalty for leaving the reference, if its recipe has none.
+    named = {row: {"beta": 0.0, **keys} for row, keys in recipes.items() if row not in ours}
+    variants = {row: built(keys) for row, keys in (named | VARIANTS).items()}
     return ours | variants | {row: related(kind) for row, kind in RELATED.items()}
 
 

@@ -19,7 +19,7 @@ BASE = "tbrm"
 """What differences are from."""
 NOISE = 2.0
 """Standard errors, within which a difference is called noise."""
-PLOTTED = ("tbrm", "reval", "tba", "optimal", "learned", "reinforce", "rloo", "grpo", "dapo", "ppo")
+PLOTTED = ("tbrm", "reval", "tba", "optimal", "learned", "reinforce", "rloo", "grpo", "dr_grpo", "ppo")
 TITLES = {"success": "success", "regret": "normalised regret", "variation": "total variation from the best policy"}
 
 Cells = dict[str, dict[str, dict[str, Any]]]
