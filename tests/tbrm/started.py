@@ -45,14 +45,21 @@ def torchrun(
     return done
 
 
-def forked(processes: int, *command: str | Path, timeout: int = 600) -> str:
-    """`python -m COMMAND` in so many processes, or in one without a launcher, and what they wrote to stdout."""
+def forked(
+    processes: int, *command: str | Path, check: bool = True, timeout: int = 600, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As `torchrun`, or `python -m COMMAND` alone, of what is imported already: what is read as a module is imported, such as
+    HF_HUB_OFFLINE, is not read again."""
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(processes)]
-        places = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        places = [
+            meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
+        ]
         started = [
-            _FORKS.Process(target=_work, args=([str(x) for x in command], place if processes > 1 else {}, output))
+            _FORKS.Process(
+                target=_work, args=([*map(str, command)], cwd or Path.cwd(), {**os.environ, **place}, output)
+            )
             for place, output in zip(places, outputs, strict=True)
         ]
         for process in started:
@@ -60,21 +67,25 @@ def forked(processes: int, *command: str | Path, timeout: int = 600) -> str:
         try:
             for process in started:
                 process.join(timeout)
-            failed = [process.exitcode for process in started]
+            status = max(abs(code) if code is not None else 1 for code in (each.exitcode for each in started))
         finally:
             for process in started:
                 process.kill()
                 process.join()
-        said = [output.with_suffix(".err").read_text() for output in outputs]
-        assert not any(failed), "\n".join(f"rank {rank}: ...{text[-3000:]}" for rank, text in enumerate(said))
-        return "".join(output.with_suffix(".out").read_text() for output in outputs)
+        out, err = (
+            "".join(output.with_suffix(suffix).read_text() for output in outputs) for suffix in (".out", ".err")
+        )
+    assert not check or status == 0, err[-10_000:]
+    return subprocess.CompletedProcess(command, status, out, err)
 
 
-def _work(command: list[str], place: Mapping[str, str], output: Path) -> None:
+def _work(command: list[str], cwd: Path, env: Mapping[str, str], output: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(place)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         file = os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT)
         os.dup2(file, stream.fileno())

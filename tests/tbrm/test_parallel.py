@@ -275,8 +275,8 @@ def test_a_run_repeats_itself_and_resumes_bit_for_bit(divided: str, tmp_path: Pa
     """With replay, a reference that moves on, and sharded checkpoints of both; the vocabulary divided or not."""
     run = tmp_path / "run"
     train = ("tbrm", "train", RECIPE, *SHORT, *REPLAYED, f"parallel.vocab_parallel={divided}")
-    said = forked(2, *train, f"run.dir={run}")
-    assert said.count("held-out accuracy") == 2  # the main process alone speaks
+    done = forked(2, *train, f"run.dir={run}")
+    assert done.stdout.count("held-out accuracy") == 2  # the main process alone speaks
     whole = rows(run)
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
     assert whole[0]["log_ratio_mean"] == 0.0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,14 +22,25 @@ from tbrm.policy.load import find_model
 from tbrm.reporting.metrics import read_jsonl
 from tbrm.training.checkpoint import step_of
 from tests.tbrm.conftest import tiny_tree
+from tests.tbrm.started import forked
 
 
-def tbrm(*arguments: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+def tbrm(*arguments: str | Path, cwd: Path, check: bool = True, anew: bool = False) -> subprocess.CompletedProcess[str]:
+    """In a process that has imported what it needs; `anew`: that imports it, as a user's does."""
+    if not anew:
+        return forked(1, "tbrm", *arguments, cwd=cwd, check=check)
     command = [sys.executable, "-m", "tbrm", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_long_lines() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("COLUMNS", "200")
+        yield
 
 
 def taken(trained: Path) -> str:
@@ -37,12 +49,12 @@ def taken(trained: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, one_thread_and_long_lines: None) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     evaluation = {"prompts": 5, "every": 2, "samples": 2, "temperature": 0.7}
     tree = tiny_tree(folder / "run", evaluation=evaluation, model__precision="bfloat16", logging={})
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    done = tbrm("train", "recipe.yaml", "seed=1", cwd=folder)
+    done = tbrm("train", "recipe.yaml", "seed=1", cwd=folder, anew=True)
     assert "held-out accuracy" in done.stdout
     said = done.stdout.splitlines()
     assert f"{folder / 'run'} holds the run" in said
@@ -91,7 +103,7 @@ def test_a_wrong_key_is_found_before_torch_is_loaded(trained: Path) -> None:
 
 
 def test_what_is_loaded_is_said_first_and_once(trained: Path) -> None:
-    done = tbrm("score", "tiny", "nowhere.jsonl", cwd=trained, check=False)
+    done = tbrm("score", "tiny", "nowhere.jsonl", cwd=trained, check=False, anew=True)
     assert done.stderr.splitlines()[0] == "loading torch, transformers and tiny"
     assert done.stderr.count("loading") == 1
 
@@ -161,7 +173,8 @@ def test_a_checkpoint_is_a_hugging_face_folder_and_so_is_what_export_makes_of_it
 
 
 def test_rollout_then_score_agree_with_the_model(trained: Path) -> None:
-    tbrm("rollout", "recipe.yaml", "--out", "data.jsonl", "--steps", "2", cwd=trained)
+    model = (f"model.name={taken(trained)}", "model.precision=float32")
+    tbrm("rollout", "recipe.yaml", "--out", "data.jsonl", "--steps", "2", *model, cwd=trained, anew=True)
     lines = [json.loads(line) for line in (trained / "data.jsonl").read_text().splitlines()]
     assert len(lines) == 4 * 2 * 2
     tbrm(
@@ -235,7 +248,7 @@ def test_ctrl_c_while_libraries_are_loaded_ends_with_a_line(trained: Path, secon
 
 
 def test_doctor_names_what_is_usable(trained: Path) -> None:
-    text = tbrm("doctor", cwd=trained).stdout
+    text = tbrm("doctor", cwd=trained, anew=True).stdout
     assert re.search(rf"^tbrm +yes +{re.escape(version('tbrm'))}$", text, re.MULTILINE)
     assert "kernels: torch" in text
     assert "model.device auto takes" in text
@@ -265,7 +278,7 @@ def test_paths_on_the_command_line_may_begin_with_a_home(trained: Path, monkeypa
 
 def test_a_missing_model_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # else a hub is asked
-    done = tbrm("eval", "no/such-model", "--task", "recipe.yaml", cwd=trained, check=False)
+    done = tbrm("eval", "no/such-model", "--task", "recipe.yaml", cwd=trained, check=False, anew=True)
     assert done.returncode == 1
     assert "model.name: 'no/such-model' cannot be loaded" in done.stderr
     assert "Traceback" not in done.stderr
