@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tbrm import __version__
 from tbrm.commands.command import Command
+from tbrm.commands.compare import COMPARE
 from tbrm.commands.config import CONFIG
 from tbrm.commands.doctor import DOCTOR
 from tbrm.commands.eval import EVAL
@@ -24,7 +25,7 @@ from tbrm.commands.score import SCORE
 from tbrm.commands.train import TRAIN
 from tbrm.processes.place import refuse_several
 
-COMMANDS = (TRAIN, CONFIG, PLAN, EVAL, SCORE, ROLLOUT, DOCTOR, REPORT, EXPORT, IMPORT_GGUF)
+COMMANDS = (TRAIN, CONFIG, PLAN, EVAL, SCORE, ROLLOUT, DOCTOR, REPORT, COMPARE, EXPORT, IMPORT_GGUF)
 
 
 INTERRUPTED = 130

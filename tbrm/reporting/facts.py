@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from tbrm.reporting.run_folder import Row, Run, SamplePair
+from tbrm.reporting.run_folder import Row, Run, SamplePair, number
+
+T = TypeVar("T")
 
 OUTCOMES = {
     (False, True): "fixed",
@@ -39,7 +41,10 @@ def accuracies(run: Run) -> tuple[Accuracy | None, Accuracy | None]:
     """Before training and at the last evaluation, each None until known."""
     first = next((row for row in run.evals if row["step"] == 0), None)
     last = next((row for row in reversed(run.evals) if row["step"] > 0), None)
-    return _accuracy(first, run.result.get("accuracy_before")), _accuracy(last, run.result.get("accuracy_after"))
+    return (
+        _accuracy(first, number(run.result, "accuracy_before")),
+        _accuracy(last, number(run.result, "accuracy_after")),
+    )
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -49,9 +54,7 @@ def facts(run: Run) -> dict[str, str]:
         "Task": run.setting("task.family") or run.setting("task.name") or run.result.get("task"),
         "Objective": _objective(run),
         "Beta": run.setting("objective.beta"),
-        "Correct": f"a reward of {run.setting('task.correct_at'):g} or more"
-        if run.setting("task.correct_at")
-        else None,
+        "Correct": f"a reward of {correct_at:g} or more" if (correct_at := _correct_at(run)) else None,
         "Mean reward": mean_rewards(run),
         "Steps": _steps(run),
         "Seed": run.result.get("seed", run.setting("seed")),
@@ -74,8 +77,8 @@ def group_by_outcome(pairs: list[SamplePair]) -> dict[str, list[SamplePair]]:
     return {outcome: group for outcome, group in groups.items() if group}
 
 
-def choose(groups: dict[str, list[SamplePair]], count: int) -> dict[str, list[SamplePair]]:
-    """The first pairs of each outcome: at least one, and about `count` in all, in proportion to how many there are."""
+def choose(groups: dict[str, list[T]], count: int) -> dict[str, list[T]]:
+    """The first of each outcome: at least one, and about `count` in all, in proportion to how many there are."""
     shown = dict.fromkeys(groups, 1)
     while sum(shown.values()) < min(count, sum(map(len, groups.values()))):
         # One more for the outcome that is shown least for its size; it has more than are shown, so long as any has.
@@ -83,15 +86,21 @@ def choose(groups: dict[str, list[SamplePair]], count: int) -> dict[str, list[Sa
     return {outcome: group[: shown[outcome]] for outcome, group in groups.items()}
 
 
+def with_interval(accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return "not evaluated"
+    return f"{accuracy} ({accuracy.interval})" if accuracy.interval else str(accuracy)
+
+
 def _accuracy(row: Row | None, fallback: float | None) -> Accuracy | None:
     if row is not None:
-        return Accuracy(row["accuracy"], row.get("ci_low"), row.get("ci_high"))
+        return Accuracy(row["accuracy"], number(row, "ci_low"), number(row, "ci_high"))
     return None if fallback is None else Accuracy(fallback)
 
 
 def mean_rewards(run: Run) -> str | None:
     """Of the held-out prompts, before training and at the last evaluation."""
-    rows = [row for row in run.evals if row.get("reward_mean") is not None]
+    rows = [row for row in run.evals if number(row, "reward_mean") is not None]
     if not rows:
         return None
     before = next((row for row in rows if row["step"] == 0), None)
@@ -109,6 +118,16 @@ def _objective(run: Run) -> str | None:
     return said or run.result.get("objective")
 
 
+def phase_seconds(row: Row) -> float:
+    """Of a step: the sum of its phases."""
+    return sum(number(row, key) or 0.0 for key in row if key.startswith("seconds/"))
+
+
+def _correct_at(run: Run) -> float | None:
+    task = run.setting("task")
+    return number(task, "correct_at") if isinstance(task, dict) else None
+
+
 def _steps(run: Run) -> str:
     done = run.metrics[-1]["step"] if run.metrics else run.result.get("steps", 0)
     wanted = run.setting("trainer.steps")
@@ -117,14 +136,17 @@ def _steps(run: Run) -> str:
 
 def _training_time(run: Run) -> str | None:
     """As the trainer took it; of an unfinished run, the sum of its phases."""
-    phases = (value for row in run.metrics for key, value in row.items() if key.startswith("seconds/"))
-    seconds = round(run.result.get("seconds_training") or sum(phases))
-    if seconds < 60:
-        return f"{seconds} s" if seconds else None
-    minutes, seconds = divmod(seconds, 60)
+    seconds = number(run.result, "seconds_training") or sum(map(phase_seconds, run.metrics))
+    return duration(seconds) if round(seconds) else None
+
+
+def duration(seconds: float) -> str:
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _over_steps(run: Run, key: str, summary: Callable[[list[float]], float], text: str) -> str | None:
-    values = [row[key] for row in run.metrics if row.get(key) is not None]
+    values = [value for row in run.metrics if (value := number(row, key)) is not None]
     return text.format(summary(values)) if values else None

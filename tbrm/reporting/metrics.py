@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch  # loaded by those who measure, not by those who read what was measured
 
 Metric = float | int | str
 
@@ -39,13 +40,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _lines_and_rows(path)]
 
 
-def _lines_and_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    lines = path.read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, start=1):
+def parsed_lines(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """The whole lines of a JSON-lines file, and what each holds: where that is not JSON, the ValueError that names it."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             yield line, json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}): mend or delete that line") from error
+        except (ValueError, RecursionError) as error:
+            yield line, ValueError(f"line {number} is not JSON ({error})")
+
+
+def _lines_and_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for line, row in parsed_lines(path):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{path}, {row}: mend or delete that line")
+        yield line, row
 
 
 def _cut_after(path: Path, last_step: int) -> None:
@@ -177,6 +185,8 @@ class Phases:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
+            import torch
+
             # A GPU works behind the program's back: unless waited for, its time would be counted to a later phase.
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
@@ -188,6 +198,8 @@ _LINUX_STATUS = Path("/proc/self/status")
 def peak_memory_mib(device: torch.device) -> float:
     """The most memory held so far, in MiB: of torch's allocator on a GPU, of the whole process elsewhere."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     if _LINUX_STATUS.exists():  # where getrusage starts with the size of the process that launched this one
         return int(_LINUX_STATUS.read_text().partition("VmHWM:")[2].split()[0]) / 2**10

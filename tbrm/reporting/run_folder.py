@@ -1,31 +1,41 @@
-"""Reads what a run left in its folder. A run that is still going, or was killed, is read as far as it goes."""
+"""Reads what a run left in its folder. A run that is still going, or was killed, is read as far as it goes; of a file that
+somebody else wrote, or another version, what can be read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tbrm.reporting.metrics import read_jsonl
+from tbrm.reporting.metrics import parsed_lines
 from tbrm.storage.run_files import HISTORY
 
 Row = dict[str, Any]
 SamplePair = tuple[Row, Row | None]
+
+_NAMED_LINES = 3
+"""Of those that cannot be read."""
+_NUMBER = (int, float)
+_ENDLESS = 1e300
+_SAMPLE = {"prompt": str, "response": str, "answer": str, "reward": _NUMBER, "correct": bool, "truncated": bool}
+"""What a response must have to be shown, and of which type."""
 
 
 @dataclass(frozen=True)
 class Run:
     """What is missing is empty, and `gaps` says so in words."""
 
+    path: Path
     config: Row
     """The resolved config, as nested sections: what the run was last started with."""
     changes: list[Row]
     """What of it was otherwise before, a row for each resume that changed something."""
     metrics: list[Row]
+    """One of each step, in their order, as are `evals`."""
     evals: list[Row]
     result: Row
     samples: list[SamplePair]
@@ -33,6 +43,10 @@ class Run:
     sample_steps: list[int]
     """The steps of those evaluations."""
     gaps: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     def setting(self, key: str) -> Any:
         """The config's value at a dotted key; None if it has none."""
@@ -44,54 +58,112 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """Raises ValueError if there is nothing of a run in `run_dir`."""
-    gaps: list[str] = []
-
-    def read(name: str, parse: Callable[[Path], Any], empty: Any, if_missing: str) -> Any:
-        path = run_dir / name
-        try:
-            content = parse(path) if path.exists() else empty
-        except (ValueError, yaml.YAMLError) as error:
-            gaps.append(f"{name} cannot be read: {error}")
-            return empty
-        if not content:
-            gaps.append(f"{name} {'is empty' if path.exists() else 'is missing'}: {if_missing}.")
-        return content or empty
-
-    config = read("config.yaml", _read_yaml, {}, "the settings of the run are not known")
-    changes = read(HISTORY, read_jsonl, [], "") if (run_dir / HISTORY).exists() else []
-    metrics = read("metrics.jsonl", read_jsonl, [], "no step is finished yet")
-    evals = read("eval.jsonl", read_jsonl, [], "the model has not been evaluated yet")
+    folder = _Folder(run_dir)
+    config = folder.mapping("config.yaml", "the settings of the run are not known")
+    changes = folder.rows(HISTORY, {"step": int, "changed": dict}, "") if (run_dir / HISTORY).exists() else []
+    metrics = folder.rows("metrics.jsonl", {"step": int}, "no step is finished yet")
+    evals = folder.rows("eval.jsonl", {"step": int, "accuracy": _NUMBER}, "the model has not been evaluated yet")
     files = sorted((run_dir / "samples").glob("step-*.jsonl"))
     if not files:
-        gaps.append("samples are missing: no responses to held-out prompts have been written yet.")
+        folder.gaps.append("samples are missing: no responses to held-out prompts have been written yet.")
     ends = files[:1] + files[1:][-1:]
-    responses = [read(f"samples/{file.name}", read_jsonl, [], "no response is written yet") for file in ends]
-    result = read("result.json", _read_json, {}, "the run is still going, or was stopped before its end")
+    responses = [folder.rows(f"samples/{file.name}", _SAMPLE, "no response is written yet") for file in ends]
+    result = folder.mapping("result.json", "the run is still going, or was stopped before its end")
     if not (config or metrics or evals or responses or result):
-        raise ValueError(f"{run_dir} holds nothing of a run: {' '.join(gaps)}")
+        raise ValueError(f"{run_dir} holds nothing of a run: {' '.join(folder.gaps)}")
     before, after = ([_first_of_each_prompt(rows) for rows in responses] + [{}, {}])[:2]
     return Run(
+        path=run_dir.resolve(),
         config=config,
         changes=changes,
-        metrics=metrics,
-        evals=evals,
+        metrics=_one_of_each_step(metrics),
+        evals=_one_of_each_step(evals),
         result=result,
         samples=[(row, after.get(prompt)) for prompt, row in before.items()],
         sample_steps=[int(file.stem.removeprefix("step-")) for file in ends],
-        gaps=gaps,
+        gaps=folder.gaps,
     )
 
 
-def _first_of_each_prompt(rows: list[Row]) -> dict[str, Row]:
+def number(row: Mapping[str, Any], key: str) -> float | None:
+    """What `row` has there, if that is a number that a plot can have."""
+    return float(row[key]) if _is(row.get(key), _NUMBER) else None
+
+
+class _Folder:
+    """Reads a run's files, and notes in `gaps` what they lack."""
+
+    def __init__(self, path: Path) -> None:
+        self.gaps: list[str] = []
+        self._path = path
+
+    def mapping(self, name: str, if_missing: str) -> Row:
+        """Of a file in YAML or JSON."""
+        path = self._path / name
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            content = json.loads(text or "{}") if path.suffix == ".json" else yaml.load(text, _PlainLoader)
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            self.gaps.append(f"{name} cannot be read: {error}")
+            return {}
+        if content and not isinstance(content, dict):
+            self.gaps.append(f"{name} cannot be read: it holds a {type(content).__name__}, no keys with values")
+            return {}
+        self._note_if_empty(name, content, if_missing)
+        return content or {}
+
+    def rows(self, name: str, wants: Mapping[str, type | tuple[type, ...]], if_missing: str) -> list[Row]:
+        """Those lines of a JSON-lines file that have what is wanted of a row."""
+        rows: list[Row] = []
+        faults: list[str] = []
+        path = self._path / name
+        for line_number, (_, row) in enumerate(parsed_lines(path) if path.exists() else (), start=1):
+            if isinstance(row, ValueError):
+                faults.append(str(row))
+            elif fault := _fault(row, wants):
+                faults.append(f"line {line_number} {fault}")
+            else:
+                rows.append(row)
+        if faults:
+            more = f", and {len(faults) - _NAMED_LINES} more like them" * (len(faults) > _NAMED_LINES)
+            self.gaps.append(f"{name}, {'; '.join(faults[:_NAMED_LINES])}{more}: left out")
+        else:
+            self._note_if_empty(name, rows, if_missing)
+        return rows
+
+    def _note_if_empty(self, name: str, content: Any, if_missing: str) -> None:
+        if not content:
+            self.gaps.append(f"{name} {'is empty' if (self._path / name).exists() else 'is missing'}: {if_missing}.")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Takes no aliases, which make a few lines stand for any amount of text. A run's config has none."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which no run writes")
+        return super().compose_node(parent, index)
+
+
+def _fault(row: Any, wants: Mapping[str, type | tuple[type, ...]]) -> str | None:
+    if not isinstance(row, dict):
+        return f"is a {type(row).__name__}, no row"
+    wrong = [key for key, kind in wants.items() if not _is(row.get(key), kind)]
+    return f"has no {', '.join(wrong)}" if wrong else None
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Of that type; a number, moreover, that a plot can have: not NaN, nor beyond what a float holds."""
+    return isinstance(value, kind) and (kind not in (int, _NUMBER) or abs(value) < _ENDLESS)
+
+
+def _one_of_each_step(rows: Iterable[Row]) -> list[Row]:
+    """The last that was written of each, in their order."""
+    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+
+
+def _first_of_each_prompt(rows: Iterable[Row]) -> dict[str, Row]:
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row["prompt"], row)
     return first
-
-
-def _read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

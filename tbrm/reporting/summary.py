@@ -9,9 +9,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tbrm.reporting.facts import Accuracy, accuracies, facts, group_by_outcome, mean_rewards, n_heldout
-from tbrm.reporting.progress import alive
-from tbrm.reporting.run_folder import Row, Run, read_run
+from tbrm.reporting.facts import accuracies, facts, group_by_outcome, mean_rewards, n_heldout, with_interval
+from tbrm.reporting.page import write_report
+from tbrm.reporting.run_folder import Row, Run, number, read_run
 
 _BARS = "▁▂▃▄▅▆▇█"
 _MOST_BARS = 40
@@ -23,24 +23,22 @@ _TELLING = ("fixed", "broke", "still wrong", "stayed right", "wrong before", "ri
 def conclude(run_dir: Path, *, page: bool) -> None:
     """Of a run that has ended: writes its `page`, if that is wanted, and prints what came of it."""
     print(f"{run_dir} holds the run", flush=True)
-    print_summary(run_dir, _write_page(run_dir) if page else f"`tbrm report {run_dir}` writes it")
+    print_summary(run_dir, str(write_report(run_dir)) if page else f"`tbrm report {run_dir}` writes it")
 
 
 def print_summary(run_dir: Path, report: str) -> None:
     """To stdout; `report` says where the page is."""
-    text = "\n".join([*summary_lines(run_dir, shutil.get_terminal_size((100, 24)).columns), f"report    {report}"])
+    print_lines([*summary_lines(run_dir, terminal_width()), f"report    {report}"])
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """To stdout, which may not know all of their characters."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding), flush=True)  # it may have no bars
+    print("\n".join(lines).encode(encoding, errors="replace").decode(encoding), flush=True)
 
 
-def _write_page(run_dir: Path) -> str:
-    """Where it is, or why it is not: what draws its plots may not be installed."""
-    with alive(f"writing {run_dir / 'report.html'}"):  # matplotlib's first import on a machine looks for fonts
-        try:
-            from tbrm.reporting.page import write_report
-        except ModuleNotFoundError as error:
-            return f"none: {error}; with that installed, `tbrm report {run_dir}` writes it"
-        return str(write_report(run_dir))
+def terminal_width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def summary_lines(run_dir: Path, width: int = 100) -> list[str]:
@@ -50,7 +48,8 @@ def summary_lines(run_dir: Path, width: int = 100) -> list[str]:
     known = facts(run)
 
     def line(*labels: str) -> str:
-        return ", ".join(f"{label.lower()} {known[label]}" for label in labels if label in known) or "not recorded"
+        shown = (f"{label.lower()} {fitting(known[label], width)}" for label in labels if label in known)
+        return ", ".join(shown) or "not recorded"
 
     return [
         *_reached(run),
@@ -62,22 +61,22 @@ def summary_lines(run_dir: Path, width: int = 100) -> list[str]:
 
 
 def _reached(run: Run) -> list[str]:
-    before, after = (_with_interval(accuracy) for accuracy in accuracies(run))
+    before, after = (with_interval(accuracy) for accuracy in accuracies(run))
     steps = [row["step"] for row in run.evals]
     at = f", at steps {', '.join(map(str, _spread(steps, 8)))}" if len(steps) > 2 else ""
     lines = [
-        f"accuracy  {_bars(run.evals, 'accuracy')}{before} -> {after} on {n_heldout(run) or 'the'} held-out prompts{at}"
+        f"accuracy  {bars(run.evals, 'accuracy')}{before} -> {after} on {n_heldout(run) or 'the'} held-out prompts{at}"
     ]
     if reward := mean_rewards(run):
-        lines.append(f"reward    {_bars(run.evals, 'reward_mean')}{reward}, their mean")
-    if not run.evals and (bars := _bars(run.metrics, "reward_mean")):
-        lines.append(f"reward    {bars}in training")
+        lines.append(f"reward    {bars(run.evals, 'reward_mean')}{reward}, their mean")
+    if not run.evals and (in_training := bars(run.metrics, "reward_mean")):
+        lines.append(f"reward    {in_training}in training")
     return lines
 
 
-def _bars(rows: Sequence[Row], key: str) -> str:
+def bars(rows: Sequence[Row], key: str) -> str:
     """The metric over the steps, from 0 to its largest, and a space; nothing of fewer than two."""
-    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    values = [value for row in rows if (value := number(row, key)) is not None]
     if len(values) < 2:
         return ""
     low, high = min(0.0, *values), max(0.0, *values)
@@ -100,7 +99,7 @@ def _problems(run: Run, width: int) -> list[str]:
     for outcome, (before, after) in chosen:
         lines += ["", f"{outcome} ({len(groups[outcome])} of {len(run.samples)}): {before['prompt']}"]
         lines += [f"  answer: {before['answer']}", _response("before", before), _response("after", after)]
-    return [_fitting(line, width) for line in lines] + [""] * bool(lines)
+    return [fitting(line, width) for line in lines] + [""] * bool(lines)
 
 
 def _response(when: str, sample: Row | None) -> str:
@@ -109,14 +108,8 @@ def _response(when: str, sample: Row | None) -> str:
     return f"  {when} (reward {sample['reward']:g}): {sample['response'] or '(empty)'}"
 
 
-def _fitting(line: str, width: int) -> str:
+def fitting(line: str, width: int) -> str:
     """In one line, whatever is in it, and without what a terminal would obey."""
     head = line[: len(line) - len(line.lstrip())]
     shown = head + " ".join("".join(c if c.isprintable() else " " for c in line).split())
     return shown if len(shown) <= width else shown[: width - 1] + "…"
-
-
-def _with_interval(accuracy: Accuracy | None) -> str:
-    if accuracy is None:
-        return "not evaluated"
-    return f"{accuracy} ({accuracy.interval})" if accuracy.interval else str(accuracy)

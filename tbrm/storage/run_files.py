@@ -14,7 +14,6 @@ RUN_FILES = (
     "report.html",
     "wandb_id.txt",
     "samples",
-    "plots",
     "tensorboard",
     "checkpoints",
     "engine",

@@ -56,7 +56,8 @@ def alone(code: str) -> subprocess.CompletedProcess[str]:
 COMMANDS = """
 from tbrm.commands.cli import COMMANDS, main
 wants = {"train": ["r"], "config": ["r"], "plan": ["r"], "eval": ["m", "--task", "r"], "score": ["m", "f"], "doctor": [],
-         "rollout": ["r", "--out", "o"], "report": ["r"], "export": ["r", "o"], "import-gguf": ["f", "o"]}
+         "rollout": ["r", "--out", "o"], "report": ["r"], "compare": ["a", "b"], "export": ["r", "o"],
+         "import-gguf": ["f", "o"]}
 assert wants.keys() == {command.name for command in COMMANDS}
 for name, arguments in wants.items():
     assert main([name, *arguments]) == 1
@@ -67,7 +68,7 @@ def test_every_command_says_in_one_line_which_extra_it_needs() -> None:
     done = alone(COMMANDS)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines:
         assert re.fullmatch("tbrm [a-z-]+: " + ADVICE, line)
 

@@ -1,11 +1,12 @@
-"""The report of a run: what it says, for whole, running and killed runs, and that nothing in it runs or is fetched."""
+"""The report of a run: what it says, for whole, running and killed runs; it fetches nothing, and runs no script but its own."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,15 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.image import imread
 
+from tbrm import reporting
 from tbrm.reporting.facts import choose
 from tbrm.reporting.metrics import MetricsLog
 from tbrm.reporting.page import write_report
-from tbrm.reporting.plots import PANELS, draw_all, series, to_svg
+from tbrm.reporting.plots import COLOURS, PANELS, plots, series
+from tbrm.reporting.run_folder import Run
 from tests.tbrm.reporting.made_run import ATTACK, CONFIG, make_run, metrics_of, sample, write_samples
-
-
-class Page(HTMLParser):
-    """The text of a page and its elements; fails on tags that do not match."""
-
-    VOID = frozenset({"meta", "br"})
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert self._open == []
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self._open[-1:] != ["style"]:
-            self.words.append(data)
+from tests.tbrm.reporting.parsed_page import Page
 
 
 @pytest.fixture(scope="module")
@@ -87,22 +58,29 @@ def test_the_page_says_what_was_reached_and_how(page: Page) -> None:
 
 def test_the_page_has_every_curve(page: Page) -> None:
     panels = [f"{panel.title} {panel.unit}" for panel in PANELS]
-    titles = ["Accuracy on held-out prompts", "Reward on held-out prompts", *panels, "Seconds per step by phase"]
+    titles = [
+        "Accuracy on held-out prompts",
+        "Reward on held-out prompts",
+        *panels,
+        "Seconds per step by phase rollout update",
+    ]
     places = [page.text.find(title) for title in titles]
     assert -1 not in places and places == sorted(places)
-    assert [tag for tag, _ in page.elements].count("svg") == len(titles) + 1  # the first in two sizes
-    for words in ("mean over trajectories, log scale", "rollout", "update"):
-        assert words in page.text
+    drawn = [attributes["data-figure"] for tag, attributes in page.elements if "data-figure" in attributes]
+    assert drawn == list(page.plots["figures"]) and len(drawn) == len(titles)
+    assert "mean over trajectories, log scale" in page.text
+    accuracy = page.plots["figures"]["accuracy"]["curves"]
+    assert accuracy == [{"group": 0, "x": 0, "y": [0.2, 0.55], "low": [0.081, 0.342], "high": [0.416, 0.742]}]
+    residual = page.plots["figures"]["residual_mean"]["curves"][0]
+    assert (residual["y"], residual["low"], residual["high"]) == ([19, 18, 17, 16], [14, 13, 12, 11], [24, 23, 22, 21])
 
 
-def test_text_of_plots_is_as_large_on_a_phone_as_that_of_the_page(page: Page) -> None:
-    """A screen of 390 pixels has 340 for a plot, which 9 points stay 12 pixels on up to 3.6 inches."""
-    widths = [float((attributes["viewbox"] or "").split()[2]) / 72 for tag, attributes in page.elements if tag == "svg"]
-    assert widths[0] > 5 and max(widths[1:]) <= 3.61
-    wide, narrow = (page.source.index(f'<figure class="card {name}">') for name in ("wide", "narrow"))
-    assert wide < narrow < page.source.index('<div class="plots">')
-    [phone] = re.findall(r"@media \(max-width: 640px\) \{(.*?)\n\}", page.source, re.DOTALL)
-    assert ".wide { display: none; }" in phone and ".narrow { display: block; }" in phone
+def test_curves_can_be_seen_against_what_was_spent(page: Page) -> None:
+    """16 trajectories a step, of which 12 are fresh, and 4 were dropped."""
+    evals, steps = page.plots["x"]
+    assert evals == {"step": [0, 4], "responses": [0, 64], "tokens": [0, 10_000], "seconds": [0, 400]}
+    assert steps["responses"] == [16, 32, 48, 64] and steps["tokens"] == [1000, 3000, 6000, 10_000]
+    assert [attributes["data-axis"] for tag, attributes in page.elements if "data-axis" in attributes] == list(evals)
 
 
 def test_the_page_shows_a_dozen_prompts_of_every_outcome(page: Page) -> None:
@@ -121,8 +99,22 @@ def test_the_page_shows_the_config(page: Page) -> None:
 def test_what_a_model_wrote_stays_text(page: Page) -> None:
     assert page.text.count(ATTACK) >= 12
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "img", "iframe", "object", "embed", "link", "base", "form"}
+    assert not tags & {"img", "iframe", "object", "embed", "link", "base", "form"}
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_no_script_runs_but_the_pages_own(page: Page) -> None:
+    assert [attributes for tag, attributes in page.elements if tag == "script"] == [
+        {"type": "application/json", "id": "plots"},  # which is no script
+        {},
+    ]
+    own = Path(reporting.__file__).with_name("web")
+    assert page.scripts[1].endswith((own / "plots.js").read_text())
+    assert (own / "uplot/uPlot.iife.min.js").read_text() in page.scripts[1]
+    assert (own / "uplot/LICENSE").read_text() in page.scripts[1], "its licence goes where it goes"
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    policies = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == [f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"]
 
 
 def test_the_page_fetches_nothing(page: Page) -> None:
@@ -130,30 +122,33 @@ def test_the_page_fetches_nothing(page: Page) -> None:
         for name, value in attributes.items():
             if name in {"src", "href", "xlink:href", "action", "data", "poster", "srcset"}:
                 assert value is not None and value.startswith("#")
-    assert "@import" not in page.source
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)", page.source))
-    policies = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert "@import" not in page.source and "url(" not in page.source
 
 
-def test_plots_lie_beside_the_page(page: Page, run_dir: Path) -> None:
-    names = {path.name for path in (run_dir / "plots").iterdir()}
-    assert names == {"accuracy.png", "heldout_reward.png", "seconds.png", *(f"{panel.key}.png" for panel in PANELS)}
-    for name in names:
-        pixels = imread(run_dir / "plots" / name)
-        assert pixels.shape[0] > 300 and pixels.shape[1] > 500
-        assert tuple(pixels[0, 0, :3]) == (1, 1, 1), "white, wherever it is shown"
-        assert len({tuple(pixel) for pixel in pixels[:, :, :3].reshape(-1, 3)[::7]}) > 3, "something is drawn"
+def test_what_a_run_calls_its_metrics_does_not_leave_the_plots(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.log(1, metrics_of(1) | {f"reward/</script>{ATTACK}": 1.0, f"seconds/{ATTACK}": 2.0})
+    page = Page(write_report(tmp_path))
+    assert len(page.scripts) == 2 and "img" not in {tag for tag, _ in page.elements}
+    assert page.plots["figures"][f"reward/</script>{ATTACK}"]["title"] == f"Reward of </script>{ATTACK}"
+    assert "<" not in page.scripts[0]
 
 
-def test_the_page_takes_its_colours_from_the_style_sheet(page: Page) -> None:
-    """Every colour of a plot is a variable that is defined twice: light and dark."""
-    plots = page.source[page.source.index("<svg") :]
-    used = set(re.findall(r"var\((--\w+)\)", plots))
+def test_every_colour_is_defined_light_and_dark(page: Page) -> None:
+    used = {f"--{name}" for name in COLOURS} | set(re.findall(r"var\((--\w+)\)", page.source)) - {"--swatch"}
     assert used >= {"--ink", "--muted", "--grid", "--blue"}
     for name in used:
         assert page.source.count(f"{name}: #") == 2
-    assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", plots)
+    assert all(f".{name} {{ --swatch: var(--{name}); }}" in page.source for name in COLOURS)
+
+
+def test_the_library_is_as_it_was_published() -> None:
+    folder = Path(reporting.__file__).with_name("web") / "uplot"
+    noted = (folder / "README.md").read_text()
+    files = [path for path in folder.iterdir() if path.name != "README.md"]
+    assert len(files) == 3
+    for path in files:
+        assert f"{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}`" in noted
 
 
 def test_the_mean_reward_and_what_counts_as_correct_stand_beside_the_accuracy(tmp_path: Path) -> None:
@@ -190,7 +185,10 @@ def test_a_run_that_has_only_started_says_what_is_missing(tmp_path: Path) -> Non
         assert "– → – accuracy on the held-out prompts" in page.text
         for gap in ("metrics.jsonl is empty", "eval.jsonl is empty", "samples are missing", "result.json is missing"):
             assert gap in page.text
-        assert "svg" not in {tag for tag, _ in page.elements}
+        assert (
+            page.plots["figures"] == {}
+            and "data-axis" not in page.source[page.source.index("<main>") : page.source.index("<script")]
+        )
         assert "Steps 0 of 4" in page.text
 
         log.log_eval(0, {"accuracy": 0.2})
@@ -210,6 +208,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "config.yaml cannot be read" in text
     assert "eval.jsonl, line 1 is not JSON" in text
+    assert "metrics.jsonl is missing" in text
     assert "20.0% → 55.0%" in text, "from result.json"
 
 
@@ -224,24 +223,38 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_long_runs_are_drawn_with_a_bounded_number_of_points() -> None:
-    def size(steps: int) -> int:
-        rows = [{"step": step, "reward_mean": math.sin(step)} for step in range(1, steps + 1)]
-        return len(to_svg(draw_all(rows, [])["reward_mean"]))
+def drawn(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    run = Run(Path("x"), {}, [], metrics=rows, evals=[], result={}, samples=[], sample_steps=[], gaps=[])
+    figures: dict[str, Any] = plots([[run]], ["x"])["figures"]
+    return figures
 
-    assert size(20_003) < 1.2 * size(2_001)
+
+def test_long_runs_are_drawn_with_a_bounded_number_of_points() -> None:
+    rows = [{"step": step, "reward_mean": float(step % 101)} for step in range(1, 20_004)]
+    figure = drawn(rows)["reward_mean"]
+    [curve] = figure["curves"]
+    assert figure["unit"] == "mean over trajectories, 101 steps a point"
+    assert len(curve["y"]) == 199 and curve["y"][0] == 50 and curve["low"][0] == 0 and curve["high"][0] == 100
 
 
 def test_a_loss_that_is_not_positive_is_drawn_on_a_linear_scale() -> None:
-    assert list(draw_all([{"step": 1, "reward_mean": 1.2, "reward/exact": 1.0}], [])) == ["reward_mean", "reward_exact"]
-    figure = draw_all([{"step": 1, "loss": -0.5}, {"step": 2, "loss": 0.5}], [])["loss"]
-    assert figure.axes[0].get_yscale() == "linear"
-    assert "log scale" not in to_svg(figure)
+    assert list(drawn([{"step": 1, "reward_mean": 1.2, "reward/exact": 1.0}])) == ["reward_mean", "reward/exact"]
+    figure = drawn([{"step": 1, "loss": -0.5}, {"step": 2, "loss": 0.5}])["loss"]
+    assert not figure["log"] and "log scale" not in figure["unit"]
+    assert drawn([{"step": 1, "loss": 0.5}])["loss"]["log"]
 
 
 def test_series_has_gaps_where_the_metric_has() -> None:
-    rows: list[dict[str, Any]] = [{"a": 1}, {"a": None}, {}, {"a": "text"}, {"a": 2.5}]
-    assert [value if math.isfinite(value) else None for value in series(rows, "a")] == [1.0, None, None, None, 2.5]
+    rows: list[dict[str, Any]] = [{"a": 1}, {"a": None}, {}, {"a": "text"}, {"a": 2.5}, {"a": 10**400}, {"a": math.nan}]
+    assert [None if math.isnan(value) else value for value in series(rows, "a")] == [
+        1,
+        None,
+        None,
+        None,
+        2.5,
+        None,
+        None,
+    ]
 
 
 @given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), count=st.integers(4, 20))
