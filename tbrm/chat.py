@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tbrm.config.model import ChatConfig
 from tbrm.config.schema import Config
 from tbrm.config.section import ConfigError
 from tbrm.policy.ends import Ends, find_ends
 from tbrm.policy.positions import positions_of
+from tbrm.storage.paths import expand
 from tbrm.tasks import Problem
 from tbrm.tasks.messages import Message, Tool
 
@@ -44,7 +48,7 @@ class Chat:
     """Shapes of prompts that the template was seen to show all of."""
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The prompt's token ids: through the chat template, or, for a model without one, the plain text. Raises ValueError
+        """The prompt's token ids: through the chat template, or the plain text. Raises ValueError
         where the template cannot show what is given."""
         check_token_ids("model.name: the prompt", ids := self._encode(messages, tools), self.vocabulary)
         return ids
@@ -98,7 +102,7 @@ class Chat:
 
     def _check_shown(self, ids: list[int], messages: Sequence[Message], tools: Sequence[Tool]) -> None:
         """Raises ValueError where the template makes the same of another prompt."""
-        none = "the model has no chat template to show it"
+        none = "plain text cannot show it"
         unshown = none if self.tokenizer.chat_template is None else "the model's chat template does not show it"
         for given, *other in _others(messages, tools):
             if not self._differs(ids, *other):
@@ -171,6 +175,7 @@ def _without(message: Message, field: str) -> Message:
 
 def make_chat(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Chat:
     """As the config says. Raises ConfigError."""
+    tokenizer = _with_template(tokenizer, config.chat)
     ends, said = find_ends(lm, tokenizer, config.rollout)
     vocabulary = cast(nn.Embedding, lm.get_input_embeddings()).weight.shape[0]
     check_token_ids("rollout.stop_ids", config.rollout.stop_ids, vocabulary)
@@ -190,6 +195,38 @@ def make_chat(config: Config, lm: PreTrainedModel, tokenizer: PreTrainedTokenize
     drops_long = rollout.long_prompts == "drop"
     room = (positions_of(lm.config), rollout.max_new_tokens)
     return Chat(tokenizer, ends, vocabulary, *room, kwargs, barred, rollout.max_prompt_tokens, drops_long, said)
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with the template that is chosen, which it then keeps, or a copy without one."""
+    if config.plain:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = None
+    elif config.template:
+        tokenizer.chat_template = _template_text(config.template)
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"chat.template: line {error.lineno}: {error}; wants a Jinja template") from error
+        except TemplateError:
+            pass  # it may want other messages
+    elif tokenizer.chat_template is None:
+        raise ConfigError(
+            "chat: the model has no chat template: set chat.plain=true to give it plain text, as a base model wants it, or "
+            "chat.template to a template's text or file"
+        )
+    return tokenizer
+
+
+def _template_text(template: str) -> str:
+    if "{" in template:
+        return template
+    try:
+        return Path(expand(template)).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat.template: {template!r} is neither a template's text nor a file of one: {error}"
+        ) from error
 
 
 def check_token_ids(where: str, ids: Sequence[int], vocabulary: int) -> None:

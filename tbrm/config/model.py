@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tbrm.config.section import ConfigError, Section
 from tbrm.registry import GIVEN
@@ -132,7 +132,24 @@ class LoraConfig(Section):
 
 
 class ChatConfig(Section):
+    plain: bool = Field(
+        False,
+        description="Prompts are plain text, messages parted by blank lines, whether or not the model has a chat template: "
+        "for base models.",
+    )
+    template: str = Field(
+        "",
+        description="A Jinja template, as text or the path of a file, in the place of the model's own; checkpoints and exports "
+        "have it then.",
+    )
     template_kwargs: dict[str, Any] = Field(
         {},
         description="What the model's chat template takes beside messages and tools, such as {enable_thinking: false}.",
     )
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ChatConfig:
+        if self.plain and (self.template or self.template_kwargs):
+            other = "template" if self.template else "template_kwargs"
+            raise ValueError(f"plain: true, and {other} is given, which plain text has no use for; leave either out")
+        return self

@@ -68,8 +68,46 @@ def test_a_problem_is_encoded_by_the_models_own_chat_template() -> None:
     assert chat.tokenizer.decode(system) == "<|system|>Be brief.<|end|><|user|>2 + 3<|end|><|assistant|>"
 
 
-def test_a_model_without_a_template_gets_the_plain_text() -> None:
-    assert shown(chat_with(tokenizer_with(None)), SYSTEM) == "Be brief.\n\n2 + 3"
+@pytest.mark.parametrize("template", [None, tiny_tokenizer().chat_template])
+def test_plain_text_is_a_choice(template: str | None) -> None:
+    tokenizer = tokenizer_with(template)
+    assert shown(chat_with(tokenizer, chat={"plain": True}), SYSTEM) == "Be brief.\n\n2 + 3"
+    assert tokenizer.chat_template == template  # which a checkpoint goes on with
+
+
+def test_a_model_without_a_template_wants_one_or_plain_text_chosen() -> None:
+    with pytest.raises(
+        ConfigError, match=r"chat: the model has no chat template: set chat.plain=true .* chat.template to"
+    ):
+        chat_with(tokenizer_with(None))
+
+
+def test_a_template_may_be_given_as_text_or_file_and_stays_with_the_tokenizer(tmp_path: Path) -> None:
+    template = "{% for message in messages %}Q: {{ message['content'] }}\n{% endfor %}A:"
+    (tmp_path / "mine.jinja").write_text(template)
+    for given in (template, str(tmp_path / "mine.jinja")):
+        chat = chat_with(tokenizer_with(None), chat={"template": given})
+        assert shown(chat, SYSTEM[1:]) == "Q: 2 + 3\nA:"
+        assert chat.tokenizer.chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{% for x in %}", r"chat.template: line 1: .*; wants a Jinja template"),
+        ("no/such.jinja", r"chat.template: 'no/such.jinja' is neither a template's text nor a file of one"),
+        ("$NOWHERE/x.jinja", r"chat.template: .* names the environment variable 'NOWHERE', which is not set"),
+    ],
+)
+def test_what_is_no_template_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chat_with(chat={"template": given})
+
+
+@pytest.mark.parametrize("other", [{"template": "{{ messages }}"}, {"template_kwargs": {"enable_thinking": False}}])
+def test_plain_text_takes_no_template(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"plain: true, and {next(iter(other))} is given"):
+        chat_with(chat={"plain": True, **other})
 
 
 def test_a_last_message_of_the_assistant_is_continued() -> None:
@@ -90,8 +128,8 @@ def test_calls_names_and_tools_reach_the_template() -> None:
         (tiny_tokenizer().chat_template, WEATHER, (), "tool_calls: a message has some, and .* does not show it"),
         (tiny_tokenizer().chat_template, SYSTEM, TOOLS, "tools: given, and .* does not show it"),
         (tiny_tokenizer().chat_template, NAMED, (), "name: a message of user has 'Ann', and .* does not show it"),
-        (None, SYSTEM, TOOLS, "tools: given, and the model has no chat template to show it"),
-        (None, WEATHER, (), "tool_calls: a message has some, and the model has no chat template to show it"),
+        (None, SYSTEM, TOOLS, "tools: given, and plain text cannot show it"),
+        (None, WEATHER, (), "tool_calls: a message has some, and plain text cannot show it"),
         (
             ZEPHYR,
             SYSTEM,
@@ -105,7 +143,7 @@ def test_calls_names_and_tools_reach_the_template() -> None:
 )
 def test_what_the_template_would_not_show_is_refused(template: Any, messages: Any, tools: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        chat_with(tokenizer_with(template)).encode(messages, tools)
+        chat_with(tokenizer_with(template), chat={"plain": template is None}).encode(messages, tools)
 
 
 def test_ids_names_of_tools_that_answer_and_earlier_reasoning_may_go_unshown() -> None:

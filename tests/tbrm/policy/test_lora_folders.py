@@ -178,7 +178,8 @@ def test_adapters_name_their_base_wherever_the_work_goes_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lora = {"rank": 2, "targets": ["q_proj"]}
-    config = tiny_config(tmp_path / "run", model__name="bare", lora=lora, trainer__steps=1, evaluation={"prompts": 0})
+    settings = {"trainer__steps": 1, "evaluation": {"prompts": 0}, "chat": {"plain": True}}
+    config = tiny_config(tmp_path / "run", model__name="bare", lora=lora, **settings)
     trained = Trainer(config)
     trained.train()
     checkpoint = (tmp_path / "run" / "checkpoints" / "latest").resolve()
