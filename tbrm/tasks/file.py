@@ -27,7 +27,8 @@ class FileTask(Task):
 
     path: ExpandedPath | list[ExpandedPath] = Field(
         description="The problems: a .jsonl, .json, .csv or .parquet file, which may end in .gz or .zst; a folder that "
-        "datasets saved to disk; a pattern with *; or a list of these."
+        "datasets saved to disk; a pattern with *; hub:NAME[:CONFIG[:SPLIT]], such as hub:openai/gsm8k:main:train; or a list "
+        "of these."
     )
     heldout_path: ExpandedPath | list[ExpandedPath] | None = Field(None, description="The same, for evaluation only.")
     heldout_rows: int = Field(

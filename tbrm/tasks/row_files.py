@@ -10,18 +10,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tbrm.tasks.hub_rows import PREFIX, hub_files
 from tbrm.tasks.row_formats import FORMATS, Row, need_pyarrow, read_saved_dataset
 
 KINDS = f"files end in {', '.join(FORMATS)}, each also with .gz or .zst"
 
 
 def find_files(paths: str | Sequence[str]) -> list[Path]:
-    """The files of one or several paths, in their order; a pattern with *, ? or [ stands for all that match, sorted.
+    """The files of one or several paths, in their order; a pattern with *, ? or [ stands for all that match, sorted, and
+    hub:NAME for what `datasets` has of a hub's data set.
 
     Raises ValueError for what is not there.
     """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
+        if path.startswith(PREFIX):
+            found += hub_files(path)
+            continue
         matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
         if not matches:
             what = "no file matches" if glob.has_magic(path) else "no such file"

@@ -83,18 +83,22 @@ def read_saved_dataset(path: Path) -> Iterator[tuple[int, Row]]:
         raise ValueError(f"{path}: a data set of the splits {', '.join(splits)}: name one, {path / splits[0]}")
     if not files:
         raise ValueError(f"{path}: a folder without *.arrow, so none that datasets saved to disk")
+    yield from _numbered(batch for each in files for batch in _batches(each))
+
+
+def _read_arrow(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
+    yield from _numbered(_batches(path))
+
+
+def _batches(path: Path) -> Iterator[Any]:
     pyarrow = need_pyarrow(path)
     try:
-        yield from _numbered(batch for each in files for batch in _batches(pyarrow, each))
+        with pyarrow.memory_map(str(path)) as source:
+            for batch in pyarrow.ipc.open_stream(source):
+                for start in range(0, batch.num_rows, _BATCH):
+                    yield batch.slice(start, _BATCH)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not what datasets saves to disk: {error}") from error
-
-
-def _batches(pyarrow: Any, path: Path) -> Iterator[Any]:
-    with pyarrow.memory_map(str(path)) as source:
-        for batch in pyarrow.ipc.open_stream(source):
-            for start in range(0, batch.num_rows, _BATCH):
-                yield batch.slice(start, _BATCH)
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:
@@ -119,4 +123,5 @@ FORMATS: dict[str, Callable[[Path, IO[bytes]], Iterator[tuple[int, Row]]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

@@ -256,7 +256,8 @@ def test_a_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
 
 def test_files_of_other_kinds_are_errors(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"data\.txt: files end in \.jsonl, \.json, \.csv, \.parquet, each also with \.gz or \.zst"
+        ValueError,
+        match=r"data\.txt: files end in \.jsonl, \.json, \.csv, \.parquet, \.arrow, each also with \.gz or \.zst",
     ):
         make(write(tmp_path / "data.txt", ROWS))
     with pytest.raises(ValueError, match=r"data\.jsonl: no such file \(relative paths start at /"):
