@@ -15,9 +15,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from bench.microcosm.learned import LearnedValues
 from tbrm.objectives import Objective, Step
 from tbrm.trajectories.batch import Inputs, ScoredBatch
-from tbrm_kernels import TokenStats
+from tbrm_kernels import TokenStats, segment_sums
 
 Columns = dict[str, Tensor]
 
@@ -32,6 +33,9 @@ class Rollout:
     groups: Tensor  # [M] int64: which trajectories answer the same prompt; alike in all worlds
     behaviour: ExactStats  # of the policy that drew them
     reference: ExactStats
+    states: Tensor  # [W, M, U]: the reference's hidden state of each prompt
+    number: int = 0
+    """Which rollout of the run it is."""
 
 
 class ExactStats(NamedTuple):
@@ -59,6 +63,7 @@ class Learner:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+        self._values = LearnedValues() if objective.learns_value else None
         self._at_once: bool | None = None
 
     def by_logits(self, logits: Tensor, rollout: Rollout) -> Tensor:
@@ -68,34 +73,46 @@ class Learner:
         batch = packed(rollout, {"rewards": rollout.rewards.flatten() + self.objective.reward_offset})
         with torch.no_grad():
             measured = self.objective.measure(_known(stats), batch)
-            batch = replace(batch, columns=self.columns(batch.rewards, rollout, measured))
-        loss = self.objective(_known(stats), batch).loss.sum() / rollout.rewards.shape[1]
-        return torch.autograd.grad(loss, logits)[0]
+            learned = self._learned(batch, rollout)
+            batch = replace(batch, columns=self.columns(batch.rewards, rollout, measured, learned))
+        losses = self.objective(_known(stats), batch)
+        if self._values and learned is not None:  # from what would have made each residual zero, as the trainer does
+            targets = (learned - self.objective.beta * losses.residual.detach()).view(rollout.rewards.shape)
+            self._values.learn(rollout.number, rollout.states, targets, _surprise(batch, rollout))
+        return torch.autograd.grad(losses.loss.sum() / rollout.rewards.shape[1], logits)[0]
 
-    def columns(self, rewards: Tensor, rollout: Rollout, measured: Columns) -> Columns:
+    def _learned(self, batch: ScoredBatch, rollout: Rollout) -> Tensor | None:
+        """[N]: what each prompt is worth, if that is learnt."""
+        if self._values is None:
+            return None
+        rewards = batch.rewards.view(rollout.rewards.shape)
+        return self._values(rollout.states, rewards, _surprise(batch, rollout)).flatten()
+
+    def columns(self, rewards: Tensor, rollout: Rollout, measured: Columns, learned: Tensor | None = None) -> Columns:
         """[N] each: every world's columns of its own step."""
         if self._at_once is None:
             chance = torch.Generator().manual_seed(0)
             probe = [torch.rand(rewards.shape, generator=chance).to(rewards) for _ in range(1 + len(measured))]
             others = dict(zip(measured, probe[1:], strict=True))
-            one_by_one, at_once = (way(probe[0], rollout, others) for way in (self._of_each, self._of_all))
+            one_by_one, at_once = (way(probe[0], rollout, others, learned) for way in (self._of_each, self._of_all))
             self._at_once = all(torch.allclose(at_once[name], column) for name, column in one_by_one.items())
-        return (self._of_all if self._at_once else self._of_each)(rewards, rollout, measured)
+        return (self._of_all if self._at_once else self._of_each)(rewards, rollout, measured, learned)
 
-    def _of_all(self, rewards: Tensor, rollout: Rollout, measured: Columns) -> Columns:
+    def _of_all(self, rewards: Tensor, rollout: Rollout, measured: Columns, learned: Tensor | None) -> Columns:
         worlds, count, lengths = _sizes(rollout)
         # Where each prompt has one response a world's step is what they are compared within.
         alone = len(rollout.groups.unique()) == count
         groups = torch.arange(worlds)[:, None] * count + (torch.zeros_like(rollout.groups) if alone else rollout.groups)
-        return self.objective.columns(_step(rewards, groups.flatten(), lengths.repeat(worlds), measured))
+        return self.objective.columns(Step(rewards, groups.flatten(), lengths.repeat(worlds), measured, learned))
 
-    def _of_each(self, rewards: Tensor, rollout: Rollout, measured: Columns) -> Columns:
+    def _of_each(self, rewards: Tensor, rollout: Rollout, measured: Columns, learned: Tensor | None) -> Columns:
         worlds, count, lengths = _sizes(rollout)
         found = []
         for world in range(worlds):
             part = slice(world * count, (world + 1) * count)
             its = {name: values[part] for name, values in measured.items()}
-            found.append(self.objective.columns(_step(rewards[part], rollout.groups, lengths, its)))
+            worth = None if learned is None else learned[part]
+            found.append(self.objective.columns(Step(rewards[part], rollout.groups, lengths, its, worth)))
         return {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
 
 
@@ -109,8 +126,9 @@ def _sizes(rollout: Rollout) -> tuple[int, int, Tensor]:
     return worlds, count, torch.full((count,), places)
 
 
-def _step(rewards: Tensor, groups: Tensor, lengths: Tensor, measured: Columns) -> Step:
-    return Step(rewards=rewards, groups=groups, lengths=lengths, measured=measured)
+def _surprise(batch: ScoredBatch, rollout: Rollout) -> Tensor:
+    """[W, M]: sum_h (1 - mu(a_h|s_h))."""
+    return segment_sums(1 - batch.behaviour_logprobs.exp(), batch.cu_seqlens).view(rollout.rewards.shape)
 
 
 def packed(rollout: Rollout, columns: Columns) -> ScoredBatch:

@@ -44,7 +44,10 @@ MEANING = {
 }
 
 RECIPES = Path(__file__).parents[2] / "recipes/objectives"
-VARIANTS: dict[str, dict[str, Any]] = {"tbrm+0.2": {"name": "tbrm", "reward_offset": 0.2}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "learned": {"name": "tbrm", "value": "learned"},
+    "tbrm+0.2": {"name": "tbrm", "reward_offset": 0.2},
+}
 """More rows of the product's, as those of recipes/objectives/: an objective's name, and its keys but for beta."""
 
 TUNING_SEED, REPORTED_SEED, DRAWS = 1, 2, 1009
@@ -137,7 +140,7 @@ def _path(out: Path, entry: str, regime: str) -> Path:
 
 
 def _numbers(objective: Objective, plan: Plan) -> dict[str, Any]:
-    return {"objective": objective.model_dump(), "plan": asdict(plan)}
+    return {"objective": objective.model_dump(exclude_unset=True), "plan": asdict(plan)}
 
 
 def _mean_and_error(point: Measures, name: str) -> list[float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ def train(
     for step in range(size.steps):
         scale = (1 + math.cos(math.pi * step / size.steps)) / 2
         rollout, run = respond(worlds, regime, past[0], reference, size.batch, generator)
+        rollout = replace(rollout, number=step)
         if regime.stale:
             run = Pass(LAYOUT, rollout.features)
             run.run(policies)
@@ -69,8 +70,6 @@ def train(
             run = Pass(LAYOUT, old.features)
             adam.step(run.backward(policies, learner.by_logits(run.run(policies), old)), scale)
         past.append(policies.clone())
-        if (every := objective.reset_reference_every) and (step + 1) % every == 0:
-            reference.copy_(policies)
         if (step + 1) * size.points // size.steps > step * size.points // size.steps:
             for curve, part in zip(curves, policies.split(count), strict=True):
                 curve.append(exact.measure(part))
@@ -92,13 +91,15 @@ def respond(
         actions[:, h] = (probs.cumsum(1) < chance[:, None, h]).sum(1).clamp_max(A - 1)
         write(found, h, actions[:, h])
     rewards = worlds.rewards(prompts, actions.view(copies, len(worlds), H, batch)).view(-1, batch)
-    said = Pass(LAYOUT, run.features).run(reference)
+    said = Pass(LAYOUT, run.features)
+    said.run(reference)
     rollout = Rollout(
         run.features,
         actions,
         rewards,
         torch.arange(batch) // regime.responses,
         behaviour=statistics(run.outputs, actions),
-        reference=statistics(said, actions),
+        reference=statistics(said.outputs, actions),
+        states=said.second[:, :batch],
     )
     return rollout, run

@@ -98,5 +98,6 @@ class Run:
             f"optim.learning_rate={self.rate!r}",
             f"seed={self.seed}",
             f"trainer.steps={size.steps}",
+            f"optim.warmup_steps={size.steps // 12}",
             f"evaluation.every={size.steps // size.evaluations}",
         ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.microcosm import study, world
+from bench.microcosm.learned import LearnedValues
 from bench.microcosm.net import Pass
 from bench.microcosm.step import ExactStats, Learner, Rollout, packed
 from bench.microcosm.study import Plan, entries, run, save, saved
@@ -19,6 +20,7 @@ from bench.microcosm.tables import publish
 from bench.microcosm.train import Regime, Size, respond, train
 from bench.microcosm.world import LAYOUT, A, Exact, H, Worlds, features
 from tbrm.objectives.tbrm import Tbrm
+from tbrm.training.learned_value import LearnedValue
 
 BETA = 0.1
 
@@ -142,7 +144,8 @@ def test_an_objective_gives_each_of_many_worlds_what_it_gives_it_alone(
             for stats in (rollout.behaviour, rollout.reference)
         )
         parts = (rollout.features[one], rollout.actions[one], rollout.rewards[one], rollout.groups)
-        alone = Learner(objective).by_logits(run.outputs[one], Rollout(*parts, behaviour, reference))
+        its = Rollout(*parts, behaviour, reference, rollout.states[one])
+        alone = Learner(objective).by_logits(run.outputs[one], its)
         torch.testing.assert_close(together[one], alone, rtol=1e-9, atol=1e-12)
 
 
@@ -167,6 +170,27 @@ def test_the_token_baseline_is_the_mean_of_the_returns_weighted_by_energies(worl
     baseline = sum(e * g for e, g in zip(energies, returns, strict=True)) / sum(energies)
     found = columns[f"advantage_{place}"].view(-1, 8)[number, first : first + 4]
     assert found.tolist() == pytest.approx([g - baseline for g in returns])
+
+
+def test_the_learned_values_are_the_products(worlds: Worlds) -> None:
+    """Of two worlds, past the window, with a rollout that comes again."""
+    chance = torch.Generator().manual_seed(2)
+    ours, theirs = LearnedValues(), [LearnedValue() for _ in worlds.teacher]
+    draw = lambda *shape: torch.rand(*shape, generator=chance)  # noqa: E731
+    count = 256  # four of these are the window
+    numbers = (0, 1, 2, 1, 3, 4)
+    states = {number: draw(2, count, 5) for number in numbers}
+    for step, number in enumerate(numbers, start=1):
+        targets, weights = draw(2, count), draw(2, count)
+        ours.learn(number, states[number], targets, weights)
+        for world_number, value in enumerate(theirs):
+            groups = torch.arange(count) + count * number
+            value.learn(
+                step, states[number][world_number], targets[world_number], weights[world_number], groups, version=0
+            )
+    asked = draw(2, 7, 5)
+    wanted = torch.stack([value(x, 0) for value, x in zip(theirs, asked, strict=True)])
+    torch.testing.assert_close(ours(asked, torch.zeros(2, 7), torch.ones(2, 7)), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_shrinkage_leans_on_other_prompts_as_far_as_a_prompts_own_mean_is_noise() -> None:
