@@ -60,6 +60,11 @@ class Config(Section):
                 "replay.capacity or replay.capacity_tokens is set together with data.trajectories: a file is read again and "
                 "again anyway"
             )
+        if self.data.trajectories and self.objective.beta == "auto":
+            raise ValueError(
+                "objective.beta is auto but data.trajectories is set: there are no responses of the policy, by which to "
+                "measure how far it goes from the reference; give a number"
+            )
         if self.data.trajectories and self.rollout.max_staleness:
             raise ValueError(
                 f"rollout.max_staleness ({self.rollout.max_staleness}) is set together with data.trajectories, with which "

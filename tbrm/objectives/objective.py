@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WrapValidator
 
 from tbrm.registry import GIVEN
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
     from tbrm.trajectories.batch import ScoredBatch
     from tbrm_kernels import TokenStats
+
+
+_OR_AUTO = WrapValidator(lambda value, check: value if value == "auto" else check(value))
+"""Of keys that hold a number, or `auto`: then training puts one in its place, before the objective is asked for anything."""
+_AS_IT_IS = PlainSerializer(lambda value: value)
 
 
 class TrajectoryLoss(NamedTuple):
@@ -58,13 +63,19 @@ class Objective(ABC, BaseModel):
         description="Which loss: tbrm, reval, brm, tba, optimal, rloo, reinforce, grpo, package.module:Class, or given, an "
         "object (docs/python.md).",
     )
-    beta: float = Field(
-        gt=0, description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref)."
+    beta: Annotated[float, Field(gt=0), _OR_AUTO, _AS_IT_IS] = Field(
+        description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref). auto: a hundredth of "
+        "how far rewards are apart, and more where responses go further from the reference than kl_target."
     )
-    reward_offset: float = Field(
+    kl_target: float = Field(
+        10.0,
+        gt=0,
+        description="With beta: auto, how far from the reference responses may go before beta rises, nats each.",
+    )
+    reward_offset: Annotated[float, _OR_AUTO, _AS_IT_IS] = Field(
         0.0,
-        description="What is added to each reward: the best policy stays, V(s_1) rises by offset / beta. For tbrm, choose it "
-        "so that the mean of R/beta starts a little above the metric value_mean.",
+        description="What is added to each reward: the best policy stays, V(s_1) rises by offset / beta. auto: such that the "
+        "mean of R/beta starts a little above V(s_1) where that is wanted (tbrm, brm); else 0.",
     )
     reset_reference_every: int = Field(
         0, ge=0, description="Steps after which the reference becomes a copy of the policy; 0: never."

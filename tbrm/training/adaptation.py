@@ -1,4 +1,4 @@
-"""What of an objective is found as it trains, from what a step shows: the value of each prompt, where it is learnt."""
+"""What of an objective is found as it trains, from what its steps show: the value of a prompt, and what `auto` stands for."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from tbrm.objectives.contract import Contract
 from tbrm.objectives.objective import weighted_mean
 from tbrm.policy.reference import ReferenceModel
 from tbrm.storage.kept import Kept
+from tbrm.training.auto import Auto
 from tbrm.training.learned_value import LearnedValue
+from tbrm.training.step_metrics import OfEach
 from tbrm.trajectories.trajectory import ReferenceScore, Trajectory
 
 
 class Adaptation(Kept):
     """All processes call it with the same, and find the same."""
 
-    def __init__(self, contract: Contract, reference: ReferenceModel) -> None:
+    def __init__(self, contract: Contract, reference: ReferenceModel, found: dict[str, float]) -> None:
+        """`found` is filled with what `auto` came to."""
         self._contract = contract
+        self._auto = Auto(contract.objective, found)
         self._reference = reference
         self._value = LearnedValue() if contract.objective.learns_value else None
         self._learned = torch.zeros(0)
@@ -30,23 +34,32 @@ class Adaptation(Kept):
     @property
     def reads_scores(self) -> bool:
         """Whether it looks at what the reference says of all of a step's trajectories."""
-        return self._value is not None
+        return self._value is not None or self._auto.wants_values
 
     def before(self, trajectories: Sequence[Trajectory]) -> Tensor | None:
-        """What each of the step's prompts is worth, [N] in rewards, if that is learnt."""
+        """Puts numbers into the objective; returns what each of the step's prompts is worth, [N] in rewards, if learnt."""
+        values = [_score(t).value.item() for t in trajectories] if self._auto.wants_values else []
+        self._contract.objective = self._auto.numbers([t.reward for t in trajectories], values)
         if self._value is None or not trajectories:
             return None
         learned = self._value(_states(trajectories), self._reference.version)
         self._learned = self._first_value(trajectories) if learned is None else learned
         return self._learned
 
-    def after(
-        self, step: int, trajectories: Sequence[Trajectory], residuals: Tensor, weights: Tensor
-    ) -> dict[str, float]:
-        """Learns from the residuals [N] of the step's trajectories, and the weights of these; returns what to log."""
-        if self._value is None or not trajectories:
+    def after(self, step: int, trajectories: Sequence[Trajectory], found: OfEach) -> dict[str, float]:
+        """Learns from what the step's trajectories came to; returns what to log."""
+        if not trajectories:
             return {}
-        targets = self._learned.double() - self._contract.objective.beta * residuals
+        newest = max((t.weight_version for t in trajectories if t.weight_version is not None), default=None)
+        own = torch.tensor([newest is not None and t.weight_version == newest for t in trajectories])
+        if own.any() and (kl := found.log_ratio[own].mean()).isfinite():
+            self._auto.look(kl.item())
+        return self._auto.metrics(self._contract.objective) | self._learn(step, trajectories, found)
+
+    def _learn(self, step: int, trajectories: Sequence[Trajectory], found: OfEach) -> dict[str, float]:
+        if self._value is None:
+            return {}
+        targets, weights = self._learned.double() - self._contract.objective.beta * found.residual, found.surprise
         groups = torch.tensor([t.group for t in trajectories], dtype=torch.int64)
         self._value.learn(step, _states(trajectories), targets, weights, groups, self._reference.version)
         return {

@@ -47,6 +47,8 @@ class TrainerState:
     """The position in the files of recorded trajectories."""
     resolved: dict[str, str] = field(default_factory=dict)
     """What the recipe's words came to (see resolved.py); {} in a checkpoint of an earlier version."""
+    auto: dict[str, float] = field(default_factory=dict)
+    """What `auto` in the objective came to (see auto.py)."""
     reference_version: int = 0
     skipped_in_a_row: int = 0
     """Steps whose loss or gradient was not finite, up to this one."""

@@ -12,22 +12,27 @@ _ABOVE = 0.2
 """How far above V(s_1), as a share of it, the mean of R/beta is put by what the warning proposes."""
 
 
+def level_above(value: float) -> float:
+    """Where the mean of R/beta should begin, if V(s_1) is this."""
+    return value + _ABOVE * abs(value)
+
+
 def level_warning(objective: Objective, metrics: Mapping[str, Any]) -> str | None:
     """What a user should know after the first step, from its metrics; None if all is well."""
-    if not (objective.wants_reward_above_value and metrics.get("trajectories")):
+    if not (objective.wants_reward_above_value and metrics.get("trajectories")) or objective.reward_offset == "auto":
         return None
-    reward, value = metrics["reward_mean"], metrics["value_mean"]
+    reward, value, beta = metrics["reward_mean"], metrics["value_mean"], metrics.get("beta", objective.beta)
     lifted = reward + objective.reward_offset
-    if not lifted / objective.beta < value:  # nor where one is not finite
+    if not lifted / beta < value:  # nor where one is not finite
         return None
-    wanted = value + _ABOVE * abs(value)
-    offset = _rounded(wanted * objective.beta - reward, math.ceil)
+    wanted = level_above(value)
+    offset = _rounded(wanted * beta - reward, math.ceil)
     lower = f", and so would objective.beta={_rounded(lifted / wanted, math.floor):g}" if lifted > 0 else ""
     return (
-        f"step 1: the mean of R/beta is {lifted / objective.beta:.3g}, below that of V(s_1), {value:.3g}: wrong answers are "
+        f"the mean of R/beta is {lifted / beta:.3g}, below that of V(s_1), {value:.3g}: wrong answers are "
         "pushed down before right ones are pushed up, and little is learnt. "
         f"objective.reward_offset={offset:g} (it is {objective.reward_offset:g}) would lift it to {wanted:.3g} and leave the "
-        f"best policy as it is{lower} (docs/objectives.md, choosing beta)"
+        f"best policy as it is{lower}; auto finds one (docs/objectives.md, choosing beta)"
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,16 @@ from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats, segment_sums
 
 
+class OfEach(NamedTuple):
+    """Of each of N trajectories, [N]."""
+
+    residual: Tensor
+    surprise: Tensor
+    """sum_h (1 - mu(a_h)), mu what sampled it: what it weighs in a mean of least variance."""
+    log_ratio: Tensor
+    """sum_h log pi(a_h) - log pi_ref(a_h)."""
+
+
 class StepMetrics:
     """Adds up the micro-batches of this process; `means` is the step's one synchronisation with the device."""
 
@@ -24,7 +35,7 @@ class StepMetrics:
         self._trajectories = 0
         self._actions = 0
         self._sums = torch.zeros(8, dtype=torch.float64, device=device)
-        self._of_each = [torch.zeros(0, 2, device=device)]
+        self._of_each = [torch.zeros(0, len(OfEach._fields), device=device)]
         self._figures: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -38,7 +49,7 @@ class StepMetrics:
         known = gaps.isfinite()
         sampled = batch.behaviour_logprobs.where(known, stats.logprobs)  # where nobody said, the policy's own
         surprise = segment_sums(1 - sampled.exp(), batch.cu_seqlens)
-        self._of_each.append(torch.stack([losses.residual, surprise], dim=1))
+        self._of_each.append(torch.stack(OfEach(losses.residual, surprise, log_ratio), dim=1))
         self._sums += torch.stack(
             [
                 losses.loss.double().sum(),
@@ -57,13 +68,12 @@ class StepMetrics:
         for name, sums in found.items():
             self._figures[name] = self._figures.get(name, 0) + sums.double().sum()
 
-    def of_each(self, order: Sequence[int], world: World) -> tuple[Tensor, Tensor]:
-        """[N] each, on the CPU: the residual of each of the step's trajectories, and sum_h (1 - mu(a_h)), mu what sampled it.
-        `order` has the indices of those of this process as they were added."""
+    def of_each(self, order: Sequence[int], world: World) -> OfEach:
+        """What all of the step's trajectories came to. `order` has the indices of those of this process as they were added."""
         found = dict(zip(order, torch.cat(self._of_each).tolist(), strict=True))
         everywhere = {i: row for part in world.gather(found) for i, row in part.items()}
-        rows = torch.tensor([everywhere[i] for i in range(len(everywhere))], dtype=torch.float64).reshape(-1, 2)
-        return rows[:, 0], rows[:, 1]
+        rows = torch.tensor([everywhere[i] for i in range(len(everywhere))], dtype=torch.float64)
+        return OfEach(*rows.reshape(-1, len(OfEach._fields)).unbind(1))
 
     def means(self, grad_norm: Tensor, world: World) -> dict[str, float]:
         """Means over the trajectories of all processes; entropy, gap and figures over actions. `grad_norm` [] rides along."""
@@ -96,6 +106,7 @@ def trajectory_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[st
     return {
         "trajectories": len(trajectories),
         "reward_mean": fmean(t.reward for t in trajectories),
+        "reward_std": pstdev(t.reward for t in trajectories),
         "response_length_mean": fmean(len(t.response_ids) for t in trajectories),
         "truncated_share": fmean(t.truncated for t in trajectories),
         **({"staleness_mean": fmean(staleness), "staleness_max": max(staleness)} if staleness else {}),

@@ -111,7 +111,7 @@ class Trainer:
         self.device = self.policy.device
         self.reference = ReferenceModel(self.policy)
         self.objective = Contract(config.objective)
-        self.adaptation = Adaptation(self.objective, self.reference)
+        self.adaptation = Adaptation(self.objective, self.reference, self.state.auto)
         beside = world.apart()  # rollouts may be made while training uses the other
         self.chat = make_chat(config, self.policy.lm, self.tokenizer)
         self._leave_out_long_problems()
@@ -214,19 +214,18 @@ class Trainer:
         with self.phases("update"):
             columns = micro_batches.columns(self.objective, self.policy, self.adaptation.before(trajectories))
             for number, members in enumerate(micro_batches.members, start=1):
-                last = number == len(micro_batches.members)
-                accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
+                accumulate(self.policy, reduce=number == len(micro_batches.members) or config.parallel.accumulate_sharded)
                 self._add_gradients(micro_batches.batch(members, columns), len(trajectories), measured)
         with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
             means = measured.means(self._clip_gradients(), self.world)
             skipped = not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
             self._update(learning_rate, skipped=skipped)
-            residuals, weights = measured.of_each(micro_batches.order, self.world)
-            adapted = self.adaptation.after(self.state.step, trajectories, residuals, weights)
+            of_each = measured.of_each(micro_batches.order, self.world)
+            adapted = self.adaptation.after(self.state.step, trajectories, of_each)
         if config.replay.enabled:
             with self.phases("replay"):
-                self.replay.update(self.state.step, trajectories, residuals.tolist())
+                self.replay.update(self.state.step, trajectories, of_each.residual.tolist())
         if skipped and (in_a_row := self.state.skipped_in_a_row) >= config.trainer.max_skipped:
             give_up(self.run_dir, self.state.step, in_a_row, trajectories, means, self.world)
         if _due(self.state.step, config.objective.reset_reference_every):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tbrm.reporting.metrics import is_timing
+from tbrm.tasks import Grade, Problem, Task
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
 from tests.tbrm.objectives.test_contract import record
@@ -55,10 +57,37 @@ def test_a_learned_value_begins_as_the_optimal_one_and_then_tells_prompts_apart(
     assert then["learned_value_explains"] > 0.05
 
 
-def test_what_was_found_goes_on_bit_for_bit_and_stands_apart_from_the_model(tmp_path: Path) -> None:
+class Lengths(Task):
+    """The tiny model is right about nothing; this it can be."""
+
+    def problem(self, index: int, seed: int) -> Problem:
+        return Problem(f"{index}", "")
+
+    def heldout(self, count: int) -> list[Problem]:
+        return []
+
+    def grade(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Grade]:
+        return [Grade(len(response) % 2, correct=False) for response in responses]
+
+
+REPLAYED = {"replay": {"capacity": 12, "samples_per_step": 4}}
+
+
+@pytest.mark.parametrize(
+    ("objective", "replay"),
+    [
+        (LEARNED | {"beta": "auto", "kl_target": 0.01, "reset_reference_every": 3}, REPLAYED),
+        ({"name": "tbrm", "beta": "auto", "kl_target": 0.01, "reward_offset": "auto"}, {}),
+    ],
+    ids=["a learned value and beta", "beta and offset"],
+)
+def test_what_was_found_goes_on_bit_for_bit_and_stands_apart_from_the_model(
+    tmp_path: Path, objective: dict[str, Any], replay: dict[str, Any]
+) -> None:
     settings = {
-        "objective": LEARNED | {"reset_reference_every": 3},
-        "replay": {"capacity": 12, "samples_per_step": 4},
+        "task": {"name": f"{__name__}:Lengths"},
+        "objective": objective,
+        **replay,
         "checkpoint__every": 2,
         "evaluation": {"prompts": 0},
     }
@@ -66,11 +95,16 @@ def test_what_was_found_goes_on_bit_for_bit_and_stands_apart_from_the_model(tmp_
     Trainer(tiny_config(tmp_path / "parts", **settings, trainer__steps=2)).train()
     Trainer(tiny_config(tmp_path / "parts", **settings), resume=True).train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert all("learned_value_mean" in row for row in rows(tmp_path / "parts"))
+    found = rows(tmp_path / "parts")
+    assert len({row["beta"] for row in found}) > 1
 
     kept = tmp_path / "whole" / "checkpoints" / "latest"
+    if not replay:
+        first, level = found[0], 1.2 * found[0]["value_mean"]
+        assert (first["reward_mean"] + first["reward_offset"]) / first["beta"] == pytest.approx(level, rel=1e-5)
+        assert not (kept / "trainer" / "value").exists()
+        return
     seen = load_file(kept / "trainer" / "value" / "seen.safetensors")
     assert set(seen["versions"].tolist()) == {1} and set(seen["steps"].tolist()) == {4}  # of the reference as it is
     policy = Trainer(tiny_config(tmp_path / "other")).policy.lm
     assert set(load_file(kept / "model.safetensors")) <= set(policy.state_dict())  # no more than the model's own
-    assert torch.equal(seen["steps"], torch.full((12,), 4))
