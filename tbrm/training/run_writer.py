@@ -15,7 +15,7 @@ from tbrm.parallel import ALONE, World
 from tbrm.reporting.metrics import Metric, MetricsLog, read_jsonl
 from tbrm.reporting.progress import Progress, Watch, alive
 from tbrm.rollout.evaluate import Evaluation
-from tbrm.training.level import level_warning
+from tbrm.training.alarms import Alarms
 from tbrm.training.resume import write_recipe
 
 
@@ -31,11 +31,11 @@ class RunWriter(AbstractContextManager["RunWriter"]):
 
     def _open(self, config: Config, step: int, resumed: bool) -> None:
         resolved = config_to_dict(config)
-        self._objective = config.objective
         self._correct_at = config.task.correct_at if config.task else 1.0
         self._log = self._stack.enter_context(
             MetricsLog(self.run_dir, config=resolved, wandb=config.logging.wandb, resume_step=step if resumed else None)
         )
+        self._alarms = Alarms(config.objective, read_jsonl(self.run_dir / "metrics.jsonl"))
         self._progress = self._stack.enter_context(Progress(config.trainer.steps, done=step))
         if resumed:
             self._progress.say(f"goes on after step {step} of {config.trainer.steps}")
@@ -48,9 +48,10 @@ class RunWriter(AbstractContextManager["RunWriter"]):
         self._world.on_main(lambda: self._step(step, metrics))
 
     def _step(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        self._log.log(step, metrics)
+        warnings = self._alarms(step, metrics)
+        self._log.log(step, {**metrics, **warnings})
         self._progress.advance(metrics)
-        if step == 1 and (warning := level_warning(self._objective, metrics)):
+        for warning in warnings.values():
             self._progress.say(warning)
         if metrics.get("trajectories") == 0:
             lost = {name: metrics.get(name, 0) for name in ("ungraded", "dropped")}
