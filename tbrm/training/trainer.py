@@ -214,7 +214,8 @@ class Trainer:
         with self.phases("update"):
             columns = micro_batches.columns(self.objective, self.policy, self.adaptation.before(trajectories))
             for number, members in enumerate(micro_batches.members, start=1):
-                accumulate(self.policy, reduce=number == len(micro_batches.members) or config.parallel.accumulate_sharded)
+                last = number == len(micro_batches.members)
+                accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
                 self._add_gradients(micro_batches.batch(members, columns), len(trajectories), measured)
         with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
@@ -232,7 +233,6 @@ class Trainer:
             self.reference.reset(self.policy)
 
         seconds = self.phases.take()
-        of_step = sum(seconds.values()) - seconds.get("seconds/checkpoint", 0.0)
         return {
             **means,
             **trajectory_metrics(trajectories, self.state.step),
@@ -246,7 +246,7 @@ class Trainer:
             "skipped": int(skipped),
             **seconds,
             "trained_tokens": sum(len(t.actions) for t in trajectories),
-            "tokens_per_second": measured.tokens / of_step,
+            "tokens_per_second": measured.tokens / (sum(seconds.values()) - seconds.get("seconds/checkpoint", 0.0)),
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }
 
