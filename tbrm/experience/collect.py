@@ -155,6 +155,7 @@ class RolloutSource:
             "correct_share": sum(each.grade.correct for each in graded) / len(graded),
             "ungraded": sum(each.grade.failure is not None for each in graded),
             "dropped": dropped,
+            "generated_responses": len(graded),
             "generated_tokens": sum(len(each.response.token_ids) for each in graded),
             **reward_parts(graded),
         }

@@ -97,12 +97,15 @@ def series(rows: Sequence[Row], key: str) -> np.ndarray:
 def spent(metrics: Sequence[Row], steps: np.ndarray) -> dict[str, np.ndarray]:
     """On each axis, what the updates up to each of `steps` had cost; NaN where the metrics do not tell."""
     at = series(metrics, "step")
-    fresh = series(metrics, "trajectories") * series(metrics, "fresh_share")
+    # What a rollout for several updates has generated stands in the line of its first.
     costs = {
-        "responses": fresh.round() + np.nan_to_num(series(metrics, "dropped")),
-        "tokens": series(metrics, "generated_tokens"),  # of a rollout for several updates, its first one has them all
+        "responses": series(metrics, "generated_responses"),
+        "tokens": series(metrics, "generated_tokens"),
         "seconds": series([_with_seconds(row) for row in metrics], _SECONDS.key),
     }
+    if np.isnan(costs["responses"]).all():  # recorded ones, or a run of an earlier version
+        fresh = series(metrics, "trajectories") * series(metrics, "fresh_share")
+        costs["responses"] = fresh.round() + np.nan_to_num(series(metrics, "dropped"))
     known = (steps == 0) | (steps <= max(at, default=0))
     done = np.searchsorted(at, steps, side="right")
     totals = {axis: np.append(0.0, np.nancumsum(cost))[done] for axis, cost in costs.items()}

@@ -76,7 +76,7 @@ def test_problems_without_a_difference_make_room_for_further_ones() -> None:
     assert {problem.answer for problem in whole.problems} == {"apart"}
     assert [t.reward for t in whole.trajectories] == [0.0, 1.0] * 6
     assert whole.metrics["groups_alike"] == position - 6
-    assert whole.metrics["generated_tokens"] == 2 * position
+    assert whole.metrics["generated_responses"] == whole.metrics["generated_tokens"] == 2 * position
     assert whole.metrics["dropped"] == 0
 
 

@@ -45,6 +45,7 @@ def metrics_of(step: int, **changed: float) -> dict[str, float]:
         "learning_rate": 1e-5,
         "seconds/rollout": 40.0,
         "seconds/update": 60.0,
+        "generated_responses": 20,
         "generated_tokens": 1000 * step,
         "trained_tokens": 3000,
         "tokens_per_second": 100.0 * step,

@@ -129,7 +129,7 @@ def test_the_mouse_is_told_the_figures_against_what_was_chosen(tab: Browser, pag
     assert hover(tab, 0.9) == (f"step 4 tbrm (2 seeds) 60% 50% to 70% {EVIL} 40% 34.2% to 74.2% tba 30% 34.2% to 74.2%")
     assert hover(tab, 0.1).startswith("step 0 tbrm (2 seeds) 20% ")
     for axis, name in (
-        ("responses", "responses 64"),
+        ("responses", "responses 80"),
         ("tokens", "tokens generated 10,000"),
         ("seconds", "minutes of training 6.667"),
     ):

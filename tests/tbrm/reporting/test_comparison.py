@@ -117,7 +117,7 @@ def test_what_each_came_to_and_what_it_cost(folders: list[Path]) -> None:
         "interval": "50.0–70.0%",
         "reward": "0.3125 -> 0.75",
         "steps": "4",
-        "responses": "64",
+        "responses": "80",
         "tokens": "10,000",
         "training": "6 min 40 s",
         "memory": "2,004 MiB",
@@ -235,7 +235,7 @@ def test_the_command_tells_it_in_the_terminal_and_needs_no_torch(folders: list[P
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert lines[1] == "tbrm (3 seeds) ▄█ 20.0% -> 60.0% 50.0–70.0% 0.3125 -> 0.75 4 64 10,000 6 min 40 s 2,004 MiB"
+    assert lines[1] == "tbrm (3 seeds) ▄█ 20.0% -> 60.0% 50.0–70.0% 0.3125 -> 0.75 4 80 10,000 6 min 40 s 2,004 MiB"
     assert "differs tbrm (3 seeds) <img src=x onerror=alert(1)>" in lines
     assert "objective.name tbrm reval" in lines
     assert any(line.startswith("of the same held-out problems: 11 only tbrm right; 1 only") for line in lines)

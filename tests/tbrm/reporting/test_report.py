@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -19,7 +20,7 @@ from tbrm import reporting
 from tbrm.reporting.facts import choose
 from tbrm.reporting.metrics import MetricsLog
 from tbrm.reporting.page import write_report
-from tbrm.reporting.plots import COLOURS, PANELS, plots, series
+from tbrm.reporting.plots import COLOURS, PANELS, plots, series, spent
 from tbrm.reporting.run_folder import Run
 from tests.tbrm.reporting.made_run import ATTACK, CONFIG, make_run, metrics_of, sample, write_samples
 from tests.tbrm.reporting.parsed_page import Page
@@ -76,11 +77,17 @@ def test_the_page_has_every_curve(page: Page) -> None:
 
 
 def test_curves_can_be_seen_against_what_was_spent(page: Page) -> None:
-    """16 trajectories a step, of which 12 are fresh, and 4 were dropped."""
     evals, steps = page.plots["x"]
-    assert evals == {"step": [0, 4], "responses": [0, 64], "tokens": [0, 10_000], "seconds": [0, 400]}
-    assert steps["responses"] == [16, 32, 48, 64] and steps["tokens"] == [1000, 3000, 6000, 10_000]
+    assert evals == {"step": [0, 4], "responses": [0, 80], "tokens": [0, 10_000], "seconds": [0, 400]}
+    assert steps["responses"] == [20, 40, 60, 80] and steps["tokens"] == [1000, 3000, 6000, 10_000]
     assert [attributes["data-axis"] for tag, attributes in page.elements if "data-axis" in attributes] == list(evals)
+
+
+def test_responses_of_an_earlier_version_are_those_that_are_fresh_or_were_dropped() -> None:
+    rows = [{"step": step, "trajectories": 16, "fresh_share": 0.75, "dropped": 4} for step in (1, 2)]
+    found = spent(rows, np.array([0.0, 1.0, 2.0, 3.0]))
+    assert found["responses"].tolist()[:3] == [0, 16, 32] and math.isnan(found["responses"][3])
+    assert np.isnan(found["tokens"]).all(), "not recorded, which is not none"
 
 
 def test_the_page_shows_a_dozen_prompts_of_every_outcome(page: Page) -> None:

@@ -30,4 +30,5 @@ def test_a_run_of_an_earlier_layout_resumes_with_the_figures_it_had_there(tmp_pa
         figures = {key: value for key, value in then.items() if not is_timing(key)}
         assert now.pop("trained_tokens") > 0  # which runs did not write down then
         assert now.pop("behaviour_gap_mean") < 1e-4 and now.pop("reward_std") >= 0  # nor these
+        assert now.pop("generated_responses") > 0  # nor this
         assert now == pytest.approx(figures, rel=1e-4)  # another processor rounds otherwise
