@@ -16,12 +16,21 @@ from tbrm.storage.run_files import HISTORY
 
 Row = dict[str, Any]
 SamplePair = tuple[Row, Row | None]
+Kind = type | tuple[type, ...]
+"""What isinstance takes."""
 
 _NAMED_LINES = 3
 """Of those that cannot be read."""
 _NUMBER = (int, float)
 _ENDLESS = 1e300
-_SAMPLE = {"prompt": str, "response": str, "answer": str, "reward": _NUMBER, "correct": bool, "truncated": bool}
+_SAMPLE: Mapping[str, Kind] = {
+    "prompt": str,
+    "response": str,
+    "answer": str,
+    "reward": _NUMBER,
+    "correct": bool,
+    "truncated": bool,
+}
 """What a response must have to be shown, and of which type."""
 
 
@@ -112,7 +121,7 @@ class _Folder:
         self._note_if_empty(name, content, if_missing)
         return content or {}
 
-    def rows(self, name: str, wants: Mapping[str, type | tuple[type, ...]], if_missing: str) -> list[Row]:
+    def rows(self, name: str, wants: Mapping[str, Kind], if_missing: str) -> list[Row]:
         """Those lines of a JSON-lines file that have what is wanted of a row."""
         rows: list[Row] = []
         faults: list[str] = []
@@ -145,16 +154,16 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _fault(row: Any, wants: Mapping[str, type | tuple[type, ...]]) -> str | None:
+def _fault(row: Any, wants: Mapping[str, Kind]) -> str | None:
     if not isinstance(row, dict):
         return f"is a {type(row).__name__}, no row"
     wrong = [key for key, kind in wants.items() if not _is(row.get(key), kind)]
     return f"has no {', '.join(wrong)}" if wrong else None
 
 
-def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+def _is(value: Any, kind: Kind) -> bool:
     """Of that type; a number, moreover, that a plot can have: not NaN, nor beyond what a float holds."""
-    return isinstance(value, kind) and (kind not in (int, _NUMBER) or abs(value) < _ENDLESS)
+    return isinstance(value, kind) and (not isinstance(value, _NUMBER) or abs(value) < _ENDLESS)
 
 
 def _one_of_each_step(rows: Iterable[Row]) -> list[Row]:
