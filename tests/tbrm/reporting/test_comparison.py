@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ from tests.tbrm.reporting.parsed_page import Page
 REVAL = {"name": "reval", "beta": 0.002, "centre_rewards": False}
 
 
-def seeds(folder: Path, name: str, accuracies: dict[int, float], **config: object) -> list[Path]:
+def seeds(folder: Path, name: str, accuracies: dict[int, float], **config: Any) -> list[Path]:
     """A run of each seed, and what it came to."""
     return [
         make_run(folder / f"{name}{seed}", after=after, seed=seed, run={"dir": f"runs/{name}{seed}"}, **config)
