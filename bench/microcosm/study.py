@@ -50,6 +50,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """More rows of the product's, as those of recipes/objectives/: an objective's name, and its keys but for beta."""
 
+NOT_HERE = {GIVEN, "ppo"}
+"""What stands for an object, and what wants a critic, which learns in the trainer."""
+
 TUNING_SEED, REPORTED_SEED, DRAWS = 1, 2, 1009
 MEASURES = ("success", "regret", "variation", "kl")
 
@@ -76,10 +79,10 @@ def entries() -> dict[str, Callable[[float], Objective]]:
     def related(kind: type[Objective]) -> Callable[[float], Objective]:
         return lambda beta: kind(beta=beta)
 
-    ours = {name: built({"name": name}) for name in OBJECTIVES.builtin if name != GIVEN}
+    ours = {name: built({"name": name}) for name in OBJECTIVES.builtin if name not in NOT_HERE}
     recipes = {path.stem: yaml.safe_load(path.read_text())["objective"] for path in sorted(RECIPES.glob("*.yaml"))}
     # What goes by a name of its own has no penalty for leaving the reference, if its recipe has none.
-    named = {row: {"beta": 0.0, **keys} for row, keys in recipes.items() if row not in ours}
+    named = {row: {"beta": 0.0, **keys} for row, keys in recipes.items() if row not in {*ours, *NOT_HERE}}
     variants = {row: built(keys) for row, keys in (named | VARIANTS).items()}
     return ours | variants | {row: related(kind) for row, kind in RELATED.items()}
 
