@@ -16,7 +16,7 @@ WINDOW = 1024
 """Trajectories that are fitted, the last ones."""
 HALF_LIFE = 8
 """Steps after which one counts for half: what a prompt is worth rises as the policy learns."""
-RIDGE = 4.0
+RIDGE = 16.0
 """How many trajectories it takes to believe half of what one direction of the states says."""
 
 _FILE = "seen.safetensors"
