@@ -31,6 +31,7 @@ from tbrm.reporting.metrics import read_jsonl
 from tbrm.trajectories.packing import pack
 from tbrm.trajectories.trajectory import Trajectory
 from tests.tbrm.conftest import ARCHITECTURES, make_lm, tiny_config
+from tests.tbrm.started import forked
 
 MIB = 2**20
 # Odd first dimensions, which no number of processes divides.
@@ -265,8 +266,7 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(tiny_config(tmp_path).model_dump_json())
 
     def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tbrm", "plan", "recipe.yaml", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return forked(1, "tbrm", "plan", "recipe.yaml", *arguments, cwd=tmp_path, check=False)
 
     shown = plan("--gpus", "8", "--gpu-memory", "0.0001")
     assert shown.returncode == 0, shown.stderr
