@@ -9,6 +9,7 @@ from tbrm.config.rollout import DataConfig, ReplayConfig, RolloutConfig
 from tbrm.config.section import Section
 from tbrm.config.training import (
     CheckpointConfig,
+    CriticConfig,
     EvaluationConfig,
     LoggingConfig,
     OptimConfig,
@@ -35,6 +36,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: SerializeAsAny[Objective] = Field(description="The loss. Keys beside `name` are the objective's own.")
+    critic: CriticConfig = CriticConfig()
     replay: ReplayConfig = ReplayConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig
@@ -124,6 +126,26 @@ class Config(Section):
                 "parallel.offload_reference is true but lora.rank is set: the reference is the model without its adapters, and "
                 "has no weights of its own; leave one of the two out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _critic(self) -> Config:
+        """One needs the values that it had when a rollout came in, and weights that are all trained."""
+        if not self.objective.has_critic:
+            return self
+        refused = {
+            "data.trajectories": self.data.trajectories is not None,
+            "replay.samples_per_step": self.replay.samples_per_step > 0,
+            "lora.rank": self.lora.rank > 0,
+            "parallel.vocab_parallel": self.parallel.vocab_parallel,
+        }
+        for key in (key for key, is_set in refused.items() if is_set):
+            raise ValueError(
+                f"{key} is set, but objective.name is {self.objective.name!r}, whose critic learns from fresh rollouts, all of "
+                "its weights, each process its slices; leave it out"
+            )
+        if self.model.name == GIVEN and self.critic.model is None:
+            raise ValueError("critic.model: left out, but model.name is given, which is not loaded twice: name a model")
         return self
 
     @model_validator(mode="after")

@@ -41,6 +41,15 @@ class TrainerConfig(Section):
     )
 
 
+class CriticConfig(Section):
+    model: str | None = Field(
+        None, description="Of objectives with a critic: a folder or hub name of its backbone; left out: the policy's."
+    )
+    learning_rate: float = Field(
+        1e-5, gt=0, description="Learning rate of the critic's AdamW; its schedule is the policy's."
+    )
+
+
 class ParallelConfig(Section):
     shard: int = Field(
         0,

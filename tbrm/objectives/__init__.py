@@ -18,6 +18,7 @@ OBJECTIVES = Registry(
         "rloo": "tbrm.objectives.rloo:Rloo",
         "reinforce": "tbrm.objectives.reinforce:Reinforce",
         "grpo": "tbrm.objectives.grpo:Grpo",
+        "ppo": "tbrm.objectives.ppo:Ppo",
         GIVEN: "tbrm.objectives.given:GivenObjective",
     },
 )

@@ -60,8 +60,8 @@ class Objective(ABC, BaseModel):
 
     name: str = Field(
         GIVEN,
-        description="Which loss: tbrm, reval, brm, tba, optimal, rloo, reinforce, grpo, package.module:Class, or given, an "
-        "object (docs/python.md).",
+        description="Which loss: tbrm, reval, brm, tba, optimal, rloo, reinforce, grpo, ppo, package.module:Class, or given, "
+        "an object (docs/python.md).",
     )
     beta: Annotated[float, Field(gt=0), _OR_AUTO, _AS_IT_IS] = Field(
         description="Temperature of the KL-regularised problem: maximise E[R] - beta KL(pi || pi_ref). auto: a hundredth of "
@@ -96,6 +96,11 @@ class Objective(ABC, BaseModel):
     def learns_value(self) -> bool:
         """Whether the value of the prompt is learnt beside the policy, for `columns` to take off the rewards: it is fitted to
         what would have made each residual zero."""
+        return False
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a model of its own learns the value of each token, beside the policy: as `tbrm.objectives.ppo.Ppo`."""
         return False
 
     @property

@@ -7,6 +7,7 @@ from tbrm.config.section import ConfigError
 from tbrm.plan.footprint import footprint
 from tbrm.plan.inputs import few_of, is_sharded, meta_policy, precision_of, sizes_of, trajectories_of, work_of
 from tbrm.plan.terms import Plan
+from tbrm.policy.critic import critic_config
 from tbrm.policy.sharded import sum_in_float32
 from tbrm.policy.vocab_parallel import check_divisible
 
@@ -27,4 +28,7 @@ def make_plan(config: Config, processes: int) -> Plan:
         policy.lm.to(precision_of(config))
         sum_in_float32(policy)
     held = footprint(policy, few_of(trajectories))
-    return Plan(config, processes, sizes, work_of(config, trajectories, processes), held)
+    critic = None
+    if config.objective.has_critic:
+        critic = sizes if config.critic.model is None else sizes_of(meta_policy(critic_config(config))[0])
+    return Plan(config, processes, sizes, work_of(config, trajectories, processes), held, critic)

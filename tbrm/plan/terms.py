@@ -56,6 +56,8 @@ class Plan:
     sizes: Sizes
     work: Work
     footprint: Footprint
+    critic: Sizes | None = None
+    """Of its backbone, if the objective has one."""
 
     @property
     def on_cpu(self) -> bool:
@@ -118,12 +120,28 @@ class Plan:
             Term("AdamW's moments, float32", _MOMENTS * trained, on_host=away),
             Term("gradients, float32", _FLOAT32 * trained, (*early, "reduce", "update"), on_host=away),
         ]
+        terms += self._critic(early)
         if self.config.checkpoint.asynchronous:
             copied = _MOMENTS * trained + _FLOAT32 * (0 if sizes.adapters_only else weights)
             if self.config.objective.reset_reference_every:
                 copied += _FLOAT32 * reference
+            if self.critic:
+                copied += (_FLOAT32 + _MOMENTS) * slices(self.critic.shapes, self.shard)
             terms.append(Term("checkpoint being written", copied, on_host=not self.on_cpu))
         return terms
+
+    def _critic(self, early: Collection[str]) -> list[Term]:
+        """It runs after the policy's backward pass, over the same micro-batch, and holds no more of it than the policy did."""
+        if self.critic is None:
+            return []
+        elements, away = slices(self.critic.shapes, self.shard), self.config.parallel.cpu_offload
+        # A head of logits that is not the embedding is neither used nor trained.
+        trained = elements - (0 if self.critic.tied else -(-self.critic.vocab // self.shard) * self.critic.width)
+        return [
+            Term("critic, float32", _FLOAT32 * elements, on_host=away),
+            Term("critic's AdamW's moments, float32", _MOMENTS * trained, on_host=away),
+            Term("critic's gradients, float32", _FLOAT32 * trained, (*early, "reduce", "update"), on_host=away),
+        ]
 
     def _activations(self, tokens: int) -> list[Term]:
         kept, scoring = self.footprint.kept, self.footprint.scoring

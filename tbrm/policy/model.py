@@ -108,6 +108,11 @@ class PolicyModel(nn.Module):
             found = self._head(hidden, together.targets, together.cu_seqlens, loss_of_mine, entropy, together)
             return together.mine(found) if isinstance(found, TokenStats) else (found[0], together.mine(found[1]))
 
+    def states(self, batch: TrajectoryBatch) -> Tensor:
+        """[A, D]: the hidden states that predict the batch's actions."""
+        with self.autocast():
+            return batch.inputs.run(self.lm)
+
     def trajectory_loss(self, batch: TrajectoryBatch, loss_fn: TrajectoryLossFn) -> tuple[Tensor, TokenStats]:
         """The sum of `loss_fn` over the batch's trajectories, in a single pass over the head (see
         `fused_linear_trajectory_loss`), and the statistics of its actions, entropy included, without gradient."""

@@ -28,6 +28,7 @@ def shard(policy: PolicyModel, sharding: Sharding) -> None:
     divided = set(policy.vocabulary.parameters) if policy.vocabulary else set()
     sharding.apply(policy, policy.blocks, trained=trained, divided=divided)
     register_fsdp_forward_method(policy, "own_logits")
+    register_fsdp_forward_method(policy, "states")
     if on_meta:
         materialise(policy.lm, sharding.weights_device, sharding.device)
     if sharding.precision is not torch.float32:

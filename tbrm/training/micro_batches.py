@@ -39,6 +39,8 @@ class MicroBatches:
         self.members = self._unscored + self._dealt(max_tokens, scored=True)
         """Indices of the trajectories of each."""
         self.metrics: dict[str, float] = {}
+        self.of_actions: list[dict[str, Tensor]] = []
+        """What a critic made of each trajectory, if there is one, [H] each."""
         self._own: dict[int, Tensor] = {}
         """The policy's log-probs of trajectories of which nobody said with which they were sampled."""
 
@@ -70,6 +72,10 @@ class MicroBatches:
         part = {name: column[members] for name, column in columns.items()}
         behaviour = [self._behaviour(i) for i in members]
         scored = self._reference.scored([self.trajectories[i] for i in members], behaviour, part)
+        if self.of_actions:
+            names, nothing = self.of_actions[0], torch.zeros(0)
+            found = {name: torch.cat([nothing, *(self.of_actions[i][name] for i in members)]) for name in names}
+            scored = replace(scored, of_actions=found)
         return self._weighted(scored, members).to(self._reference.model.device)
 
     def _weighted(self, batch: ScoredBatch, members: list[int]) -> ScoredBatch:

@@ -20,6 +20,8 @@ class Part(NamedTuple):
     module: nn.Module
     weights: dict[str, nn.Parameter]
     """Those that learn, by the names that they have on disk, which no other part has."""
+    rate: float = 1.0
+    """Its learning rate, over that of the policy."""
 
 
 class Optimisers(Kept):
@@ -41,9 +43,9 @@ class Optimisers(Kept):
         }
 
     def step(self, learning_rate: float) -> None:
-        for optimiser in self._optimisers.values():
+        for name, optimiser in self._optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * self.parts[name].rate
             optimiser.step()
 
     def zero_grad(self) -> None:

@@ -31,6 +31,7 @@ MAY_CHANGE = {
     "optim.learning_rate": "a run that grows unstable goes on more slowly",
     "optim.warmup_steps": "as the learning rate",
     "optim.schedule": "as the learning rate",
+    "critic.learning_rate": "as the policy's",
     "trainer.batch_tokens": "how a step is divided, and not what it is",
     "trainer.max_skipped": "when to give up",
     "model.device": "where it is computed",

@@ -37,7 +37,6 @@ from tbrm.objectives import TrajectoryLoss
 from tbrm.objectives.contract import Contract
 from tbrm.parallel import ALONE, World
 from tbrm.policy.load import load_policy, set_day
-from tbrm.policy.named_weights import trained_weights
 from tbrm.policy.reference import ReferenceModel
 from tbrm.policy.saved_model import SavedModel
 from tbrm.policy.sharding import accumulate
@@ -54,10 +53,11 @@ from tbrm.training.agreement import require_agreement
 from tbrm.training.callbacks import Callback, Callbacks
 from tbrm.training.checkpoint import TRAINER, TrainerState
 from tbrm.training.checkpoints import Checkpoints
+from tbrm.training.critic_step import make_critic, trained_parts
 from tbrm.training.given import check_objects
 from tbrm.training.interruption import Interrupted, Interruption
 from tbrm.training.micro_batches import MicroBatches
-from tbrm.training.optimizer import Optimisers, Part
+from tbrm.training.optimizer import Optimisers
 from tbrm.training.own_logprobs import score_rollout
 from tbrm.training.resolved import is_same_reference, resolve, resolve_given
 from tbrm.training.result import result_of
@@ -67,6 +67,7 @@ from tbrm.training.schedule import learning_rate_at
 from tbrm.training.skipped import give_up
 from tbrm.training.step_metrics import StepMetrics, trajectory_metrics
 from tbrm.trajectories.batch import ScoredBatch
+from tbrm.trajectories.trajectory import Trajectory
 from tbrm_kernels import TokenStats
 
 
@@ -121,7 +122,8 @@ class Trainer:
         self.replay = ReplayBuffer(config.replay, self.run_dir / "replay", config.seed, world)
         rows = RowReader(self.chat, config.task, withheld if config.replay.files else [], config.rollout.ungraded)
         self.recorded = RecordedFiles(config.replay.files, rows)
-        self.optimisers = Optimisers({"policy": Part(self.policy, trained_weights(self.policy))}, config.optim)
+        self.critic = make_critic(config, self.policy, world)
+        self.optimisers = Optimisers(trained_parts(config, self.policy, self.critic), config.optim)
         self.supply = make_supply(source, config, self.optimisers["policy"])
         if checkpoint:
             checkpoint.restore(self._kept)
@@ -201,12 +203,10 @@ class Trainer:
         trajectories = [t for t in collected.trajectories + replayed if t.acts]
 
         measured = StepMetrics(self.device)
-        max_tokens = config.trainer.batch_tokens
-        micro_batches = MicroBatches(trajectories, self.reference, max_tokens, self.world, config.rollout.weight_cap)
-        if micro_batches.weight_cap is not None:
-            with self.phases("update"):
-                arrived = collected.trajectories + self.supply.rest_of_rollout()
-                micro_batches.metrics["old_scored"] = score_rollout(self.policy, arrived, max_tokens, self.world)
+        micro_batches = MicroBatches(
+            trajectories, self.reference, config.trainer.batch_tokens, self.world, config.rollout.weight_cap
+        )
+        self._score_arrived(collected.trajectories + self.supply.rest_of_rollout(), micro_batches)
         with self.phases("reference"):
             micro_batches.score()
             if config.replay.enabled or config.data.trajectories or self.adaptation.reads_scores:
@@ -214,13 +214,13 @@ class Trainer:
         with self.phases("update"):
             columns = micro_batches.columns(self.objective, self.policy, self.adaptation.before(trajectories))
             for number, members in enumerate(micro_batches.members, start=1):
-                last = number == len(micro_batches.members)
-                accumulate(self.policy, reduce=last or config.parallel.accumulate_sharded)
-                self._add_gradients(micro_batches.batch(members, columns), len(trajectories), measured)
+                reduce = number == len(micro_batches.members) or config.parallel.accumulate_sharded
+                batch = micro_batches.batch(members, columns)
+                self._add_gradients(batch, len(trajectories), measured, reduce)
         with self.phases("optimizer"):
             learning_rate = learning_rate_at(self.state.step, config.optim, config.trainer.steps)
-            means = measured.means(self._clip_gradients(), self.world)
-            skipped = not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
+            means = self._clip_gradients(measured)
+            skipped = not all(math.isfinite(means[name]) for name in means if name.endswith(("loss", "grad_norm")))
             self._update(learning_rate, skipped=skipped)
             of_each = measured.of_each(micro_batches.order, self.world)
             adapted = self.adaptation.after(self.state.step, trajectories, of_each)
@@ -250,8 +250,20 @@ class Trainer:
             "peak_memory_mib": max(self.world.gather(peak_memory_mib(self.device))),
         }
 
-    def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics) -> None:
+    def _score_arrived(self, arrived: list[Trajectory], micro_batches: MicroBatches) -> None:
+        """Has policy and critic, where they are asked, say what they make of a rollout as it comes in."""
+        if micro_batches.weight_cap is not None:
+            with self.phases("update"):
+                scored = score_rollout(self.policy, arrived, self.config.trainer.batch_tokens, self.world)
+                micro_batches.metrics["old_scored"] = scored
+        if self.critic:
+            with self.phases("critic"):
+                self.critic.score(arrived)
+                micro_batches.of_actions = self.critic.of_actions(micro_batches.trajectories)
+
+    def _add_gradients(self, batch: ScoredBatch, n_trajectories: int, measured: StepMetrics, reduce: bool) -> None:
         """Adds the batch's part of the gradient of the mean loss over all of the step's trajectories."""
+        accumulate(self.policy, reduce=reduce)
         chunks: list[TrajectoryLoss] = []
 
         def mean_loss(stats: TokenStats, cu_seqlens: Tensor, first: int) -> Tensor:
@@ -265,13 +277,19 @@ class Trainer:
             measured.add_figures(self.objective.figures(stats, batch))
         if chunks:  # none: this process had nothing to add, and only kept the others company
             measured.add(stats, TrajectoryLoss(*map(torch.cat, zip(*chunks, strict=True))), batch)
+        if self.critic and n_trajectories:
+            self.critic.add_gradients(batch, reduce=reduce)
 
-    def _clip_gradients(self) -> Tensor:
-        """Scales the gradients down to the largest norm allowed; returns the norm that they had, []."""
+    def _clip_gradients(self, measured: StepMetrics) -> dict[str, float]:
+        """Scales the gradients of each part down to the largest norm allowed; returns the step's means, with the norms."""
         if self.policy.vocabulary is not None:
             self.policy.vocabulary.sum_over_copies()
+        if self.critic:
+            self.critic.critic.sum_head()
         # Of no gradients, or of those on the CPU, it is there.
-        return whole(self.optimisers.clip()["policy"]).to(self.device)
+        norms = {part: whole(norm).to(self.device) for part, norm in self.optimisers.clip().items()}
+        means = measured.means(norms["policy"], self.world)
+        return means | (self.critic.metrics(norms) if self.critic else {})
 
     def _update(self, learning_rate: float, *, skipped: bool) -> None:
         """Takes the step, unless it is to be skipped, and clears the gradients."""
@@ -322,6 +340,7 @@ class Trainer:
             f"{TRAINER}/optimizer": self.optimisers,
             f"{TRAINER}/reference": self.reference,
             f"{TRAINER}/replay": self.replay,
+            **({f"{TRAINER}/critic": self.critic.critic} if self.critic else {}),
             f"{TRAINER}/value": self.adaptation,
         }
 

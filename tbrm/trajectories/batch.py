@@ -5,7 +5,7 @@ Letters: N trajectories, T tokens, A actions (response tokens that the policy ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -73,6 +73,8 @@ class ScoredBatch(TrajectoryBatch):
     `wants_behaviour`."""
     columns: dict[str, Tensor]
     """[N] each: what the objective's `columns` made of the step."""
+    of_actions: dict[str, Tensor] = field(default_factory=dict)
+    """[A] each: what a critic made of the step."""
     own_old_logprobs: Tensor | None = None
     """[A] float32: with `rollout.importance`, log pi of each action as its rollout came in."""
     importance: Tensor | None = None
@@ -94,8 +96,11 @@ class ScoredBatch(TrajectoryBatch):
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
-        return replace(super().to(device), columns=columns)
+        columns, of_actions = (
+            {name: column.to(device, non_blocking=True) for name, column in part.items()}
+            for part in (self.columns, self.of_actions)
+        )
+        return replace(super().to(device), columns=columns, of_actions=of_actions)
 
     def scores_of(self, first: int, cu_seqlens: Tensor) -> Self:
         """The same batch, with the actions, columns and scores of some trajectories alone: as many as `cu_seqlens` bounds,
@@ -112,6 +117,7 @@ class ScoredBatch(TrajectoryBatch):
             ref_values=self.ref_values[trajectories],
             behaviour_logprobs=self.behaviour_logprobs[start:stop],
             columns={name: column[trajectories] for name, column in self.columns.items()},
+            of_actions={name: column[start:stop] for name, column in self.of_actions.items()},
             own_old_logprobs=None if self.own_old_logprobs is None else self.own_old_logprobs[start:stop],
             importance=None if self.importance is None else self.importance[start:stop],
         )

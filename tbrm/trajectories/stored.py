@@ -36,8 +36,9 @@ def save_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
         "truncated": column([t.truncated for t in trajectories], torch.bool),
         "groups": column([t.group for t in trajectories], torch.int64),
         "weight_versions": column(versions, torch.int64),
-        **_action_columns("behaviour", [t.behaviour_logprobs for t in trajectories]),
-        **_action_columns("old", [t.old_logprobs for t in trajectories]),
+        **_action_columns("behaviour_logprobs", [t.behaviour_logprobs for t in trajectories]),
+        **_action_columns("old_logprobs", [t.old_logprobs for t in trajectories]),
+        **_action_columns("old_values", [t.old_values for t in trajectories]),
     }
     save_tensors(tensors | score_columns(trajectories), path)
 
@@ -82,12 +83,12 @@ def scores_at(columns: Mapping[str, Tensor]) -> Callable[[int], ReferenceScore |
     return score
 
 
-def _action_columns(name: str, logprobs: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Log-probs of the actions of those trajectories that have them, as tensors to save."""
-    lengths = [_NONE if each is None else len(each) for each in logprobs]
+def _action_columns(name: str, found: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """What was found of each action of those trajectories that have it, as tensors to save."""
+    lengths = [_NONE if each is None else len(each) for each in found]
     return {
         f"{name}_lengths": torch.tensor(lengths, dtype=torch.int64),
-        f"{name}_logprobs": torch.cat([torch.zeros(0), *(each for each in logprobs if each is not None)]),
+        f"{name}": torch.cat([torch.zeros(0), *(each for each in found if each is not None)]),
     }
 
 
@@ -99,7 +100,7 @@ def _actions_at(columns: Mapping[str, Tensor], name: str) -> Callable[[int], Ten
     bounds = [0, *accumulate(max(0, length) for length in lengths)]
 
     def logprobs(row: int) -> Tensor | None:
-        found = columns[f"{name}_logprobs"][bounds[row] : bounds[row + 1]]
+        found = columns[f"{name}"][bounds[row] : bounds[row + 1]]
         return None if lengths[row] == _NONE else found.clone()
 
     return logprobs
@@ -113,7 +114,9 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
     prompts, responses, weight_versions, rewards, truncated, groups = (columns[name].tolist() for name in names)
     token_at = [0, *accumulate(p + r for p, r in zip(prompts, responses, strict=True))]
     chosen_at, score = [0, *accumulate(responses)], scores_at(columns)
-    behaviour, old = _actions_at(columns, "behaviour"), _actions_at(columns, "old")
+    behaviour, old, values = (
+        _actions_at(columns, name) for name in ("behaviour_logprobs", "old_logprobs", "old_values")
+    )
 
     def load(row: int) -> Trajectory:
         middle, stop = token_at[row] + prompts[row], token_at[row + 1]
@@ -129,6 +132,7 @@ def load_trajectories(path: Path, rows: Sequence[int] | None = None) -> list[Tra
             reference=score(row),
             behaviour_logprobs=behaviour(row),
             old_logprobs=old(row),
+            old_values=values(row),
         )
 
     return [load(row) for row in (range(len(prompts)) if rows is None else rows)]

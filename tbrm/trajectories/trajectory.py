@@ -43,6 +43,8 @@ class Trajectory:
 
     old_logprobs: Tensor | None = field(default=None, repr=False)
     """With `rollout.importance`, log pi of each action as the trainer computed it when the rollout came in, likewise."""
+    old_values: Tensor | None = field(default=None, repr=False)
+    """With a critic, what it said of the state of each action when the rollout came in, likewise."""
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

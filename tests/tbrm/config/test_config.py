@@ -47,7 +47,7 @@ def test_overrides_replace_keys_of_any_section() -> None:
         ("task.famly=chain_sum", r"task.famly: unknown key .* did you mean task.family\?"),
         (
             "objective.name=tbrn",
-            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, given, grpo, optimal, ",
+            r"objective.name: no objective is called 'tbrn': did you mean 'tbrm'\? Known: brm, given, grpo, optimal, ppo",
         ),
         ("objective.name=os:getcwd", r"objective.name: 'os:getcwd' is not a subclass of tbrm.objectives.Objective"),
         ("objective.name=nowhere:Thing", r"'nowhere:Thing' cannot be imported: No module named 'nowhere'"),

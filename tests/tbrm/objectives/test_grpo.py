@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tbrm.objectives import OBJECTIVES, Step
+from tbrm.objectives.clipped import ClippedRatio
 from tbrm.objectives.contract import Contract
 from tbrm.objectives.grpo import Grpo
 from tbrm.trajectories.batch import ScoredBatch
@@ -39,21 +40,23 @@ class Case:
         )
         self.bounds = [sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1)]
 
-    def ours(self, objective: Grpo, **extra: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """The mean loss, its gradient by the logits, and the figures."""
+    def batch(self, objective: ClippedRatio, **extra: Any) -> ScoredBatch:
         split = [self.tokens[a:b].tolist() for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
         items = [Trajectory([0], ids, reward) for ids, reward in zip(split, self.rewards, strict=True)]
         rewards = torch.tensor(self.rewards, dtype=torch.float64)
         step = Step(rewards, torch.tensor(self.groups), torch.tensor(LENGTHS), {})
-        contract = Contract(objective)
-        batch = ScoredBatch(
+        return ScoredBatch(
             **vars(pack(items)),
             ref_logprobs=self.ref,
             ref_values=rewards,
             behaviour_logprobs=self.behaviour,
-            columns=contract.columns(step),
+            columns=objective.columns(step),
             **extra,
         )
+
+    def ours(self, objective: ClippedRatio, **extra: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The mean loss, its gradient by the logits, and the figures."""
+        contract, batch = Contract(objective), self.batch(objective, **extra)
         lse = self.logits.logsumexp(-1)
         stats = TokenStats(self.logits.gather(1, self.tokens[:, None])[:, 0] - lse, lse, None)
         contract.check(TokenStats(stats.logprobs.detach(), lse.detach(), None), batch)

@@ -58,6 +58,9 @@ def test_ratios_are_to_the_policy_as_the_rollout_came_in_and_the_engines_gap_is_
         assert {round(gap, 3) for gap in gaps.tolist()} <= {-0.3, 0.6}  # minus the skew
         assert batch.importance.max() == 1.5 < batch.importance.new_tensor(0.6).exp()
 
+    with torch.no_grad():  # whatever the first update was
+        for weight in trainer.policy.parameters():
+            weight.mul_(1.05)
     second = trainer.train_step()
     assert second["old_scored"] == 0
     assert second["behaviour_kl"] > 1e-7  # the policy has moved by a step

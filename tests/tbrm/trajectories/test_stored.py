@@ -24,7 +24,7 @@ def test_trajectories_come_back_bit_for_bit_and_in_any_order(tmp_path: Path) -> 
         Trajectory([5, 6], [7, 8, 9], 0.5, reference=ReferenceScore(0, logprobs, torch.tensor(34.5))),
         Trajectory([5], [7], 0.5, reference=ReferenceScore(0, logprobs[:1], logprobs[0], torch.tensor([0.1, 2e-38]))),
         Trajectory([5], [], 0.5, behaviour_logprobs=logprobs[:0]),
-        Trajectory([5], [7, 8, 9], 0.5, behaviour_logprobs=logprobs, old_logprobs=logprobs / 2),
+        Trajectory([5], [7, 8, 9], 0.5, behaviour_logprobs=logprobs, old_logprobs=logprobs / 2, old_values=-logprobs),
     ]
     path = tmp_path / "some.safetensors"
     save_trajectories(path, trajectories)
@@ -42,7 +42,7 @@ def _plain(trajectory: Trajectory) -> dict:
         values |= {"version": score.version, "logprobs": score.logprobs.tolist(), "value": score.value.item()}
         values["state"] = None if score.state is None else score.state.tolist()
         assert score.logprobs.dtype == score.value.dtype == torch.float32
-    for name in ("behaviour_logprobs", "old_logprobs"):
+    for name in ("behaviour_logprobs", "old_logprobs", "old_values"):
         if values[name] is not None:
             assert values[name].dtype == torch.float32
             values[name] = values[name].tolist()
