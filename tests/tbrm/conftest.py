@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -35,6 +36,9 @@ from tbrm.chat import Chat, make_chat
 from tbrm.config.recipe import load_sections, parse_config
 from tbrm.config.schema import Config
 from tbrm.policy.tiny import tiny_tokenizer
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # other jobs run beside
+hypothesis.settings.load_profile("untimed")
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = Path(__file__).parent / "recipes" / "tiny.yaml"

@@ -112,7 +112,7 @@ def test_a_fresh_run_starts_its_files_afresh(tmp_path: Path) -> None:
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1, 2]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rows=st.lists(st.dictionaries(st.text(), st.integers() | st.text()), min_size=1, max_size=4), data=st.data())
 def test_a_file_cut_anywhere_reads_as_its_whole_lines(tmp_path_factory, rows, data) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
