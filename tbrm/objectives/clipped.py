@@ -51,10 +51,10 @@ class ClippedRatio(Objective):
 
     def columns(self, step: Step) -> dict[str, Tensor]:
         """What a token's loss weighs, so that the mean over responses is as `aggregate` says."""
-        lengths = step.lengths.to(step.rewards)
+        lengths = step.lengths.clamp(min=1).to(step.rewards)  # one that has no action has no loss
         weight = {
             "sequence": 1 / lengths,
-            "token": (len(lengths) / lengths.sum()).expand(len(lengths)),
+            "token": (len(lengths) / step.lengths.sum().clamp(min=1).to(lengths)).expand(len(lengths)),
             "constant": lengths.new_full((len(lengths),), 1 / self.constant_length),
         }[self.aggregate]
         return {"weight": weight}

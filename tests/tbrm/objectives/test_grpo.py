@@ -240,3 +240,12 @@ def test_a_mean_over_the_steps_tokens_is_the_same_whatever_the_micro_batches(tmp
     for key in ("loss", "grad_norm", "ratio_mean", "behaviour_kl", "clip_fraction"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6), key
     assert whole["ratio_mean"] == pytest.approx(1.0)  # of a file that does not say what sampled it
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("lengths", [[0, 3], [0, 0]])
+def test_a_response_whose_actions_are_all_masked_weighs_something_finite(aggregate: str, lengths: list[int]) -> None:
+    """0 x inf would be in the gradient of all."""
+    step = Step(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor(lengths), {})
+    weight = Grpo(name="grpo", aggregate=aggregate).columns(step)["weight"]
+    assert weight.isfinite().all() and (weight > 0).all()
