@@ -34,7 +34,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     else:
         pyarrow.parquet.write_table(table, plain)
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     if path.suffix == ".zst":
         with pyarrow.output_stream(str(path), compression="zstd") as out:
             out.write(plain.read_bytes())
@@ -109,7 +109,7 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path: Path) -> None:
         ("a.csv", b"prompt,answer\n", r"the file has no rows"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"prompt": "a", "answer": "1"}\n' * 9)[:-9],
+            gzip.compress(b'{"prompt": "a", "answer": "1"}\n' * 9, mtime=0)[:-9],
             r"cannot be read after row \d+: Compressed",
         ),
         ("a.jsonl.gz", b"no gzip", r"cannot be read after row 0: Not a gzipped file"),
