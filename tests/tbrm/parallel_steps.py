@@ -276,7 +276,7 @@ def whole_heads(config: Config, world: World) -> int:
         layout_choice.check_architecture = check
         trainer, clip = step.trainer, step.trainer._clip_gradients
         shape = trainer.policy.lm.get_output_embeddings().weight.shape
-        trainer._clip_gradients = lambda: (clip(), counts.append(shapes.seen.count(shape)))[0]
+        trainer._clip_gradients = lambda *given: (clip(*given), counts.append(shapes.seen.count(shape)))[0]
         step()
     return counts[0]
 
