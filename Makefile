@@ -49,7 +49,7 @@ demo: $(DEMO) $(MODEL)
 
 # On two cores, torch on one thread each; `make test WORKERS=0` is pytest alone. tests/conftest.py says what goes where.
 WORKERS ?= 2
-PYTEST   = OMP_NUM_THREADS=1 $(BIN)/pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadgroup --no-loadscope-reorder)
+PYTEST   = OMP_NUM_THREADS=1 $(BIN)/pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --no-loadscope-reorder)
 test: $(VENV)/installed
 	$(PYTEST)
 

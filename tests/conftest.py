@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-HERE = Path(__file__).parent
 SLOW = (
     "bench",
     "examples",
@@ -44,18 +43,31 @@ SEVERAL_PROCESSES = (
 """What starts several processes at once, some with time limits: with `make test`'s two workers all of it is one worker's."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    path = item.path.relative_to(HERE).as_posix()
-    interpreted = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
-    if interpreted or _within(path, SLOW):
-        item.add_marker(pytest.mark.slow)
-    # A file is one worker's from its beginning to its end, with what its tests share.
-    item.add_marker(pytest.mark.xdist_group("several processes" if _within(path, SEVERAL_PROCESSES) else path))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, or the last would be waited for."""
-    items.sort(key=lambda item: not _within(item.path.relative_to(HERE).as_posix(), SEVERAL_PROCESSES))
+    for item in items:
+        interpreted = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+        if interpreted or _within(_place(item.nodeid), SLOW):
+            item.add_marker(pytest.mark.slow)
+    # The longest first, or the last would be waited for.
+    items.sort(key=lambda item: not _within(_place(item.nodeid), SEVERAL_PROCESSES))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is one worker's from its beginning to its end, with what its tests share."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            place = _place(nodeid)
+            return "several processes" if _within(place, SEVERAL_PROCESSES) else place
+
+    return Scheduling(config, log)
+
+
+def _place(nodeid: str) -> str:
+    """A test's file, as seen from here."""
+    return nodeid.partition("::")[0].removeprefix("tests/")
 
 
 def _within(path: str, places: tuple[str, ...]) -> bool:
