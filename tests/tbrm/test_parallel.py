@@ -312,6 +312,27 @@ def test_a_run_of_three_processes_resumes_on_two_and_is_that_of_one(divided: str
         assert torch.equal(exported[name], torch.cat([part[name] for part in slices if name in part]))
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ("objective.name=tbrm", "objective.value=learned", "objective.beta=auto"),
+        ("objective.name=grpo", "rollout.updates=2", "rollout.importance=truncated"),
+        ("objective.name=ppo", "rollout.updates=2", "critic.learning_rate=1e-3"),
+    ],
+    ids=lambda keys: "-".join(keys[:2]),
+)
+def test_what_looks_at_a_whole_step_or_has_a_critic_trains_on_two_processes_as_on_one(
+    objective: tuple[str, ...], tmp_path: Path
+) -> None:
+    train = ("tbrm", "train", RECIPE, *SHORT, "trainer.batch_tokens=60", *objective)
+    for count in (1, 2):
+        forked(count, *train, f"run.dir={tmp_path / str(count)}")
+    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert len(one) == 4
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in theirs.items()}
+
+
 def test_a_run_with_adapters_resumes_bit_for_bit_and_is_one_file(tmp_path: Path) -> None:
     write_models(tmp_path)
     run = tmp_path / "run"
