@@ -114,6 +114,9 @@ class Fixed:
     def collect(self, step: int, phases: object) -> Collected:
         return Collected(self.trajectories)
 
+    def rest_of_rollout(self) -> list[Trajectory]:
+        return []
+
 
 def budget_for(trajectories: list[Trajectory], processes: int, count: int) -> int:
     """The largest trainer.batch_tokens with which each process has so many micro-batches."""

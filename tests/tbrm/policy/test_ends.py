@@ -46,7 +46,7 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, generation_config: Any, **rollou
     lm = make_lm("llama", tied=True)
     lm.resize_token_embeddings(len(tokenizer))
     lm.generation_config.eos_token_id = generation_config
-    return chat_of(lm, tokenizer, rollout=rollout)
+    return chat_of(lm, tokenizer, rollout=rollout, chat={"plain": tokenizer.chat_template is None})
 
 
 @pytest.mark.parametrize(

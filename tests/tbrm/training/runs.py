@@ -44,3 +44,6 @@ class Recorded:
 
     def collect(self, step: int, phases: object):
         return self.collected
+
+    def rest_of_rollout(self) -> list[Trajectory]:
+        return []
