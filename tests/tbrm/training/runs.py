@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tbrm.reporting.metrics import is_timing, read_jsonl
+from tbrm.trajectories.trajectory import Trajectory
 
 REPLAY = {
     "objective": {"name": "reval", "beta": 0.05, "centre_rewards": True, "reset_reference_every": 3},
