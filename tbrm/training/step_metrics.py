@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import NamedTuple
@@ -102,11 +103,12 @@ def trajectory_metrics(trajectories: Sequence[Trajectory], step: int) -> dict[st
     """What the trajectories of update `step` say by themselves. Staleness is in updates since they were made."""
     if not trajectories:
         return {"trajectories": 0}
+    rewards = [t.reward for t in trajectories]
     staleness = [step - 1 - t.weight_version for t in trajectories if t.weight_version is not None]
     return {
         "trajectories": len(trajectories),
-        "reward_mean": fmean(t.reward for t in trajectories),
-        "reward_std": pstdev(t.reward for t in trajectories),
+        "reward_mean": fmean(rewards),
+        "reward_std": pstdev(rewards) if all(map(math.isfinite, rewards)) else math.nan,  # which has no way with these
         "response_length_mean": fmean(len(t.response_ids) for t in trajectories),
         "truncated_share": fmean(t.truncated for t in trajectories),
         **({"staleness_mean": fmean(staleness), "staleness_max": max(staleness)} if staleness else {}),

@@ -83,7 +83,7 @@ def test_the_page_of_tasks(folder: Path, capfd: pytest.CaptureFixture[str]) -> N
 @pytest.mark.slow
 def test_the_page_of_objectives(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     do_as_shown("objectives.md")
-    assert steps_of(folder / "runs") == {"huber": 1, "baseline": 1}
+    assert steps_of(folder / "runs") == {"huber": 1, "baseline": 1, "ppo": 1}
 
 
 @pytest.mark.slow
