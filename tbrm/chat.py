@@ -48,8 +48,8 @@ class Chat:
     """Shapes of prompts that the template was seen to show all of."""
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The prompt's token ids: through the chat template, or the plain text. Raises ValueError
-        where the template cannot show what is given."""
+        """The prompt's token ids: through the chat template, or the plain text. Raises ValueError where that cannot show what
+        is given."""
         check_token_ids("model.name: the prompt", ids := self._encode(messages, tools), self.vocabulary)
         return ids
 

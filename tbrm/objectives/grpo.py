@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from tbrm.objectives.clipped import ClippedRatio, of_actions
-from tbrm.objectives.objective import Step, comparable, group_means
+from tbrm.objectives.objective import Step, comparable, group_means, group_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +49,7 @@ def group_advantages(step: Step, *, divide_by_std: bool) -> Tensor:
     rewards = step.rewards.double()  # of equal rewards the deviation is 0, and not what rounding leaves
     centred = rewards - group_means(rewards, groups)
     if divide_by_std:
-        _, member = groups.unique(return_inverse=True)
-        counts = member.bincount()[member]
+        counts = group_sizes(groups)
         variance = group_means(centred.square(), groups) * counts / (counts - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + 1e-6)
     return centred.to(step.rewards.dtype)

@@ -167,6 +167,12 @@ def group_means(values: Tensor, groups: Tensor) -> Tensor:
     return means[member]
 
 
+def group_sizes(groups: Tensor) -> Tensor:
+    """[N] int64: how many the group of each is of."""
+    _, member = groups.unique(return_inverse=True)
+    return member.bincount()[member]
+
+
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """[] of [N] each; the plain mean where nothing weighs anything."""
     weights = weights.clamp(min=0)

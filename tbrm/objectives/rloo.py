@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, comparable, group_means, log_ratio
+from tbrm.objectives.objective import Objective, Step, TrajectoryLoss, comparable, group_means, group_sizes, log_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +24,7 @@ class Rloo(Objective):
     def columns(self, step: Step) -> dict[str, Tensor]:
         shaped = step.rewards - self.beta * step.measured["log_ratio"]
         groups = comparable(step.groups)
-        _, member = groups.unique(return_inverse=True)
-        count = member.bincount()[member].to(shaped.dtype)
+        count = group_sizes(groups).to(shaped.dtype)
         # x less the mean of the others is n / (n - 1) times x less the mean of all. Of one alone it is 0: nothing is known.
         return {
             "rewards": step.rewards,

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from tbrm.reporting.metrics import WARNING
 from tbrm.reporting.run_folder import Row, Run, SamplePair, number
 
 T = TypeVar("T")
@@ -64,9 +65,7 @@ def facts(run: Run) -> dict[str, str]:
         "Tokens generated": _over_steps(run, "generated_tokens", sum, "{:,.0f}"),
         "Tokens trained on": _over_steps(run, "trained_tokens", sum, "{:,.0f}"),
         "Peak memory": _over_steps(run, "peak_memory_mib", max, "{:,.0f} MiB"),
-        "Warnings": " ".join(
-            f"{text}." for row in run.metrics for key, text in row.items() if key.startswith("warning/")
-        ),
+        "Warnings": " ".join(f"{text}." for row in run.metrics for key, text in row.items() if key.startswith(WARNING)),
         "Ungraded": _over_steps(run, "ungraded", sum, "{:,.0f} responses"),
     }
     return {label: str(value) for label, value in values.items() if value not in (None, "")}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Metric = float | int | str
 
+WARNING = "warning/"
+"""Of the keys in a step's line of metrics.jsonl under which a warning is, for the report, and for a run that goes on."""
+
 TIMING_PREFIXES = ("seconds/", "seconds_beside/", "tokens_per_second", "peak_memory_mib")
 """Of the metrics that differ between equal runs. All others are the same, number for number."""
 

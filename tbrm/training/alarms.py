@@ -9,14 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from tbrm.objectives import Objective
+from tbrm.reporting.metrics import WARNING
 from tbrm.training.level import level_warning
 
 Row = Mapping[str, Any]
 
 STEPS = 5
 """Whose mean is looked at: one step says little."""
-PREFIX = "warning/"
-"""Of the keys in a step's line of metrics.jsonl under which it is, for the report, and for a run that goes on."""
 
 _AWAY = 0.2
 _CUT_OFF = 1 / 3
@@ -35,7 +34,7 @@ class Alarms:
         self._said: set[str] = set()
         for row in rows:
             self._add(row)
-            self._said |= {key for key in row if key.startswith(PREFIX)}
+            self._said |= {key for key in row if key.startswith(WARNING)}
 
     def __call__(self, step: int, metrics: Row) -> dict[str, str]:
         """What to say after this step, by its key in the log."""
@@ -43,7 +42,7 @@ class Alarms:
         found: dict[str, str | None] = {"level": level_warning(self.objective, metrics)} if step == 1 else {}
         if len(self._last) == STEPS:
             found |= {name: rule(self) for name, rule in _RULES.items()}
-        new = {PREFIX + name: f"step {step}: {text}" for name, text in found.items() if text}
+        new = {WARNING + name: f"step {step}: {text}" for name, text in found.items() if text}
         new = {key: text for key, text in new.items() if key not in self._said}
         self._said |= new.keys()
         return new

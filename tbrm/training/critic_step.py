@@ -14,6 +14,7 @@ from tbrm.policy.critic import Critic
 from tbrm.policy.model import PolicyModel
 from tbrm.policy.named_weights import trained_weights
 from tbrm.policy.sharding import accumulate
+from tbrm.training.each_action import of_rollout
 from tbrm.training.optimizer import Part
 from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory
@@ -31,20 +32,12 @@ class CriticStep:
         """Of the step, on all processes."""
         self._sums = torch.zeros(4, dtype=torch.float64, device=critic.backbone.device)
 
-    @torch.no_grad()
     def score(self, trajectories: Sequence[Trajectory]) -> None:
         """Keeps with those of a rollout that has just come in what the critic says of each action's state."""
         new = [t for t in trajectories if t.old_values is None]
-        layout, device = self.critic.backbone.layout, self.critic.backbone.device
-        found: dict[int, Tensor] = {}
-        for members in layout.split(new, self._max_tokens, self._world.size)[self._world.rank] if new else []:
-            batch = layout.pack([new[i] for i in members]).to(device)
-            values = self.critic(batch).cpu()
-            for index, start, end in zip(members, batch.bounds, batch.bounds[1:], strict=False):
-                found[index] = values[start:end].clone()
-        for part in self._world.gather(found):
-            for index, values in part.items():
-                new[index].old_values = values
+        found = of_rollout(self.critic, self.critic.backbone, new, self._max_tokens, self._world)
+        for trajectory, values in zip(new, found, strict=True):
+            trajectory.old_values = values
 
     def of_actions(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Tensor]]:
         """Of each of the step's trajectories, [H] each: the scaled `advantage`, the `return` and the `old_value`."""

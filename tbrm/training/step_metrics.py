@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tbrm.objectives.objective import TrajectoryLoss
+from tbrm.objectives.objective import TrajectoryLoss, log_ratio
 from tbrm.parallel import World
 from tbrm.trajectories.batch import ScoredBatch
 from tbrm.trajectories.trajectory import Trajectory
@@ -45,19 +45,19 @@ class StepMetrics:
         self.tokens += len(batch.inputs.input_ids)
         self._trajectories += len(batch.bounds) - 1
         self._actions += len(batch.targets)
-        log_ratio = segment_sums(stats.logprobs - batch.ref_logprobs, batch.cu_seqlens)
+        ratios = log_ratio(stats, batch)
         gaps = (stats.logprobs - batch.behaviour_logprobs).abs()
         known = gaps.isfinite()
         sampled = batch.behaviour_logprobs.where(known, stats.logprobs)  # where nobody said, the policy's own
         surprise = segment_sums(1 - sampled.exp(), batch.cu_seqlens)
-        self._of_each.append(torch.stack(OfEach(losses.residual, surprise, log_ratio), dim=1))
+        self._of_each.append(torch.stack(OfEach(losses.residual, surprise, ratios), dim=1))
         self._sums += torch.stack(
             [
                 losses.loss.double().sum(),
                 losses.residual.double().sum(),
                 losses.residual.double().square().sum(),
                 batch.values(stats.lse).double().sum(),
-                log_ratio.double().sum(),
+                ratios.double().sum(),
                 stats.entropy.double().sum(),
                 gaps.where(known, 0.0).double().sum(),
                 known.double().sum(),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from tbrm.reporting.metrics import is_timing, read_jsonl
+from tbrm.training.trainer import Trainer
 from tbrm.trajectories.trajectory import Trajectory
+from tests.tbrm.conftest import tiny_config
 
 REPLAY = {
     "objective": {"name": "reval", "beta": 0.05, "centre_rewards": True, "reset_reference_every": 3},
@@ -35,6 +38,17 @@ def assert_same_run(one: Path, other: Path) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_resumes_in_the_middle_of_a_rollout(folder: Path, settings: dict[str, Any]) -> None:
+    """Of several updates, without evaluations: stopped after step 3 and gone on with, it is the run of 4 steps."""
+    settings = {**settings, "checkpoint": {"every": 3, "keep": 9}}
+    Trainer(tiny_config(folder / "whole", **settings, trainer__steps=4)).train()
+    Trainer(tiny_config(folder / "part", **settings, trainer__steps=3)).train()
+    Trainer(tiny_config(folder / "part", **settings, trainer__steps=4), resume=True).train()
+    for run in ("whole", "part"):
+        (folder / run / "eval.jsonl").touch()
+    assert_same_run(folder / "whole", folder / "part")
 
 
 class Recorded:

@@ -11,7 +11,7 @@ import torch
 from tbrm.config.section import ConfigError
 from tbrm.training.trainer import Trainer
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.training.runs import assert_same_run
+from tests.tbrm.training.runs import assert_resumes_in_the_middle_of_a_rollout
 
 SETTINGS: dict[str, Any] = {
     "objective": {"name": "ppo", "gae": 0.9, "discount": 0.99},
@@ -55,13 +55,7 @@ def test_the_critic_begins_as_the_policy_and_leaves_it_alone(tmp_path: Path) -> 
 
 
 def test_a_run_with_a_critic_resumes_in_the_middle_of_a_rollout_to_the_same_numbers(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "checkpoint": {"every": 3, "keep": 9}}
-    Trainer(tiny_config(tmp_path / "whole", **settings, trainer__steps=4)).train()
-    Trainer(tiny_config(tmp_path / "part", **settings, trainer__steps=3)).train()
-    Trainer(tiny_config(tmp_path / "part", **settings, trainer__steps=4), resume=True).train()
-    for run in ("whole", "part"):
-        (tmp_path / run / "eval.jsonl").touch()
-    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    assert_resumes_in_the_middle_of_a_rollout(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize(

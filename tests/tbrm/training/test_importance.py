@@ -15,7 +15,7 @@ from tbrm.training.own_logprobs import own_logprobs
 from tbrm.training.trainer import Trainer
 from tbrm.trajectories.batch import ScoredBatch
 from tests.tbrm.conftest import tiny_config
-from tests.tbrm.training.runs import assert_same_run
+from tests.tbrm.training.runs import assert_resumes_in_the_middle_of_a_rollout
 
 SKEW = (0.3, -0.6)
 SETTINGS: dict[str, Any] = {
@@ -78,13 +78,7 @@ def test_without_it_the_engines_gap_is_in_the_ratio(tmp_path: Path) -> None:
 
 def test_a_run_with_ratios_resumes_in_the_middle_of_a_rollout_to_the_same_numbers(tmp_path: Path) -> None:
     replay = {"replay": {"capacity": 8, "samples_per_step": 2}, "evaluation": {"prompts": 0}}
-    settings = {**SETTINGS, **replay, "checkpoint": {"every": 3, "keep": 9}}
-    Trainer(tiny_config(tmp_path / "whole", **settings, trainer__steps=4)).train()
-    Trainer(tiny_config(tmp_path / "part", **settings, trainer__steps=3)).train()
-    Trainer(tiny_config(tmp_path / "part", **settings, trainer__steps=4), resume=True).train()
-    for run in ("whole", "part"):
-        (tmp_path / run / "eval.jsonl").touch()
-    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    assert_resumes_in_the_middle_of_a_rollout(tmp_path, {**SETTINGS, **replay})
 
 
 @pytest.mark.parametrize(
